@@ -1,0 +1,24 @@
+"""The source of the Python standard library that runs this: real text that every machine already has."""
+
+import sys
+import sysconfig
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import common
+
+# Not code that teaches much: the tests, tables of characters, generated help, other people's packages.
+SKIP = {"site-packages", "dist-packages", "test", "tests", "idle_test", "encodings", "pydoc_data", "__pycache__"}
+
+
+def documents(path: str | None) -> list[str]:
+    """One document a module, in the order of their paths."""
+    root = Path(path or sysconfig.get_paths()["stdlib"])
+    modules = [m for m in sorted(root.rglob("*.py")) if not SKIP.intersection(m.relative_to(root).parts)]
+    if not modules:
+        raise ValueError(f"no Python source in {root}")
+    return [m.read_bytes().decode("utf-8", "replace") for m in modules]
+
+
+if __name__ == "__main__":
+    common.main(Path(__file__).resolve().parent, documents, 0.05, __doc__)

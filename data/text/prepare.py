@@ -1,0 +1,23 @@
+"""Your own text: --input FILE, or --input FOLDER for every file in it, a document each."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import common
+
+
+def documents(path: str | None) -> list[str]:
+    if path is None:
+        raise ValueError("say which text: python data/text/prepare.py --input FILE_OR_FOLDER")
+    root = Path(path)
+    if not root.exists():
+        raise FileNotFoundError(f"there is no {path}")
+    files = (
+        [root] if root.is_file() else sorted(f for f in root.rglob("*") if f.is_file() and not f.name.startswith("."))
+    )
+    return [common.read_text(f) for f in files]
+
+
+if __name__ == "__main__":
+    common.main(Path(__file__).resolve().parent, documents, 0.1, __doc__)

@@ -1,0 +1,684 @@
+"""A whole GPT in one file: the model, its cache, sampling, checkpoints and optimizers.
+
+The architecture is the one of nanochat (https://github.com/karpathy/nanochat), which Hugging Face ships as
+`NanoChatForCausalLM`, read from bottom to top:
+- rotary positions (RoFormer, https://arxiv.org/abs/2104.09864), no position embeddings
+- grouped-query attention (https://arxiv.org/abs/2305.13245) over normed queries and keys
+  (QK-norm, https://arxiv.org/abs/2010.04245), with a preallocated KV cache for inference
+- RMSNorm without gains (https://arxiv.org/abs/1910.07467) before each sublayer, after the embedding and before the head
+- an MLP with ReLU squared (Primer, https://arxiv.org/abs/2109.08668), no biases, an untied head
+- logits softcapped in float32 (Gemma 2, https://arxiv.org/abs/2408.00118)
+- Muon for the matrices (https://kellerjordan.github.io/posts/muon), AdamW for the rest
+
+Shapes in the comments: B rows, T new tokens, S tokens that can be attended to, C = n_embd, H query heads of D channels,
+G key/value heads, V = vocab_size. The file needs torch and nothing else, and knows token ids, never text.
+"""
+
+import math
+import os
+from collections.abc import Generator, Iterable, Sequence
+from copy import copy
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+
+Device = torch.device | str | None
+Path = str | os.PathLike
+
+
+@dataclass
+class GPTConfig:
+    sequence_len: int = 1024  # longest context, in tokens
+    vocab_size: int = 50304  # number of token ids
+    n_layer: int = 12  # number of blocks
+    n_head: int = 12  # query heads
+    n_kv_head: int | None = None  # key/value heads; fewer than n_head is GQA, None means n_head
+    n_embd: int = 768  # width of the residual stream
+    dropout: float = 0.0  # chance that an activation is zeroed in training
+    softcap: float = 15.0  # bound on the logits; 0 switches it off
+    rope_base: float = 10_000.0  # base of the rotary wavelengths
+    norm_eps: float = 1e-6  # added to the mean square that RMSNorm divides by
+
+    def __post_init__(self) -> None:
+        if self.n_kv_head is None:
+            self.n_kv_head = self.n_head
+        for name in ("sequence_len", "vocab_size", "n_layer", "n_head", "n_kv_head", "n_embd"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+        if self.n_embd % self.n_head:
+            raise ValueError(f"n_embd {self.n_embd} is not divisible by n_head {self.n_head}")
+        if self.n_head % self.n_kv_head:
+            raise ValueError(f"n_head {self.n_head} is not divisible by n_kv_head {self.n_kv_head}")
+        if self.head_dim % 2:
+            raise ValueError(
+                f"rotary positions turn pairs of channels: n_embd {self.n_embd} / n_head {self.n_head} must be even"
+            )
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout must be in [0, 1), not {self.dropout}")
+        if self.softcap < 0:
+            raise ValueError(f"softcap must not be negative, but is {self.softcap}")
+
+    @property
+    def head_dim(self) -> int:
+        return self.n_embd // self.n_head
+
+
+# -----------------------------------------------------------------------------
+# The cache: what attention has to remember of the tokens that it has seen
+
+
+class KVCache:
+    """Keys and values of all layers, allocated once and written in place. Row b holds `lengths[b]` positions.
+
+    `lengths` is an int64 tensor (batch_size,) on the CPU, so that it is known without waiting for the device.
+    Owned by the caller; `GPT.forward` appends to it: begin once, update in each layer, then commit.
+    """
+
+    def __init__(
+        self, config: GPTConfig, batch_size: int, max_len: int, device: Device = None, dtype: torch.dtype | None = None
+    ) -> None:
+        shape = (config.n_layer, batch_size, config.n_kv_head or config.n_head, max_len, config.head_dim)
+        self.k = torch.empty(shape, device=device, dtype=dtype)  # (n_layer, B, G, max_len, D)
+        self.v = torch.empty(shape, device=device, dtype=dtype)
+        self.lengths = torch.zeros(batch_size, dtype=torch.long)
+
+    @property
+    def batch_size(self) -> int:
+        return self.k.size(1)
+
+    @property
+    def max_len(self) -> int:
+        return self.k.size(3)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes allocated: 2 * n_layer * batch_size * n_kv_head * max_len * head_dim * bytes of the dtype."""
+        return self.k.nbytes + self.v.nbytes
+
+    def begin(self, T: int) -> tuple[Tensor, Tensor | None]:
+        """Make room for T new tokens in every row; ValueError, and nothing changed, if there is too little.
+
+        Returns their positions, (B, T) or (1, T) when all rows are equally long, and the mask of what each may
+        attend to, (B or 1, 1, T, S) bool, or None where plain causal attention says the same.
+        """
+        shortest, longest = int(self.lengths.min()), int(self.lengths.max())
+        self._end = longest + T
+        if self._end > self.max_len:
+            raise ValueError(f"a row of {longest} tokens and {T} new ones do not fit a KVCache of {self.max_len}")
+        ragged = shortest < longest
+        starts = self.lengths if ragged else self.lengths[:1]
+        positions = (starts[:, None] + torch.arange(T)).to(self.k.device)  # (B or 1, T)
+        if ragged:
+            # A shorter row leaves a gap here. Attention gives it a weight of 0, but 0 times what happens to lie in
+            # fresh memory may be NaN.
+            self.k[:, :, :, longest : self._end] = 0
+            self.v[:, :, :, longest : self._end] = 0
+            self._slots: tuple = (torch.arange(self.batch_size, device=self.k.device)[:, None], positions)
+        else:
+            self._slots = (slice(None), slice(longest, self._end))
+        if ragged or (T > 1 and longest > 0):
+            return positions, (torch.arange(self._end, device=self.k.device) <= positions[..., None])[:, None]
+        return positions, None
+
+    def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Write a layer's new keys and values, (B, T, G, D); returns all that it holds, (B, G, S, D), as views."""
+        self.k[layer].transpose(1, 2)[self._slots] = k
+        self.v[layer].transpose(1, 2)[self._slots] = v
+        return self.k[layer, :, :, : self._end], self.v[layer, :, :, : self._end]
+
+    def commit(self, T: int) -> None:
+        self.lengths += T
+
+    def truncate(self, n: int | Sequence[int] | Tensor) -> None:
+        """Forget what lies past position n: one n for all rows, or one for each. A shorter row stays as it is."""
+        n = torch.as_tensor(n, dtype=torch.long)
+        if n.ndim > 1 or n.numel() not in (1, self.batch_size):
+            raise ValueError(f"truncate got {n.numel()} lengths for {self.batch_size} rows")
+        if n.min() < 0:
+            raise ValueError(f"cannot truncate to {int(n.min())} tokens")
+        torch.minimum(self.lengths, n, out=self.lengths)
+
+    def reset(self) -> None:
+        """Forget everything; the memory stays."""
+        self.lengths.zero_()
+
+    def expand(self, n: int) -> "KVCache":
+        """A new cache with n copies of each row next to each other, so that one prefill serves n samples."""
+        cache = copy(self)
+        cache.k = self.k.repeat_interleave(n, dim=1)
+        cache.v = self.v.repeat_interleave(n, dim=1)
+        cache.lengths = self.lengths.repeat_interleave(n)
+        return cache
+
+    def row(self, b: int) -> "KVCache":
+        """Row b as a cache of batch size 1 on the same memory: what is done to one is seen in the other."""
+        cache = copy(self)
+        cache.k, cache.v, cache.lengths = self.k[:, b : b + 1], self.v[:, b : b + 1], self.lengths[b : b + 1]
+        return cache
+
+
+# -----------------------------------------------------------------------------
+# The layers
+
+
+def rope(positions: Tensor, config: GPTConfig, dtype: torch.dtype) -> Tensor:
+    """Rotations for positions (B or 1, T), as complex numbers of modulus 1, (B or 1, T, 1, D/2).
+
+    Position p turns pair i of a head's channels by the angle p * base^(-2i/D). The dot product of a query and a key
+    then depends on how far apart they are, not on where. Computed anew each time, in at least float32: no table to
+    move along with the model, none for `.to(bfloat16)` to round.
+    """
+    real = torch.promote_types(dtype, torch.float32)
+    exponents = torch.arange(0, config.head_dim, 2, device=positions.device, dtype=real) / -config.head_dim
+    angles = positions[:, :, None, None].to(real) * config.rope_base**exponents
+    return torch.polar(torch.ones_like(angles), angles)
+
+
+def rotate(x: Tensor, rotations: Tensor) -> Tensor:
+    """Turn each pair of neighbouring channels of x, (B, T, H, D), by its rotation: one complex product."""
+    pairs = torch.view_as_complex(x.to(rotations.dtype.to_real()).unflatten(-1, (-1, 2)))  # (B, T, H, D/2)
+    return torch.view_as_real(pairs * rotations).flatten(-2).to(x.dtype)
+
+
+class Attention(nn.Module):
+    def __init__(self, config: GPTConfig, layer: int) -> None:
+        super().__init__()
+        self.layer = layer
+        self.n_head, self.n_kv_head = config.n_head, config.n_kv_head or config.n_head
+        self.head_dim = config.head_dim
+        self.dropout = config.dropout
+        self.c_q = nn.Linear(config.n_embd, self.n_head * self.head_dim, bias=False)
+        self.c_k = nn.Linear(config.n_embd, self.n_kv_head * self.head_dim, bias=False)
+        self.c_v = nn.Linear(config.n_embd, self.n_kv_head * self.head_dim, bias=False)
+        self.c_proj = nn.Linear(self.n_head * self.head_dim, config.n_embd, bias=False)
+        self.q_norm = nn.RMSNorm(self.head_dim, eps=config.norm_eps, elementwise_affine=False)
+        self.k_norm = nn.RMSNorm(self.head_dim, eps=config.norm_eps, elementwise_affine=False)
+
+    def forward(self, x: Tensor, rotations: Tensor, mask: Tensor | None, kv_cache: KVCache | None) -> Tensor:
+        B, T, _ = x.shape
+        q = self.c_q(x).view(B, T, self.n_head, self.head_dim)  # (B, T, H, D)
+        k = self.c_k(x).view(B, T, self.n_kv_head, self.head_dim)  # (B, T, G, D)
+        v = self.c_v(x).view(B, T, self.n_kv_head, self.head_dim)  # (B, T, G, D)
+        q, k = rotate(self.q_norm(q), rotations), rotate(self.k_norm(k), rotations)
+        if kv_cache is None:
+            k, v = k.transpose(1, 2), v.transpose(1, 2)  # (B, G, T, D)
+        else:
+            k, v = kv_cache.update(self.layer, k, v)  # (B, G, S, D)
+        # softmax(q @ k^T / sqrt(D)) @ v for each head: (B, H, T, D) @ (B, H, D, S) @ (B, H, S, D)
+        y = F.scaled_dot_product_attention(
+            q.transpose(1, 2),  # (B, H, T, D)
+            k,
+            v,
+            attn_mask=mask,
+            dropout_p=self.dropout if self.training else 0.0,
+            is_causal=mask is None and T > 1,
+            enable_gqa=self.n_kv_head < self.n_head,
+        )
+        return self.c_proj(y.transpose(1, 2).reshape(B, T, -1))  # (B, H, T, D) -> (B, T, C)
+
+
+class MLP(nn.Module):
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=False)
+        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.c_fc(x))  # (B, T, 4C)
+        return self.c_proj(x * x)  # (B, T, C); in the backward pass, x.square() takes twice the time
+
+
+class Block(nn.Module):
+    def __init__(self, config: GPTConfig, layer: int) -> None:
+        super().__init__()
+        self.attn_norm = nn.RMSNorm(config.n_embd, eps=config.norm_eps, elementwise_affine=False)
+        self.attn = Attention(config, layer)
+        self.mlp_norm = nn.RMSNorm(config.n_embd, eps=config.norm_eps, elementwise_affine=False)
+        self.mlp = MLP(config)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x: Tensor, rotations: Tensor, mask: Tensor | None, kv_cache: KVCache | None) -> Tensor:
+        x = x + self.dropout(self.attn(self.attn_norm(x), rotations, mask, kv_cache))
+        return x + self.dropout(self.mlp(self.mlp_norm(x)))
+
+
+# -----------------------------------------------------------------------------
+# From logits to tokens
+
+
+def sample(
+    logits: Tensor,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    min_p: float | None = None,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Draw one token id for each row of logits: (B, V) to (B,) int64. temperature=0 is argmax.
+
+    The filters act one after the other, as Hugging Face's logits processors do; None or 0 switches one off.
+    top_k keeps the k likeliest tokens, and those that tie with the last of them. top_p keeps the fewest tokens that
+    together have the probability p (https://arxiv.org/abs/1904.09751). min_p keeps the tokens that are at least
+    min_p times as likely as the likeliest (https://arxiv.org/abs/2407.01082).
+    """
+    if temperature == 0:
+        return logits.argmax(dim=-1)
+    logits = logits / temperature
+    if top_k:
+        least = logits.topk(min(top_k, logits.size(-1))).values[:, -1:]  # (B, 1)
+        logits = logits.masked_fill(logits < least, -math.inf)
+    if top_p and top_p < 1:
+        ascending, order = logits.sort(dim=-1)
+        tail = ascending.softmax(dim=-1).cumsum(dim=-1) <= 1 - top_p  # (B, V), in ascending order
+        tail[:, -1] = False
+        logits = logits.masked_fill(tail.scatter(-1, order, tail), -math.inf)
+    if min_p:
+        probs = logits.softmax(dim=-1)
+        logits = logits.masked_fill(probs < min_p * probs.amax(dim=-1, keepdim=True), -math.inf)
+    return torch.multinomial(logits.softmax(dim=-1), num_samples=1, generator=generator).squeeze(-1)
+
+
+def penalize(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
+    """Make the tokens less likely that a row has seen, (B, V) bool: CTRL's penalty, https://arxiv.org/abs/1909.05858."""
+    return torch.where(seen, torch.where(logits < 0, logits * penalty, logits / penalty), logits)
+
+
+# -----------------------------------------------------------------------------
+# The optimizer of the matrices
+
+
+def orthogonalize(G: Tensor) -> Tensor:
+    """The nearest semi-orthogonal matrix, U V^T for G = U S V^T, roughly: for each of a stack (N, rows, columns).
+
+    Five steps of a Newton-Schulz iteration that pushes all singular values towards 1, whose coefficients are
+    Polar Express's, each the best for what the steps before it leave (https://arxiv.org/abs/2505.16932).
+    """
+    X = G.mT if G.size(-2) > G.size(-1) else G  # the smaller side first: X X^T is as small as can be
+    X = X / (X.norm(dim=(-2, -1), keepdim=True) * 1.01 + 1e-7)
+    for a, b, c in (
+        (8.156554524902461, -22.48329292557795, 15.878769915207462),
+        (4.042929935166739, -2.808917465908714, 0.5000178451051316),
+        (3.8916678022926607, -2.772484153217685, 0.5060648178503393),
+        (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
+        (2.3465413258596377, -1.7097828382687081, 0.42323551169305323),
+    ):
+        A = X @ X.mT
+        X = torch.baddbmm(X, torch.baddbmm(A, A, A, beta=b, alpha=c), X, beta=a)  # a X + (b A + c A^2) X
+    return X.mT if G.size(-2) > G.size(-1) else X
+
+
+class Muon(torch.optim.Optimizer):
+    """MomentUm Orthogonalized by Newton-schulz (https://kellerjordan.github.io/posts/muon), for matrices.
+
+    `torch.optim.Muon` takes the matrices one by one; here those of one shape, a group's, are stacked, and the few
+    large products that this makes cost a fraction of the many small ones.
+    """
+
+    def __init__(self, params: Iterable, lr: float, momentum: float = 0.95, weight_decay: float = 0.0) -> None:
+        super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay))
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            params = [p for p in group["params"] if p.grad is not None]
+            if not params:
+                continue
+            grads = [p.grad for p in params]
+            for p in params:
+                if p not in self.state:
+                    self.state[p]["momentum_buffer"] = torch.zeros_like(p)
+            buffers = [self.state[p]["momentum_buffer"] for p in params]
+            torch._foreach_lerp_(buffers, grads, 1 - group["momentum"])
+            updates = torch.stack(
+                torch._foreach_lerp(grads, buffers, group["momentum"])
+            )  # Nesterov; (N, rows, columns)
+            if updates.is_cuda:
+                updates = updates.bfloat16()
+            rows, columns = updates.shape[-2:]
+            updates = orthogonalize(updates).to(params[0].dtype) * max(1, rows / columns) ** 0.5
+            torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
+            torch._foreach_add_(params, updates.unbind(), alpha=-group["lr"])
+
+
+# -----------------------------------------------------------------------------
+# The model
+
+
+class GPT(nn.Module):
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.wte = nn.Embedding(config.vocab_size, config.n_embd)
+        self.embd_norm = nn.RMSNorm(config.n_embd, eps=config.norm_eps, elementwise_affine=False)
+        self.dropout = nn.Dropout(config.dropout)
+        self.h = nn.ModuleList([Block(config, layer) for layer in range(config.n_layer)])
+        self.norm = nn.RMSNorm(config.n_embd, eps=config.norm_eps, elementwise_affine=False)
+        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        self.init_weights()
+
+    @torch.no_grad()
+    def init_weights(self) -> None:
+        """Each block starts as the identity, and the head as nearly nothing: the first loss is ln(vocab_size)."""
+        bound = math.sqrt(3 / self.config.n_embd)  # uniform in +-bound has a standard deviation of 1 / sqrt(n_embd)
+        for name, weight in self.named_parameters():
+            if name == "wte.weight":
+                nn.init.normal_(weight, std=1.0)
+            elif name == "lm_head.weight":
+                nn.init.normal_(weight, std=0.001)
+            elif name.endswith("c_proj.weight"):
+                nn.init.zeros_(weight)
+            else:
+                nn.init.uniform_(weight, -bound, bound)
+
+    @property
+    def device(self) -> torch.device:
+        return self.wte.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.wte.weight.dtype
+
+    def num_params(self) -> int:
+        return sum(p.numel() for p in self.parameters())
+
+    # ---- forward
+
+    def hidden(self, idx: Tensor, kv_cache: KVCache | None = None) -> Tensor:
+        """All but the head: idx (B, T) int64 to (B, T, C)."""
+        B, T = idx.shape
+        past = 0 if kv_cache is None else int(kv_cache.lengths.max())
+        if past + T > self.config.sequence_len:
+            raise ValueError(f"{past + T} tokens are more than sequence_len {self.config.sequence_len}")
+        if kv_cache is None:
+            positions, mask = torch.arange(T, device=idx.device)[None], None  # (1, T)
+        else:
+            self._check_cache(kv_cache, B)
+            positions, mask = kv_cache.begin(T)  # (B or 1, T), (B or 1, 1, T, S)
+        rotations = rope(positions, self.config, self.dtype)
+        x = self.dropout(self.embd_norm(self.wte(idx)))  # (B, T, C)
+        for block in self.h:
+            x = block(x, rotations, mask, kv_cache)
+        if kv_cache is not None:
+            kv_cache.commit(T)
+        return self.norm(x)
+
+    def logits(self, x: Tensor) -> Tensor:
+        """The head: (..., C) to (..., V), in at least float32, within +-softcap."""
+        logits = self.lm_head(x)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        softcap = self.config.softcap
+        return softcap * torch.tanh(logits / softcap) if softcap else logits
+
+    def forward(
+        self,
+        idx: Tensor,
+        targets: Tensor | None = None,
+        kv_cache: KVCache | None = None,
+        loss_reduction: str = "mean",
+    ) -> Tensor:
+        """Logits (B, T, V) for idx (B, T) int64; with targets (B, T), where -1 is ignored, their cross entropy.
+
+        The loss, in nats, is a scalar, or (B*T,) with loss_reduction='none'. With a cache, idx is what comes after
+        what the cache holds. ValueError if that is more than sequence_len, or more than the cache has room for.
+        """
+        logits = self.logits(self.hidden(idx, kv_cache))
+        if targets is None:
+            return logits
+        return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1, reduction=loss_reduction)
+
+    def _check_cache(self, kv_cache: KVCache, B: int) -> None:
+        c, k = self.config, kv_cache.k
+        have, want = (*k.shape[:3], k.size(4)), (c.n_layer, B, c.n_kv_head, c.head_dim)
+        if have != want:
+            raise ValueError(f"a KVCache of n_layer, batch_size, n_kv_head, head_dim {have} where {want} is needed")
+        if (k.dtype, k.device) != (self.dtype, self.device):
+            raise ValueError(f"a KVCache of {k.dtype} on {k.device} for a model of {self.dtype} on {self.device}")
+
+    # ---- generate
+
+    def generate(
+        self,
+        tokens: Sequence[int],
+        max_tokens: int,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        min_p: float | None = None,
+        repetition_penalty: float = 1.0,
+        stop_tokens: Sequence[int] = (),
+        seed: int = 42,
+    ) -> Generator[int, None, str]:
+        """Go on from tokens: yields one id at a time, and returns why it ended, 'length' or 'stop'.
+
+        A token of stop_tokens is yielded, then ends it. The same seed gives the same tokens; temperature=0 takes the
+        likeliest. The model is in eval mode while this runs, and in its old mode after. When sequence_len is full, the
+        last half of the window (sequence_len // 2 tokens, the newest included) is read anew and it goes on from there;
+        of a longer prompt the last sequence_len tokens are read. ValueError for an empty prompt, an id outside the
+        vocabulary, or a setting out of its range. For what the filters mean, see `sample`.
+        """
+        steps = self.generate_batch(
+            [tokens], max_tokens, 1, temperature, top_k, top_p, min_p, repetition_penalty, stop_tokens, seed
+        )
+        return _only_row(steps)
+
+    def generate_batch(
+        self,
+        prompts: Sequence[Sequence[int]],
+        max_tokens: int,
+        num_samples: int = 1,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        min_p: float | None = None,
+        repetition_penalty: float = 1.0,
+        stop_tokens: Sequence[int] = (),
+        seed: int = 42,
+    ) -> Generator[list[int | None], None, list[str]]:
+        """`generate` for prompts of any lengths at once, num_samples rows for each, next to each other.
+
+        Yields a list per step, an id for each row, or None for a row that has ended; returns the list of reasons.
+        A row's greedy tokens are what it would get alone.
+        """
+        if not prompts or not all(len(prompt) for prompt in prompts):
+            raise ValueError("the prompt is empty: generation needs at least one token to go on from")
+        for prompt in prompts:
+            if min(prompt) < 0 or max(prompt) >= self.config.vocab_size:
+                strange = next(i for i in prompt if not 0 <= i < self.config.vocab_size)
+                raise ValueError(f"token id {strange} is outside the vocabulary of {self.config.vocab_size}")
+        limits = {
+            "max_tokens": (max_tokens >= 0, max_tokens, "at least 0"),
+            "num_samples": (num_samples >= 1, num_samples, "at least 1"),
+            "temperature": (temperature >= 0, temperature, "at least 0"),
+            "top_k": (not top_k or top_k >= 1, top_k, "at least 1, or 0 for no limit"),
+            "top_p": (not top_p or 0 < top_p <= 1, top_p, "in (0, 1], or 0 for no limit"),
+            "min_p": (not min_p or 0 < min_p < 1, min_p, "in (0, 1), or 0 for no limit"),
+            "repetition_penalty": (repetition_penalty > 0, repetition_penalty, "above 0"),
+        }
+        for name, (ok, value, rule) in limits.items():
+            if not ok:
+                raise ValueError(f"{name} must be {rule}, not {value}")
+        filters = dict(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
+        return self._generate(prompts, max_tokens, num_samples, filters, repetition_penalty, set(stop_tokens), seed)
+
+    @torch.inference_mode()
+    def _generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        max_tokens: int,
+        num_samples: int,
+        filters: dict[str, Any],
+        penalty: float,
+        stop_tokens: set[int],
+        seed: int,
+    ) -> Generator[list[int | None], None, list[str]]:
+        generator = torch.Generator(self.device).manual_seed(seed)
+        window = self.config.sequence_len
+        texts = [list(prompt[-window:]) for prompt in prompts]
+        was_training = self.training
+        self.eval()
+        try:
+            max_len = min(window, max(map(len, texts)) + max_tokens)
+            kv_cache = KVCache(self.config, len(texts), max_len, self.device, self.dtype)
+            logits = self._prefill(texts, kv_cache)  # (B, V)
+            seen = torch.zeros_like(logits, dtype=torch.bool)  # (B, V)
+            for row, prompt in zip(seen, prompts, strict=True):
+                row[torch.tensor(prompt)] = True
+            if num_samples > 1:
+                kv_cache = kv_cache.expand(num_samples)
+                logits, seen = (t.repeat_interleave(num_samples, dim=0) for t in (logits, seen))
+                texts = [list(text) for text in texts for _ in range(num_samples)]
+            reasons = ["length"] * len(texts)
+            running = set(range(len(texts)))
+
+            for step in range(max_tokens):
+                if penalty != 1:
+                    logits = penalize(logits, seen, penalty)
+                ids = sample(logits, **filters, generator=generator)  # (B,)
+                new = ids.tolist()
+                yield [new[b] if b in running else None for b in range(len(new))]
+                for b in running & {b for b, token in enumerate(new) if token in stop_tokens}:
+                    reasons[b] = "stop"
+                    running.remove(b)
+                if not running or step == max_tokens - 1:
+                    break
+                for text, token in zip(texts, new, strict=True):
+                    text.append(token)
+                seen[torch.arange(len(new)), ids] = True
+                self._roll(texts, kv_cache)
+                logits = self.logits(self.hidden(ids[:, None], kv_cache)[:, -1])  # (B, 1) -> (B, V)
+            return reasons
+        finally:
+            self.train(was_training)
+
+    def _prefill(self, texts: list[list[int]], kv_cache: KVCache) -> Tensor:
+        """Read texts of any lengths into an empty cache, in one forward; returns each one's last logits, (B, V).
+
+        Shorter texts are padded on the right: causality keeps the padding away from real tokens, and then it is
+        forgotten.
+        """
+        lengths = torch.tensor([len(text) for text in texts])
+        idx = nn.utils.rnn.pad_sequence([torch.tensor(text) for text in texts], batch_first=True)  # (B, T)
+        x = self.hidden(idx.to(self.device), kv_cache)  # (B, T, C)
+        kv_cache.truncate(lengths)
+        return self.logits(x[torch.arange(len(texts)), lengths - 1])
+
+    def _roll(self, texts: list[list[int]], kv_cache: KVCache) -> None:
+        """Give each row that is full a new start: all but the newest token of the last half of its window."""
+        window = self.config.sequence_len
+        for b, text in enumerate(texts):
+            if len(text) > window:
+                del text[: -max(1, window // 2)]
+                row = kv_cache.row(b)
+                row.reset()
+                if len(text) > 1:
+                    self.hidden(torch.tensor([text[:-1]], device=self.device), row)
+
+    # ---- checkpoints
+
+    def save(self, path: Path, **extra: Any) -> None:
+        """Write weights, config and extra (tensors and plain Python values) to path: whole, or not at all."""
+        temporary = f"{os.fspath(path)}.tmp"
+        try:
+            with open(temporary, "wb") as f:
+                torch.save({"model": self.state_dict(), "config": asdict(self.config), **extra}, f)
+                f.flush()
+                os.fsync(f.fileno())
+            os.replace(temporary, path)
+        except BaseException:
+            if os.path.exists(temporary):
+                os.remove(temporary)
+            raise
+
+    @classmethod
+    def load(cls, path: Path, device: Device = None, dtype: torch.dtype | None = None) -> "GPT":
+        """The model that `save` wrote, in eval mode. FileNotFoundError, or RuntimeError if the file is damaged."""
+        return cls.load_checkpoint(path, device, dtype)[0]
+
+    @classmethod
+    def load_checkpoint(
+        cls, path: Path, device: Device = None, dtype: torch.dtype | None = None
+    ) -> tuple["GPT", dict[str, Any]]:
+        """Like `load`, with the extra that was saved. Runs no code from the file (weights_only)."""
+        try:
+            checkpoint = torch.load(path, map_location=device or "cpu", weights_only=True)
+            with torch.device("meta"):  # no memory and no time for initial values
+                model = cls(GPTConfig(**checkpoint.pop("config")))
+            model.load_state_dict(checkpoint.pop("model"), assign=True)
+        except FileNotFoundError:
+            raise
+        except Exception as e:  # a damaged file can fail in any way: in zip, pickle, a missing key, a shape
+            raise RuntimeError(f"{os.fspath(path)} is not a checkpoint of a GPT, or is damaged") from e
+        return model.to(dtype=dtype).eval(), checkpoint
+
+    # ---- training
+
+    def configure_optimizers(
+        self,
+        learning_rate: float = 0.02,
+        embd_lr: float = 0.3,
+        head_lr: float = 0.004,
+        weight_decay: float = 0.0,
+        betas: tuple[float, float] = (0.8, 0.95),
+    ) -> list[torch.optim.Optimizer]:
+        """[Muon for the blocks' matrices, AdamW for the rest]: each parameter is in exactly one group.
+
+        learning_rate is Muon's. Every group remembers its rate as `initial_lr`, for a schedule to scale.
+        """
+        matrices: dict[torch.Size, list[nn.Parameter]] = {}
+        for p in self.h.parameters():
+            matrices.setdefault(p.shape, []).append(p)
+        muon = Muon([dict(params=params) for params in matrices.values()], lr=learning_rate, weight_decay=weight_decay)
+        adamw = torch.optim.AdamW(
+            [
+                dict(params=list(self.wte.parameters()), lr=embd_lr),
+                dict(params=list(self.lm_head.parameters()), lr=head_lr),
+            ],
+            betas=betas,
+            eps=1e-10,
+            weight_decay=0.0,
+            fused=True,
+        )
+        optimizers = [muon, adamw]
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["initial_lr"] = group["lr"]
+        return optimizers
+
+    def flops_per_token(self) -> int:
+        """Of a training step, forward and backward, at sequence_len: PaLM's formula, https://arxiv.org/abs/2204.02311.
+
+        Six for each weight that multiplies (so not the embedding), and 12 T C a layer for the attention scores.
+        """
+        c = self.config
+        return 6 * (self.num_params() - self.wte.weight.numel()) + 12 * c.n_layer * c.n_embd * c.sequence_len
+
+    def estimate_mfu(self, tokens_per_second: float, peak_flops: float) -> float:
+        """Model FLOPs utilization of training: the share of the device's peak_flops (per second) that is put to use."""
+        return self.flops_per_token() * tokens_per_second / peak_flops
+
+
+def pick_device(name: str = "auto") -> torch.device:
+    """The device of that name; auto is the accelerator, if any, else the CPU. ValueError if PyTorch finds it not."""
+    try:
+        if name == "auto":
+            return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as e:
+        raise ValueError(f"PyTorch finds no device {name!r} here") from e
+
+
+def _only_row(steps: Generator[list[int | None], None, list[str]]) -> Generator[int, None, str]:
+    """The one row of a batch of one."""
+    try:
+        while True:
+            [token] = next(steps)
+            assert token is not None
+            yield token
+    except StopIteration as end:
+        return end.value[0]
+    finally:
+        steps.close()
