@@ -106,9 +106,9 @@ class KVCache:
         attend to, (B or 1, 1, T, S) bool, or None where plain causal attention says the same.
         """
         shortest, longest = int(self.lengths.min()), int(self.lengths.max())
-        self._end = longest + T
-        if self._end > self.max_len:
+        if longest + T > self.max_len:
             raise ValueError(f"a row of {longest} tokens and {T} new ones do not fit a KVCache of {self.max_len}")
+        self._end = longest + T
         ragged = shortest < longest
         starts = self.lengths if ragged else self.lengths[:1]
         positions = (starts[:, None] + torch.arange(T)).to(self.k.device)  # (B or 1, T)
@@ -287,6 +287,19 @@ def penalize(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
     return torch.where(seen, torch.where(logits < 0, logits * penalty, logits / penalty), logits)
 
 
+def _only_row(steps: Generator[list[int | None], None, list[str]]) -> Generator[int, None, str]:
+    """The one row of a batch of one."""
+    try:
+        while True:
+            [token] = next(steps)
+            assert token is not None
+            yield token
+    except StopIteration as end:
+        return end.value[0]
+    finally:
+        steps.close()
+
+
 # -----------------------------------------------------------------------------
 # The optimizer of the matrices
 
@@ -333,12 +346,11 @@ class Muon(torch.optim.Optimizer):
                     self.state[p]["momentum_buffer"] = torch.zeros_like(p)
             buffers = [self.state[p]["momentum_buffer"] for p in params]
             torch._foreach_lerp_(buffers, grads, 1 - group["momentum"])
-            updates = torch.stack(
-                torch._foreach_lerp(grads, buffers, group["momentum"])
-            )  # Nesterov; (N, rows, columns)
-            if updates.is_cuda:
-                updates = updates.bfloat16()
+            nesterov = torch._foreach_lerp(grads, buffers, group["momentum"])
+            updates = torch.stack(nesterov)  # (N, rows, columns)
             rows, columns = updates.shape[-2:]
+            if updates.is_cuda:
+                updates = updates.bfloat16()  # precise enough, and several times faster there
             updates = orthogonalize(updates).to(params[0].dtype) * max(1, rows / columns) ** 0.5
             torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
             torch._foreach_add_(params, updates.unbind(), alpha=-group["lr"])
@@ -622,27 +634,23 @@ class GPT(nn.Module):
         embd_lr: float = 0.3,
         head_lr: float = 0.004,
         weight_decay: float = 0.0,
+        momentum: float = 0.95,
         betas: tuple[float, float] = (0.8, 0.95),
     ) -> list[torch.optim.Optimizer]:
         """[Muon for the blocks' matrices, AdamW for the rest]: each parameter is in exactly one group.
 
-        learning_rate is Muon's. Every group remembers its rate as `initial_lr`, for a schedule to scale.
+        learning_rate, weight_decay and momentum are Muon's. Every group remembers its rate as `initial_lr`, for a
+        schedule to scale.
         """
         matrices: dict[torch.Size, list[nn.Parameter]] = {}
         for p in self.h.parameters():
             matrices.setdefault(p.shape, []).append(p)
-        muon = Muon([dict(params=params) for params in matrices.values()], lr=learning_rate, weight_decay=weight_decay)
-        adamw = torch.optim.AdamW(
-            [
-                dict(params=list(self.wte.parameters()), lr=embd_lr),
-                dict(params=list(self.lm_head.parameters()), lr=head_lr),
-            ],
-            betas=betas,
-            eps=1e-10,
-            weight_decay=0.0,
-            fused=True,
-        )
-        optimizers = [muon, adamw]
+        stacks = [dict(params=params) for params in matrices.values()]
+        tables = [dict(params=[self.wte.weight], lr=embd_lr), dict(params=[self.lm_head.weight], lr=head_lr)]
+        optimizers = [
+            Muon(stacks, lr=learning_rate, momentum=momentum, weight_decay=weight_decay),
+            torch.optim.AdamW(tables, betas=betas, eps=1e-10, weight_decay=0.0, fused=True),
+        ]
         for optimizer in optimizers:
             for group in optimizer.param_groups:
                 group["initial_lr"] = group["lr"]
@@ -669,16 +677,3 @@ def pick_device(name: str = "auto") -> torch.device:
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as e:
         raise ValueError(f"PyTorch finds no device {name!r} here") from e
-
-
-def _only_row(steps: Generator[list[int | None], None, list[str]]) -> Generator[int, None, str]:
-    """The one row of a batch of one."""
-    try:
-        while True:
-            [token] = next(steps)
-            assert token is not None
-            yield token
-    except StopIteration as end:
-        return end.value[0]
-    finally:
-        steps.close()

@@ -71,6 +71,8 @@ class Tokenizer:
             if d["kind"] != "tiktoken":
                 raise ValueError(d["kind"])
             ranks = {base64.b64decode(token): rank for rank, token in enumerate(d["tokens"])}
+            if len(ranks) < len(d["tokens"]):
+                raise ValueError("a token comes twice")
             return cls(
                 tiktoken.Encoding(
                     d["name"], pat_str=d["pattern"], mergeable_ranks=ranks, special_tokens=d["special_tokens"]

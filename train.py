@@ -41,6 +41,7 @@ class Config(GPTConfig):
     embd_lr: float = 0.3  # of the embedding, by AdamW
     head_lr: float = 0.004  # of the head, by AdamW
     weight_decay: float = 0.0  # of the blocks' matrices
+    momentum: float = 0.95  # Muon's decay of the mean gradient
     beta1: float = 0.8  # AdamW's decay of the mean gradient
     beta2: float = 0.95  # AdamW's decay of the mean squared gradient
     grad_clip: float = 0.0  # largest norm of the gradient; 0 switches it off
@@ -83,7 +84,8 @@ def pick_dtype(config: Config, device: torch.device) -> AbstractContextManager:
     dtype = config.dtype
     if dtype == "auto":
         dtype = "bfloat16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "float32"
-    torch.set_float32_matmul_precision("high")  # TF32 for what is left in float32
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")  # TF32 for what is left in float32; a CPU it would slow down
     return torch.autocast(device.type, torch.bfloat16) if dtype == "bfloat16" else nullcontext()
 
 
@@ -247,7 +249,12 @@ def main() -> None:
             raise UserError(f"{path} has {was}: a resumed run keeps its architecture; give a new one another --out_dir")
     check_dataset(data, config.dataset, model.config)
     optimizers = model.configure_optimizers(
-        config.learning_rate, config.embd_lr, config.head_lr, config.weight_decay, (config.beta1, config.beta2)
+        config.learning_rate,
+        config.embd_lr,
+        config.head_lr,
+        config.weight_decay,
+        config.momentum,
+        (config.beta1, config.beta2),
     )
     if resume:
         step, best = saved["step"], saved["best"]

@@ -1,0 +1,21 @@
+# The first run: about a minute on a laptop's CPU, from the standard library's source to text that looks like Python.
+# Shape, batch and rates are what bought the lowest validation bits per byte in that minute on 2 cores.
+out_dir = "out/tiny"
+dataset = "stdlib"
+tokenizer = "bytes"
+
+n_layer = 2
+n_head = 2
+n_embd = 128
+sequence_len = 128
+
+batch_size = 16
+max_iters = 900
+momentum = 0.9
+head_lr = 0.01
+warmdown = 0.5
+eval_interval = 300
+eval_iters = 64
+log_interval = 10
+
+sample_prompt = "def "

@@ -1,0 +1,60 @@
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from gpt import GPT, GPTConfig
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def make_model(dtype: torch.dtype = torch.float64, seed: int = 0, **config) -> GPT:
+    """A small model whose weights are all random: a fresh one's blocks and head are zero, and hide mistakes."""
+    torch.manual_seed(seed)
+    defaults = dict(sequence_len=32, vocab_size=61, n_layer=3, n_head=4, n_kv_head=2, n_embd=32)
+    model = GPT(GPTConfig(**defaults | config))
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.3)
+    return model.to(dtype)
+
+
+def run(*args: str | Path, cwd: Path = ROOT, status: int = 0, stdin: str = "") -> subprocess.CompletedProcess:
+    """Run a script of the repository as a user would, and check its exit status."""
+    done = subprocess.run(
+        [sys.executable, *map(str, args)], cwd=cwd, input=stdin, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == status, f"status {done.returncode}\n{done.stdout}\n{done.stderr}"
+    return done
+
+
+def error(*args: str | Path, status: int = 2, **kwargs) -> str:
+    """The one line on stderr of a run that fails."""
+    done = run(*args, status=status, **kwargs)
+    lines = done.stderr.splitlines()
+    assert len(lines) == 1 and lines[0].startswith("error: "), done.stderr
+    return lines[0]
+
+
+@pytest.fixture(scope="session")
+def dataset(tmp_path_factory) -> Path:
+    """A small dataset of bytes, prepared from text that repeats itself."""
+    folder = tmp_path_factory.mktemp("dataset")
+    text = folder / "text"
+    text.mkdir()
+    for i in range(20):
+        (text / f"{i:02}.txt").write_text("".join(f"def f{j}(x):\n    return x + {i * j}\n\n" for j in range(40)))
+    run("data/text/prepare.py", "--input", text, "--out_dir", folder)
+    return folder
+
+
+SMALL = ["--n_layer=2", "--n_head=2", "--n_embd=16", "--sequence_len=16", "--batch_size=4", "--eval_iters=2"]
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory, dataset) -> Path:
+    """The out_dir of a short run."""
+    out = tmp_path_factory.mktemp("out") / "run"
+    run("train.py", *SMALL, f"--dataset={dataset}", f"--out_dir={out}", "--max_iters=20", "--eval_interval=10")
+    return out

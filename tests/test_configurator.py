@@ -1,0 +1,254 @@
+import sys
+from dataclasses import dataclass
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import configurator
+import sample
+import train
+from configurator import UserError, parse
+
+
+@dataclass
+class Base:
+    n_layer: int = 12  # number of blocks
+    n_kv_head: int | None = None  # key/value heads
+
+
+@dataclass
+class Config(Base):
+    out_dir: str = "out"  # where it goes, "quoted" # and hashed
+    learning_rate: float = 6e-4  # how fast
+    compile: bool = False  # torch.compile
+    top_p: float | None = None  # nucleus
+
+    def __post_init__(self):
+        if self.n_layer > 1000:
+            raise ValueError(f"n_layer {self.n_layer} is too many")
+
+
+@pytest.fixture
+def file(tmp_path):
+    def write(text: str, name: str = "c.py") -> str:
+        (tmp_path / name).write_text(text)
+        return str(tmp_path / name)
+
+    return write
+
+
+def test_defaults_files_and_flags_apply_from_left_to_right(file):
+    assert parse(Config, []) == Config()
+    a, b = file("n_layer = 3\nout_dir = 'a'"), file("n_layer = 4", "b.py")
+    assert parse(Config, [a, b]).n_layer == 4
+    assert parse(Config, [b, a]).n_layer == 3
+    assert parse(Config, ["--n_layer=9", a]).n_layer == 3
+    assert parse(Config, [a, "--n_layer=9"]) == Config(n_layer=9, out_dir="a")
+
+
+@pytest.mark.parametrize(
+    "argv, expected",
+    [
+        (["--n_layer", "5"], Config(n_layer=5)),
+        (["--n-layer=5"], Config(n_layer=5)),
+        (["--n_layer=1_000"], Config(n_layer=1000)),
+        (["--n_layer=1e2"], Config(n_layer=100)),
+        (["--n_layer", "-5"], Config(n_layer=-5)),
+        (["--n_kv_head=4"], Config(n_kv_head=4)),
+        (["--n_kv_head=4", "--n_kv_head=None"], Config()),
+        (["--learning_rate=1"], Config(learning_rate=1.0)),
+        (["--learning_rate=1e-3"], Config(learning_rate=1e-3)),
+        (["--compile"], Config(compile=True)),
+        (["--compile", "--n_layer=5"], Config(compile=True, n_layer=5)),
+        (["--compile=False"], Config()),
+        (["--compile", "true"], Config(compile=True)),
+        (["--compile=0"], Config()),
+        (["--out_dir=a=b"], Config(out_dir="a=b")),
+        (["--out_dir", "--x"], Config(out_dir="--x")),
+        (["--out_dir="], Config(out_dir="")),
+        (["--out_dir=12"], Config(out_dir="12")),
+        (["--top_p=0.5"], Config(top_p=0.5)),
+        (["--top_p=1"], Config(top_p=1.0)),
+    ],
+)
+def test_flags(argv, expected):
+    config = parse(Config, argv)
+    assert config == expected
+    assert [type(v) for v in vars(config).values()] == [type(v) for v in vars(expected).values()]
+
+
+def test_files_hold_literals_and_arithmetic(file):
+    text = '''"""A docstring."""
+# a comment
+n_layer = 2 * 3 + 4 ** 2 // 5 - 7 % 4
+n_kv_head = n_layer // 2
+learning_rate = -(6e-4 / n_kv_head)
+compile = True
+top_p = None
+'''
+    config = parse(Config, [file(text)])
+    assert config == Config(n_layer=6, n_kv_head=3, learning_rate=-(6e-4 / 3), compile=True)
+
+
+@pytest.mark.parametrize(
+    "text, words",
+    [
+        ("n_layer = 3\nn_layers = 4", (":2:", "n_layers", "did you mean 'n_layer'")),
+        ("n_layer = 'three'", (":1:", "n_layer must be int", "'three'")),
+        ("n_layer = 2.5", ("must be int",)),
+        ("n_layer = True", ("must be int",)),
+        ("compile = 1", ("must be bool",)),
+        ("out_dir = 3", ("must be str",)),
+        ("n_kv_head = 'a'", ("must be int or None",)),
+        ("n_layer = x", ("'x' is not assigned above",)),
+        ("n_layer = n_kv_head", ("'n_kv_head' is not assigned above",)),
+        ("n_layer = __import__('os').system('touch ran')", ("neither a literal nor arithmetic",)),
+        ("import os", (":1:", "plain assignments")),
+        ("n_layer += 1", ("plain assignments",)),
+        ("for n_layer in (1, 2): pass", ("plain assignments",)),
+        ("n_layer = (1", (":1:",)),
+        ("n_layer = 1 / 0", (":1:", "division by zero")),
+        ("n_layer = 9 ** 9 ** 9", ("exponent",)),
+        ("n_layer = 'a' * 3", ("not a number",)),
+        ("n_layer = (-8) ** 0.5", ("real number",)),
+        ("n_layer = 10 ** 60 ** 1 * 10 ** 60 * 10 ** 60 * 10 ** 60 * 10 ** 60 * 10 ** 64", ("sensible size",)),
+        ("learning_rate = 1e308 * 10", ("sensible size",)),
+        ("n_layer = 1001", ("1001 is too many",)),
+        ("n_layer = (1, 2)", ("must be int",)),
+        ("n_layer = [1 for _ in (1,)]", ("neither",)),
+        ("n_layer = f'{1}'", ("neither",)),
+        ("n_layer = 1 if 1 else 2", ("neither",)),
+        ("\0", ()),
+    ],
+)
+def test_bad_files_say_where_and_what(file, text, words, tmp_path):
+    with pytest.raises(UserError) as e:
+        parse(Config, [file(text)])
+    assert all(word in str(e.value) for word in words), str(e.value)
+    assert "\n" not in str(e.value)
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize(
+    "argv, words",
+    [
+        (["--n_layers=3"], ("n_layers", "did you mean 'n_layer'")),
+        (["--zzz=3"], ("zzz", "--help")),
+        (["--n_layer=three"], ("n_layer must be int", "'three'")),
+        (["--n_layer=2.5"], ("must be int",)),
+        (["--n_layer="], ("must be int",)),
+        (["--n_layer"], ("needs a value",)),
+        (["--compile=maybe"], ("must be bool", "maybe")),
+        (["--learning_rate=fast"], ("must be float",)),
+        (["missing.py"], ("missing.py", "No such file")),
+        (["tiny"], ("'tiny'", "config file")),
+        (["-n", "3"], ("'-n'",)),
+        (["--n_layer=__import__('os')"], ("must be int",)),
+        (["--"], ("unknown key",)),
+    ],
+)
+def test_bad_flags_say_what_to_do(argv, words):
+    with pytest.raises(UserError) as e:
+        parse(Config, argv)
+    assert all(word in str(e.value) for word in words), str(e.value)
+
+
+words = st.one_of(
+    st.text(max_size=12),
+    st.sampled_from(
+        ["--n_layer", "--n_layer=3", "--compile", "--out-dir=x", "--top_p=1", "=", "--=", "--n_layer=1e999"]
+    ),
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(argv=st.lists(words, max_size=5))
+def test_any_arguments_give_a_config_or_a_user_error(argv):
+    if {"-h", "--help"} & set(argv):
+        return
+    try:
+        assert isinstance(parse(Config, argv), Config)
+    except UserError as e:
+        assert str(e)
+
+
+expressions = st.recursive(
+    st.one_of(st.integers().map(str), st.floats().map(repr), st.sampled_from(["n_layer", "None", "True", "'a'", "x"])),
+    lambda e: st.one_of(
+        st.tuples(e, st.sampled_from(["+", "-", "*", "/", "//", "%", "**", "@", "<<", "and"]), e).map(
+            lambda t: f"({t[0]} {t[1]} {t[2]})"
+        ),
+        e.map(lambda x: f"-{x}"),
+        e.map(lambda x: f"open({x})"),
+        e.map(lambda x: f"[{x}]"),
+    ),
+    max_leaves=8,
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    lines=st.lists(
+        st.one_of(
+            st.text(max_size=20), st.tuples(st.sampled_from(["n_layer", "top_p", "zzz"]), expressions).map(" = ".join)
+        ),
+        max_size=4,
+    )
+)
+def test_any_file_gives_a_config_or_a_user_error(lines, tmp_path_factory):
+    path = tmp_path_factory.getbasetemp() / "any.py"
+    path.write_bytes("\n".join(lines).encode("utf-8", "surrogatepass"))
+    try:
+        assert isinstance(parse(Config, [str(path)]), Config)
+    except UserError as e:
+        assert str(e)
+
+
+def test_help_lists_every_key_with_default_and_comment(capsys, monkeypatch):
+    with pytest.raises(SystemExit) as e:
+        parse(Config, ["--help"])
+    assert e.value.code == 0
+    out = capsys.readouterr().out
+    for line in ("--n_layer=12 number of blocks", "--out_dir='out' where it goes, \"quoted\" # and hashed"):
+        assert line in " ".join(out.split())
+
+
+@pytest.mark.parametrize("cls", [train.Config, sample.Config])
+def test_every_key_of_the_scripts_is_documented(cls):
+    comments = configurator._comments(cls)
+    assert set(comments) == set(cls.__dataclass_fields__)
+
+
+@pytest.mark.parametrize(
+    "raised, status, line",
+    [
+        (UserError("what"), 2, "error: what\n"),
+        (configurator.RunError("what"), 1, "error: what\n"),
+        (KeyboardInterrupt(), 130, ""),
+        (None, 0, ""),
+    ],
+)
+def test_exit_statuses(capsys, raised, status, line):
+    def main():
+        if raised:
+            raise raised
+
+    with pytest.raises(SystemExit) as e:
+        configurator.run(main)
+    assert e.value.code == status and capsys.readouterr().err == line
+
+
+def test_a_bug_keeps_its_traceback():
+    def main():
+        raise ValueError("a bug")
+
+    with pytest.raises(ValueError):
+        configurator.run(main)
+
+
+def test_the_configs_that_come_with_it_are_valid(monkeypatch):
+    for path in sorted((train.ROOT / "config").glob("*.py")):
+        assert parse(train.Config, [str(path)]).out_dir.startswith("out/")
+    monkeypatch.setattr(sys, "argv", ["train.py", "--n_layer=3"])
+    assert parse(train.Config).n_layer == 3

@@ -1,0 +1,158 @@
+import pytest
+import torch
+from conftest import make_model
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+
+def uncached(model, tokens: list[int], n: int) -> list[int]:
+    """Greedy tokens by the documented rule, without a cache: a full window is cut to its last half."""
+    window, out = model.config.sequence_len, []
+    context = tokens[-window:]
+    for _ in range(n):
+        if len(context) > window:
+            context = context[-max(1, window // 2) :]
+        token = model(torch.tensor([context]))[0, -1].argmax().item()
+        context = [*context, token]
+        out.append(token)
+    return out
+
+
+def finish(steps):
+    """All that a generator yields, and what it returns."""
+    out = []
+    try:
+        while True:
+            out.append(next(steps))
+    except StopIteration as end:
+        return out, end.value
+
+
+@settings(max_examples=25, deadline=None)
+@given(length=st.integers(1, 50), window=st.integers(1, 24), seed=st.integers(0, 99))
+def test_greedy_equals_the_loop_without_a_cache_past_the_window_too(length, window, seed):
+    model = make_model(seed=seed, sequence_len=window).eval()
+    tokens = torch.randint(61, (length,)).tolist()
+    out, reason = finish(model.generate(tokens, 60, temperature=0))
+    assert out == uncached(model, tokens, 60)
+    assert reason == "length"
+
+
+@settings(max_examples=25, deadline=None)
+@given(lengths=st.lists(st.integers(1, 40), min_size=1, max_size=8), seed=st.integers(0, 99))
+def test_rows_of_a_batch_get_what_they_would_get_alone(lengths, seed):
+    model = make_model(seed=seed, sequence_len=24)
+    prompts = [torch.randint(61, (n,)).tolist() for n in lengths]
+    rows, reasons = finish(model.generate_batch(prompts, 40, temperature=0))
+    assert reasons == ["length"] * len(prompts)
+    for b, prompt in enumerate(prompts):
+        assert [row[b] for row in rows] == list(model.generate(prompt, 40, temperature=0))
+
+
+def test_rows_end_on_their_own_and_change_nothing_in_the_others():
+    model = make_model()
+    prompts = [[1, 2, 3], [4], [5, 6]]
+    full, _ = finish(model.generate_batch(prompts, 25, seed=3))
+    stop = full[4][1]
+    rows, reasons = finish(model.generate_batch(prompts, 25, seed=3, stop_tokens=[stop]))
+    for b in range(3):
+        column = [row[b] for row in full]
+        expected = column[: column.index(stop) + 1] if stop in column else column
+        assert [row[b] for row in rows if row[b] is not None] == expected
+        assert reasons[b] == ("stop" if stop in column else "length")
+    assert "stop" in reasons
+
+
+def test_num_samples_are_drawn_independently_from_one_prefill(monkeypatch):
+    model = make_model()
+    prefills = []
+    monkeypatch.setattr(model, "_prefill", lambda *a, f=model._prefill: prefills.append(a) or f(*a))
+    rows, reasons = finish(model.generate_batch([[1, 2], [3, 4, 5]], 12, num_samples=4, temperature=1.5))
+    assert len(prefills) == 1 and len(reasons) == 8
+    columns = {tuple(row[b] for row in rows) for b in range(4)}
+    assert len(columns) == 4
+    greedy, _ = finish(model.generate_batch([[1, 2], [3, 4, 5]], 12, num_samples=2, temperature=0))
+    alone = [list(model.generate(p, 12, temperature=0)) for p in ([1, 2], [3, 4, 5])]
+    assert [[row[b] for row in greedy] for b in range(4)] == [alone[0], alone[0], alone[1], alone[1]]
+
+
+def test_the_seed_decides():
+    model = make_model()
+    draw = lambda seed: list(model.generate([1, 2, 3], 30, seed=seed))  # noqa: E731
+    torch.manual_seed(5)
+    first, state = draw(7), torch.get_rng_state()
+    torch.manual_seed(6)
+    assert draw(7) == first != draw(8)
+    torch.manual_seed(5)
+    assert torch.equal(torch.get_rng_state(), state), "generation must not touch the global generator"
+
+
+def test_stop_token_is_yielded_then_ends_it():
+    model = make_model()
+    tokens = list(model.generate([1], 20, temperature=0))
+    stop = tokens[5]
+    out, reason = finish(model.generate([1], 20, temperature=0, stop_tokens=[stop]))
+    assert out == tokens[: tokens.index(stop) + 1] and reason == "stop"
+
+
+def test_it_streams():
+    model = make_model()
+    forwards = []
+    model.norm.register_forward_hook(lambda *_: forwards.append(1))
+    steps = model.generate([1, 2], 10)
+    assert forwards == []
+    next(steps), next(steps)
+    assert len(forwards) == 2
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_the_mode_is_given_back_however_it_ends(training):
+    model = make_model(dropout=0.5).train(training)
+    for _ in model.generate([1], 10):
+        assert not model.training
+        break
+    assert model.training == training
+    list(model.generate([1], 3))
+    assert model.training == training
+    steps = model.generate([1], 10)
+    next(steps)
+    with pytest.raises(RuntimeError):
+        steps.throw(RuntimeError("the caller's"))
+    assert model.training == training
+    model(torch.tensor([[1, 2]]), torch.tensor([[2, 3]])).backward()  # and gradients flow as before
+
+
+def test_a_penalty_over_prompt_and_generated_tokens():
+    model = make_model()
+    out = list(model.generate([7, 8], 40, temperature=0, repetition_penalty=1e9))
+    assert len(set(out) | {7, 8}) == len(out) + 2, "with such a penalty no token may come twice"
+
+
+@pytest.mark.parametrize(
+    "prompt, settings, words",
+    [
+        ([], {}, "empty"),
+        ([1, 61], {}, "61"),
+        ([-1], {}, "-1"),
+        ([1], dict(max_tokens=-1), "max_tokens"),
+        ([1], dict(temperature=-0.5), "-0.5"),
+        ([1], dict(temperature=float("nan")), "temperature"),
+        ([1], dict(top_k=-1), "top_k"),
+        ([1], dict(top_p=1.5), "1.5"),
+        ([1], dict(top_p=-0.1), "top_p"),
+        ([1], dict(min_p=1.0), "min_p"),
+        ([1], dict(repetition_penalty=0.0), "repetition_penalty"),
+    ],
+)
+def test_bad_input_is_an_error_at_the_call(prompt, settings, words):
+    with pytest.raises(ValueError, match=words):
+        make_model().generate(prompt, **dict(max_tokens=5) | settings)
+
+
+def test_bad_batches_are_errors_at_the_call():
+    model = make_model()
+    for bad in ([], [[1], []], [[1], [61]]):
+        with pytest.raises(ValueError):
+            model.generate_batch(bad, 5)
+    with pytest.raises(ValueError, match="num_samples"):
+        model.generate_batch([[1]], 5, num_samples=0)

@@ -1,0 +1,190 @@
+import math
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT, make_model
+from transformers import NanoChatConfig, NanoChatForCausalLM
+
+from gpt import GPT, GPTConfig, rope, rotate
+
+
+def nanochat(model: GPT) -> NanoChatForCausalLM:
+    """The same weights in Hugging Face's model, written independently of ours.
+
+    There a head's channel i turns with channel i + D/2, here 2i with 2i + 1; and there the angle has the other sign,
+    which swaps the two.
+    """
+    c = model.config
+    theirs = NanoChatForCausalLM(
+        NanoChatConfig(
+            vocab_size=c.vocab_size,
+            hidden_size=c.n_embd,
+            intermediate_size=4 * c.n_embd,
+            num_hidden_layers=c.n_layer,
+            num_attention_heads=c.n_head,
+            num_key_value_heads=c.n_kv_head,
+            max_position_embeddings=c.sequence_len,
+            rms_norm_eps=c.norm_eps,
+            final_logit_softcapping=c.softcap,
+            rope_parameters={"rope_type": "default", "rope_theta": c.rope_base},
+        )
+    )
+
+    def halves(weight: torch.Tensor) -> torch.Tensor:
+        pairs = weight.view(-1, c.head_dim // 2, 2, c.n_embd)  # (heads, D/2, 2, C)
+        return pairs.flip(2).transpose(1, 2).reshape(weight.shape)  # (heads, 2, D/2, C)
+
+    weights = {"model.embed_tokens.weight": model.wte.weight, "lm_head.weight": model.lm_head.weight}
+    for i, block in enumerate(model.h):
+        layer = f"model.layers.{i}"
+        weights |= {
+            f"{layer}.self_attn.q_proj.weight": halves(block.attn.c_q.weight),
+            f"{layer}.self_attn.k_proj.weight": halves(block.attn.c_k.weight),
+            f"{layer}.self_attn.v_proj.weight": block.attn.c_v.weight,
+            f"{layer}.self_attn.o_proj.weight": block.attn.c_proj.weight,
+            f"{layer}.mlp.fc1.weight": block.mlp.c_fc.weight,
+            f"{layer}.mlp.fc2.weight": block.mlp.c_proj.weight,
+        }
+    theirs.load_state_dict(weights)
+    return theirs.to(model.dtype).eval()
+
+
+@pytest.mark.parametrize("n_kv_head", [None, 1, 2, 4])
+@pytest.mark.parametrize("softcap, rope_base", [(15.0, 10_000.0), (3.0, 500.0)])
+def test_logits_equal_transformers(n_kv_head, softcap, rope_base):
+    model = make_model(torch.float32, n_kv_head=n_kv_head, softcap=softcap, rope_base=rope_base, sequence_len=300)
+    for weight in model.parameters():
+        weight.data *= 0.3
+    idx = torch.randint(model.config.vocab_size, (3, 300))
+    with torch.no_grad():
+        ours, theirs = model(idx), nanochat(model)(idx).logits
+    assert ours.abs().max() > 0.5
+    assert (ours - theirs).abs().max() < 1e-5
+
+
+def test_a_fresh_model_knows_nothing_and_each_block_is_the_identity():
+    config = GPTConfig(sequence_len=64, vocab_size=1000, n_layer=4, n_head=4, n_embd=64)
+    model = GPT(config)
+    idx = torch.randint(1000, (8, 64))
+    assert model(idx, idx).item() == pytest.approx(math.log(1000), rel=0.01)
+    assert torch.equal(model.hidden(idx), model.norm(model.embd_norm(model.wte(idx))))
+
+
+def test_loss_reductions_and_ignored_targets():
+    model = make_model()
+    idx, targets = torch.randint(61, (2, 4, 16))
+    each = model(idx, targets, loss_reduction="none")
+    assert each.shape == (64,)
+    assert torch.allclose(each.mean(), model(idx, targets))
+    logits = model(idx)
+    by_hand = -logits.log_softmax(-1).gather(-1, targets[..., None]).flatten()
+    assert torch.allclose(each, by_hand)
+    targets[:, ::3] = -1
+    kept = (targets != -1).flatten()
+    assert torch.allclose(model(idx, targets), each[kept].mean())
+    assert (model(idx, targets, loss_reduction="none")[~kept] == 0).all()
+
+
+def test_logits_are_capped_and_in_float32_or_better():
+    idx = torch.randint(61, (2, 16))
+    for dtype, expected in ((torch.bfloat16, torch.float32), (torch.float32, torch.float32), (torch.float64,) * 2):
+        model = make_model(dtype)
+        model.lm_head.weight.data *= 100
+        logits = model(idx)
+        assert logits.dtype == expected and logits.shape == (2, 16, 61)
+        assert 14 < logits.abs().max() <= 15
+    model = make_model(softcap=0.0)
+    model.lm_head.weight.data *= 100
+    assert model(idx).abs().max() > 15
+
+
+def test_the_future_has_no_influence():
+    model = make_model()
+    idx = torch.randint(61, (1, 32))
+    changed = idx.clone()
+    changed[:, 20:] = torch.randint(61, (12,))
+    assert torch.equal(model(idx)[:, :20], model(changed)[:, :20])
+    assert not torch.allclose(model(idx)[:, 20:], model(changed)[:, 20:])
+
+
+def test_attention_sees_distances_not_positions():
+    config = GPTConfig(n_head=4, n_embd=32)
+    q, k = torch.randn(2, 1, 1, 4, 8, dtype=torch.float64)
+
+    def score(p: int) -> torch.Tensor:
+        turned = [rotate(x, rope(torch.tensor([[at]]), config, x.dtype)) for x, at in ((q, p + 5), (k, p))]
+        return (turned[0] * turned[1]).sum(-1)
+
+    assert torch.allclose(score(0), score(7)) and torch.allclose(score(0), score(50))
+
+
+def test_rotations_are_exact_whatever_the_dtype_of_the_model():
+    config = GPTConfig(n_head=1, n_embd=64)
+    positions = torch.tensor([[4095]])
+    exact = rope(positions, config, torch.float64)
+    assert (rope(positions, config, torch.bfloat16) - exact).abs().max() < 1e-3
+
+
+def test_dropout_acts_in_training_only():
+    model = make_model(dropout=0.5)
+    idx = torch.randint(61, (2, 16))
+    assert not torch.equal(model(idx), model(idx))
+    model.eval()
+    assert torch.equal(model(idx), model(idx))
+
+
+@pytest.mark.parametrize(
+    "shape, words",
+    [
+        (dict(n_embd=100, n_head=3), ("100", "3")),
+        (dict(n_head=4, n_kv_head=3), ("4", "3")),
+        (dict(n_embd=12, n_head=4), ("12", "4")),
+        (dict(n_layer=0), ("n_layer", "0")),
+        (dict(dropout=1.0), ("dropout", "1.0")),
+        (dict(softcap=-1.0), ("softcap", "-1.0")),
+    ],
+)
+def test_impossible_shapes_say_both_numbers(shape, words):
+    with pytest.raises(ValueError) as e:
+        GPTConfig(**shape)
+    assert all(word in str(e.value) for word in words)
+
+
+def test_more_tokens_than_the_context_is_an_error():
+    with pytest.raises(ValueError, match=r"33 .* 32"):
+        make_model()(torch.zeros(1, 33, dtype=torch.long))
+
+
+def test_num_params_flops_and_mfu():
+    config = GPTConfig(sequence_len=8, vocab_size=50, n_layer=2, n_head=2, n_kv_head=1, n_embd=16)
+    model = GPT(config)
+    block = 16 * 16 * 2 + 16 * 8 * 2 + 2 * 16 * 64
+    assert model.num_params() == 2 * block + 2 * 50 * 16
+    assert model.flops_per_token() == 6 * (2 * block + 50 * 16) + 12 * 2 * 16 * 8
+    assert model.estimate_mfu(1000, model.flops_per_token() * 2000) == pytest.approx(0.5)
+
+
+def test_gpt_py_works_alone_in_an_empty_folder(tmp_path):
+    shutil.copy(ROOT / "gpt.py", tmp_path)
+    code = """
+import gpt, torch
+model = gpt.GPT(gpt.GPTConfig(sequence_len=16, vocab_size=50, n_layer=2, n_head=2, n_embd=16))
+idx = torch.randint(50, (4, 17))
+before = model(idx[:, :-1], idx[:, 1:])
+before.backward()
+for optimizer in model.configure_optimizers():
+    optimizer.step()
+assert model(idx[:, :-1], idx[:, 1:]) < before
+assert len(list(model.generate([1, 2, 3], 20))) == 20
+"""
+    done = subprocess.run([sys.executable, "-I", "-c", f"import sys; sys.path.insert(0, '.')\n{code}"], cwd=tmp_path)
+    assert done.returncode == 0
+
+
+def test_importing_gpt_has_no_side_effect():
+    code = "import torch; a = torch.get_rng_state(); import gpt; assert torch.equal(a, torch.get_rng_state())"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True)
+    assert done.returncode == 0 and done.stdout == b"" and done.stderr == b""

@@ -1,0 +1,89 @@
+import pytest
+import torch
+from conftest import make_model
+
+from gpt import Muon, orthogonalize
+
+
+def test_every_parameter_is_in_exactly_one_group():
+    model = make_model()
+    grouped = [p for o in model.configure_optimizers() for group in o.param_groups for p in group["params"]]
+    assert sorted(map(id, grouped)) == sorted(map(id, model.parameters()))
+
+
+def test_rates_go_where_they_belong():
+    model = make_model()
+    muon, adamw = model.configure_optimizers(
+        0.1, embd_lr=0.2, head_lr=0.3, weight_decay=0.4, momentum=0.7, betas=(0.5, 0.6)
+    )
+    rates = {id(p): g["initial_lr"] for o in (muon, adamw) for g in o.param_groups for p in g["params"]}
+    assert rates[id(model.wte.weight)] == 0.2 and rates[id(model.lm_head.weight)] == 0.3
+    assert all(rates[id(p)] == 0.1 for p in model.h.parameters())
+    assert all((g["weight_decay"], g["momentum"]) == (0.4, 0.7) for g in muon.param_groups)
+    assert all(g["betas"] == (0.5, 0.6) for g in adamw.param_groups)
+
+
+@pytest.mark.parametrize("shape", [(3, 16, 16), (2, 8, 40), (2, 40, 8), (1, 1, 5)])
+def test_orthogonalize_keeps_the_singular_vectors_and_makes_the_values_one(shape):
+    torch.manual_seed(0)
+    U, S, Vh = torch.linalg.svd(torch.randn(shape, dtype=torch.float64), full_matrices=False)
+    S = S.clamp_min(0.05 * S.amax())
+    X = orthogonalize(U * S[:, None, :] @ Vh)
+    values = torch.linalg.svdvals(X)
+    assert values.min() > 0.8 and values.max() < 1.2
+    assert (X - U @ Vh).norm(dim=(-2, -1)).max() < 0.2 * shape[-1] ** 0.5
+
+
+def test_stacked_muon_equals_one_matrix_after_the_other():
+    torch.manual_seed(0)
+    together = [torch.nn.Parameter(torch.randn(12, 20, dtype=torch.float64)) for _ in range(3)]
+    alone = [torch.nn.Parameter(p.detach().clone()) for p in together]
+    optimizers = [Muon(together, lr=0.1, weight_decay=0.1), *(Muon([p], lr=0.1, weight_decay=0.1) for p in alone)]
+    for _ in range(4):
+        for p, q in zip(together, alone, strict=True):
+            p.grad = torch.randn(12, 20, dtype=torch.float64)
+            q.grad = p.grad.clone()
+        for optimizer in optimizers:
+            optimizer.step()
+    assert all(torch.allclose(p, q, atol=1e-12) for p, q in zip(together, alone, strict=True))
+
+
+def test_muon_does_what_torch_muon_does_up_to_the_iteration():
+    """The same momentum, decay and scale: steps differ only by how near the iteration comes to orthogonal."""
+    torch.manual_seed(0)
+    ours = torch.nn.Parameter(torch.randn(30, 20))
+    reference = torch.nn.Parameter(ours.detach().clone())
+    a = Muon([ours], lr=0.1, momentum=0.9, weight_decay=0.2)
+    b = torch.optim.Muon([reference], lr=0.1, momentum=0.9, weight_decay=0.2)
+    start = ours.detach().clone()
+    for _ in range(5):
+        ours.grad = torch.randn(30, 20)
+        reference.grad = ours.grad.clone()
+        a.step(), b.step()
+    moved, expected = ours - start, reference - start
+    assert torch.nn.functional.cosine_similarity(moved.flatten(), expected.flatten(), dim=0) > 0.99
+    assert 0.8 < moved.norm() / expected.norm() < 1.25
+
+
+def test_a_parameter_without_a_gradient_stays():
+    p, q = (torch.nn.Parameter(torch.ones(2, 3)) for _ in range(2))
+    muon = Muon([p, q], lr=0.1)
+    p.grad = torch.randn(2, 3)
+    muon.step()
+    assert torch.equal(q, torch.ones(2, 3)) and not torch.equal(p, torch.ones(2, 3))
+
+
+def test_the_model_learns_a_batch_by_heart():
+    model = make_model(torch.float32, sequence_len=16)
+    model.init_weights()
+    optimizers = model.configure_optimizers()
+    idx = torch.randint(61, (8, 17))
+    losses = []
+    for _ in range(60):
+        loss = model(idx[:, :-1], idx[:, 1:])
+        loss.backward()
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[0] > 4 and losses[-1] < 0.5

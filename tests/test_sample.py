@@ -1,0 +1,85 @@
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers.generation import logits_process as theirs
+
+from gpt import penalize, sample
+
+
+def survivors(logits: torch.Tensor, monkeypatch, **filters) -> torch.Tensor:
+    """The probabilities that `sample` draws from."""
+    seen = []
+    monkeypatch.setattr(torch, "multinomial", lambda probs, **_: seen.append(probs) or probs.argmax(-1, keepdim=True))
+    sample(logits, **filters)
+    return seen[0]
+
+
+def by_transformers(logits, temperature, top_k, top_p, min_p) -> torch.Tensor:
+    chain = [theirs.TemperatureLogitsWarper(temperature)]
+    chain += [theirs.TopKLogitsWarper(top_k)] if top_k else []
+    chain += [theirs.TopPLogitsWarper(top_p)] if top_p else []
+    chain += [theirs.MinPLogitsWarper(min_p)] if min_p else []
+    for processor in chain:
+        logits = processor(None, logits)
+    return logits.softmax(-1)
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    V=st.one_of(st.integers(2, 100), st.sampled_from([1000, 50_000])),
+    B=st.integers(1, 8),
+    levels=st.sampled_from([3, 20, None]),  # few levels: many ties
+    temperature=st.floats(0.2, 3.0),
+    top_k=st.one_of(st.none(), st.integers(1, 120)),
+    top_p=st.one_of(st.none(), st.floats(0.01, 1.0)),
+    min_p=st.one_of(st.none(), st.floats(0.01, 0.99)),
+    seed=st.integers(0, 999),
+)
+def test_each_filter_and_all_together_leave_what_transformers_leaves(
+    V, B, levels, temperature, top_k, top_p, min_p, seed
+):
+    torch.manual_seed(seed)
+    logits = torch.randn(B, V) * 3
+    if levels:
+        logits = (logits * levels / 9).round()
+    expected = by_transformers(logits.clone(), temperature, top_k, top_p, min_p)
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        ours = survivors(logits, monkeypatch, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
+    assert torch.equal(ours > 0, expected > 0)
+    assert torch.allclose(ours, expected)
+
+
+@settings(max_examples=30, deadline=None)
+@given(V=st.integers(2, 200), B=st.integers(1, 8), penalty=st.floats(0.1, 5.0), seed=st.integers(0, 999))
+def test_the_penalty_gives_the_logits_of_transformers(V, B, penalty, seed):
+    torch.manual_seed(seed)
+    logits, tokens = torch.randn(B, V), torch.randint(V, (B, 10))
+    seen = torch.zeros(B, V, dtype=torch.bool).scatter_(1, tokens, True)
+    expected = theirs.RepetitionPenaltyLogitsProcessor(penalty)(tokens, logits.clone())
+    assert torch.equal(penalize(logits, seen, penalty), expected)
+
+
+def test_draws_agree_with_the_probabilities():
+    """Chi-square over 20,000 draws; 27.9 is the 99.9th percentile for 9 degrees of freedom."""
+    torch.manual_seed(0)
+    logits = torch.randn(1, 10)
+    generator = torch.Generator().manual_seed(1)
+    draws = sample(logits.expand(20_000, -1), generator=generator)
+    expected = logits.softmax(-1)[0] * 20_000
+    assert ((torch.bincount(draws, minlength=10) - expected) ** 2 / expected).sum() < 27.9
+
+
+def test_temperature_zero_is_argmax_and_off_is_off():
+    logits = torch.randn(5, 40)
+    assert torch.equal(sample(logits, temperature=0), logits.argmax(-1))
+    for off in (dict(top_k=0), dict(top_k=None), dict(top_p=0.0), dict(top_p=1.0), dict(min_p=0.0), dict(top_k=1000)):
+        draw = [sample(logits, **f, generator=torch.Generator().manual_seed(3)) for f in ({}, off)]
+        assert torch.equal(*draw)
+
+
+def test_logits_are_left_as_they_were_and_so_is_the_global_generator():
+    logits = torch.randn(2, 30)
+    before, state = logits.clone(), torch.get_rng_state()
+    sample(logits, temperature=0.7, top_k=5, top_p=0.8, min_p=0.1, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(logits, before) and torch.equal(torch.get_rng_state(), state)

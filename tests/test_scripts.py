@@ -1,0 +1,288 @@
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from conftest import ROOT, SMALL, error, run
+
+import configurator
+import sample
+import train
+from gpt import GPT
+from tokenizer import Tokenizer
+
+
+@pytest.fixture
+def error_here(monkeypatch, capsys):
+    """The one line on stderr of a script that ends with status 2, run in this process: PyTorch is imported already."""
+
+    def error_here(script, *args) -> str:
+        monkeypatch.setattr(sys, "argv", [script.__file__, *map(str, args)])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as e:
+            configurator.run(script.main)
+        lines = capsys.readouterr().err.splitlines()
+        assert e.value.code == 2 and len(lines) == 1 and lines[0].startswith("error: "), lines
+        return lines[0]
+
+    return error_here
+
+
+def records(out) -> list[dict]:
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def weights(path) -> dict[str, torch.Tensor]:
+    return GPT.load(path).state_dict()
+
+
+def test_a_run_leaves_its_checkpoints_and_metrics(trained):
+    lines = records(trained)
+    assert [line["step"] for line in lines] == [0, 10, 20]
+    assert lines[0]["val_loss"] == pytest.approx(5.549, rel=0.01)  # ln 257
+    assert lines[-1]["val_loss"] < lines[0]["val_loss"] - 1
+    assert lines[-1]["val_bpb"] == pytest.approx(lines[-1]["val_loss"] / 0.6931 * 1.0, rel=0.02)
+    assert {"loss", "tokens_per_second", "lr"} <= set(lines[1])
+    _, extra = GPT.load_checkpoint(trained / "best.pt")
+    assert extra["step"] == 20 and extra["val_loss"] == lines[-1]["val_loss"]
+    assert (trained / "ckpt.pt").exists() and (trained / "loss.png").stat().st_size > 5000
+
+
+def test_the_same_command_gives_the_same_weights(trained, dataset, tmp_path):
+    run("train.py", *SMALL, f"--dataset={dataset}", f"--out_dir={tmp_path}", "--max_iters=20", "--eval_interval=10")
+    a, b = weights(trained / "ckpt.pt"), weights(tmp_path / "ckpt.pt")
+    assert all(torch.equal(a[k], b[k]) for k in a)
+
+
+@pytest.mark.parametrize("extra", [[], ["--dropout=0.3", "--gradient_accumulation_steps=2", "--grad_clip=1"]])
+def test_a_run_stopped_and_resumed_ends_with_the_same_bits(dataset, tmp_path, extra):
+    flags = [*SMALL, *extra, f"--dataset={dataset}", "--max_iters=24", "--eval_interval=8", "--log_interval=2"]
+    run("train.py", *flags, f"--out_dir={tmp_path / 'a'}")
+    code = f"""
+import sys, signal
+sys.path.insert(0, {str(ROOT)!r})
+import train
+scale = train.lr_scale
+def kill(config, step):  # as if the power failed
+    if step == 13: signal.raise_signal(signal.SIGKILL)
+    return scale(config, step)
+train.lr_scale = kill
+train.main()
+"""
+    killed = tmp_path / "b"
+    run("-c", code, *flags, f"--out_dir={killed}", status=-signal.SIGKILL)
+    assert [line["step"] for line in records(killed)] == [0, 2, 4, 6, 8, 10, 12], "more than ckpt.pt, of step 8"
+    run("train.py", *flags, f"--out_dir={killed}", "--init_from=resume")
+    a, b = weights(tmp_path / "a" / "ckpt.pt"), weights(killed / "ckpt.pt")
+    assert all(torch.equal(a[k], b[k]) for k in a)
+    without_clock = [
+        [{k: v for k, v in line.items() if k != "tokens_per_second"} for line in records(out)]
+        for out in (tmp_path / "a", killed)
+    ]
+    assert without_clock[0] == without_clock[1]
+
+
+@pytest.mark.parametrize("signum, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_finishes_the_step_saves_and_resumes_to_the_same_bits(dataset, tmp_path, signum, status):
+    flags = [*SMALL, f"--dataset={dataset}", "--max_iters=400", "--eval_interval=400", "--log_interval=1"]
+    out = tmp_path / "stopped"
+    process = subprocess.Popen(
+        [sys.executable, "train.py", *flags, f"--out_dir={out}"],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    while not (out / "metrics.jsonl").exists() or len((out / "metrics.jsonl").read_text().splitlines()) < 20:
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.01)
+    process.send_signal(signum)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == status and b"Traceback" not in stderr and b"resume" in stderr
+    _, extra = GPT.load_checkpoint(out / "ckpt.pt")
+    assert 20 <= extra["step"] < 400
+    run("train.py", *flags, f"--out_dir={out}", "--init_from=resume")
+    run("train.py", *flags, f"--out_dir={tmp_path / 'whole'}")
+    a, b = weights(out / "ckpt.pt"), weights(tmp_path / "whole" / "ckpt.pt")
+    assert all(torch.equal(a[k], b[k]) for k in a)
+    assert [line["step"] for line in records(out)] == list(range(401))
+
+
+def test_accumulation_is_one_larger_batch(dataset, tmp_path):
+    flags = [*SMALL, f"--dataset={dataset}", "--max_iters=10", "--eval_interval=10", "--log_interval=1"]
+    run("train.py", *flags, "--batch_size=4", "--gradient_accumulation_steps=2", f"--out_dir={tmp_path / 'a'}")
+    run("train.py", *flags, "--batch_size=8", f"--out_dir={tmp_path / 'b'}")
+    a, b = ([line["loss"] for line in records(tmp_path / name)[:-1]] for name in "ab")
+    assert a == pytest.approx(b, abs=1e-5) and len(a) == 10
+
+
+def test_fine_tuning_starts_from_a_checkpoint(trained, dataset, tmp_path):
+    flags = [*SMALL, f"--dataset={dataset}", f"--out_dir={tmp_path}", "--max_iters=1", "--eval_interval=1"]
+    run("train.py", *flags, f"--init_from={trained / 'best.pt'}", "--learning_rate=0", "--embd_lr=0", "--head_lr=0")
+    assert records(tmp_path)[0]["val_loss"] == pytest.approx(records(trained)[-1]["val_loss"])
+
+
+def test_a_missing_dataset_is_prepared(tmp_path):
+    for name in ("gpt.py", "train.py", "tokenizer.py", "configurator.py"):
+        shutil.copy(ROOT / name, tmp_path)
+    shutil.copytree(ROOT / "data", tmp_path / "data", ignore=shutil.ignore_patterns("*.bin", "meta.json"))
+    done = run("train.py", *SMALL, "--dataset=stdlib", "--max_iters=1", "--eval_iters=1", cwd=tmp_path)
+    assert (tmp_path / "data" / "stdlib" / "meta.json").exists() and "bits/byte" in done.stdout
+    line = error("train.py", *SMALL, "--dataset=text", cwd=tmp_path)
+    assert "--input" in line
+
+
+def test_autocast_and_compile_train_too(dataset, tmp_path):
+    flags = [*SMALL, f"--dataset={dataset}", f"--out_dir={tmp_path}", "--max_iters=10", "--eval_interval=10"]
+    run("train.py", *flags, "--dtype=bfloat16")
+    assert records(tmp_path)[-1]["val_loss"] < 5
+
+
+@pytest.mark.slow
+def test_compile_gives_the_same_losses(dataset, tmp_path):
+    flags = [*SMALL, f"--dataset={dataset}", "--max_iters=5", "--eval_interval=5", "--log_interval=1"]
+    run("train.py", *flags, f"--out_dir={tmp_path / 'a'}")
+    run("train.py", *flags, f"--out_dir={tmp_path / 'b'}", "--compile")
+    a, b = ([line.get("loss", line.get("val_loss")) for line in records(tmp_path / name)] for name in "ab")
+    assert a == pytest.approx(b, abs=1e-3)
+
+
+def test_train_says_what_is_wrong(trained, dataset, tmp_path, error_here):
+    good = [*SMALL, f"--dataset={dataset}", f"--out_dir={tmp_path / 'out'}"]
+    for flags, words in (
+        (["--n_layers=3"], "did you mean 'n_layer'"),
+        (["--n_layer=x"], "must be int"),
+        (["config/none.py"], "config/none.py"),
+        (["--dataset=nowhere"], "nowhere"),
+        (["--n_embd=30", "--n_head=4"], "30"),
+        (["--sequence_len=100000"], "100000"),
+        (["--vocab_size=100"], "outside the vocabulary of 100"),
+        (["--batch_size=0"], "batch_size"),
+        (["--learning_rate=-1"], "learning_rate"),
+        (["--dtype=float17"], "float17"),
+        (["--device=abacus"], "abacus"),
+        (["--init_from=resume"], "ckpt.pt"),
+        (["--init_from=nowhere.pt"], "nowhere.pt"),
+        ([f"--out_dir={ROOT / 'gpt.py'}"], "out_dir"),
+        (["--init_from=resume", f"--out_dir={trained}", "--n_layer=3"], "n_layer=2"),
+    ):
+        assert words in error_here(train, *good, *flags), flags
+    damaged = tmp_path / "damaged"
+    damaged.mkdir()
+    (damaged / "ckpt.pt").write_bytes((trained / "ckpt.pt").read_bytes()[:5000])
+    assert "did you mean" in error("train.py", "--n_layers=3")
+    assert "damaged" in error("train.py", *good, "--init_from=resume", f"--out_dir={damaged}", status=1)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_leaves_the_last_checkpoint(dataset, tmp_path):
+    flags = [*SMALL, f"--dataset={dataset}", f"--out_dir={tmp_path}", "--max_iters=50", "--softcap=0"]
+    done = run("train.py", *flags, "--learning_rate=1e30", "--head_lr=1e30", "--embd_lr=1e30", status=1)
+    assert done.stderr.startswith("error: the loss of step 10 is nan") and "learning_rate" in done.stderr
+    assert GPT.load_checkpoint(tmp_path / "ckpt.pt")[1]["step"] == 0
+
+
+def test_a_full_disk_is_one_line_and_the_old_checkpoint_stays(trained, dataset, tmp_path):
+    out = tmp_path / "out"
+    shutil.copytree(trained, out)
+    flags = [*SMALL, f"--dataset={dataset}", f"--out_dir={out}", "--init_from=resume", "--max_iters=30"]
+    code = f"""
+import resource, sys
+sys.path.insert(0, {str(ROOT)!r})
+import configurator, train
+resource.setrlimit(resource.RLIMIT_FSIZE, (9000, 9000))  # no file may grow larger
+configurator.run(train.main)
+"""
+    done = run("-c", code, *flags, status=1)
+    assert done.stderr.startswith("error: cannot write") and len(done.stderr.splitlines()) == 1
+    assert GPT.load_checkpoint(out / "ckpt.pt")[1]["step"] == 20
+    assert not list(out.glob("*.tmp"))
+
+
+# ---- sample.py
+
+
+def test_sampling_says_where_it_comes_from_and_how_it_ended(trained):
+    done = run("sample.py", f"--out_dir={trained.parent}", "--prompt=def ", "--max_tokens=30")
+    assert done.stdout.startswith("def ")
+    assert "best.pt, step 20" in done.stderr and "tokens/s" in done.stderr and "length" in done.stderr
+    again = run("sample.py", f"--ckpt={trained / 'best.pt'}", "--prompt", "def ", "--max_tokens=30")
+    assert again.stdout == done.stdout
+    other = run("sample.py", f"--ckpt={trained / 'best.pt'}", "--prompt=def ", "--max_tokens=30", "--seed=1")
+    assert other.stdout != done.stdout
+
+
+def test_sampling_gives_what_generate_gives(trained):
+    model, extra = GPT.load_checkpoint(trained / "best.pt")
+    tokenizer = Tokenizer.from_dict(extra["tokenizer"])
+    ids = list(model.generate(tokenizer.encode("x"), 40, temperature=0.7, top_k=9, seed=5, stop_tokens=[tokenizer.eot]))
+    done = run(
+        "sample.py",
+        f"--out_dir={trained}",
+        "--prompt=x",
+        "--max_tokens=40",
+        "--temperature=0.7",
+        "--top_k=9",
+        "--seed=5",
+    )
+    assert done.stdout == f"x{tokenizer.decode([i for i in ids if i != tokenizer.eot])}\n"
+
+
+def test_prompts_from_a_file_and_from_standard_input(trained, tmp_path):
+    (tmp_path / "p.txt").write_text("def é(")
+    flags = [f"--out_dir={trained}", "--max_tokens=10", "--temperature=0"]
+    outs = {
+        run("sample.py", *flags, "--prompt=def é(").stdout,
+        run("sample.py", *flags, f"--prompt=FILE:{tmp_path / 'p.txt'}").stdout,
+        run("sample.py", *flags, "--prompt", "-", stdin="def é(").stdout,
+    }
+    assert len(outs) == 1
+
+
+def test_several_samples(trained):
+    done = run("sample.py", f"--out_dir={trained}", "--prompt=de", "--num_samples=3", "--max_tokens=12")
+    samples = done.stdout.split("---\n")
+    assert len(samples) == 3 and all(s.startswith("de") for s in samples) and len(set(samples)) == 3
+
+
+def test_a_prompt_longer_than_the_window_is_said(trained):
+    done = run("sample.py", f"--out_dir={trained}", f"--prompt={'x' * 40}", "--max_tokens=3")
+    assert "40 tokens" in done.stderr and "last 16" in done.stderr
+
+
+def test_sample_says_what_is_wrong(trained, tmp_path, error_here):
+    good = f"--out_dir={trained}"
+    (tmp_path / "bad.pt").write_bytes(b"bad")
+    (tmp_path / "binary").write_bytes(b"\xff")
+    for flags, words in (
+        ([f"--out_dir={tmp_path}"], "train.py"),
+        ([f"--ckpt={tmp_path / 'none.pt'}"], "none.pt"),
+        ([good, "--prompt="], "empty"),
+        ([good, "--prompt=FILE:nowhere"], "nowhere"),
+        ([good, f"--prompt=FILE:{tmp_path / 'binary'}"], "binary"),
+        ([good, "--temperature=-1"], "temperature"),
+        ([good, "--top_k=-1"], "top_k"),
+        ([good, "--num_samples=0"], "num_samples"),
+        ([good, "--promt=a"], "did you mean 'prompt'"),
+        ([good, "--device=abacus"], "abacus"),
+    ):
+        assert words in error_here(sample, *flags), flags
+    assert "did you mean" in error("sample.py", "--promt=a")
+    assert "bad.pt" in error("sample.py", f"--ckpt={tmp_path / 'bad.pt'}", status=1)
+
+
+def test_a_reader_that_leaves_is_no_error(trained):
+    process = subprocess.Popen(
+        [sys.executable, "sample.py", f"--out_dir={trained}", "--max_tokens=5000"],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env=os.environ | {"PYTHONUNBUFFERED": "1"},
+    )
+    process.stdout.read(5)
+    process.stdout.close()
+    stderr = process.stderr.read()
+    assert process.wait(60) == 141 and b"Traceback" not in stderr

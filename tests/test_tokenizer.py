@@ -1,0 +1,126 @@
+import json
+import random
+
+import pytest
+import tiktoken
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tokenizer import EOT, Tokenizer
+
+TORTURE = (
+    "Hello, world! It's 12345.67 — naïve café\r\n\ttabs  and   runs\n\n\n"
+    "Ελληνικά русский العربية עברית हिन्दी ไทย 中文字 日本語かな 한국어 ქართული\n"
+    "👩‍👩‍👧‍👦 🏳️‍🌈 e\u0301 \x00\x07\x7f \u200b\ufeff <|endoftext|> def f(x): return x**2"
+)
+
+
+@pytest.fixture(scope="module", params=["bytes", "bpe:400"])
+def tokenizer(request) -> Tokenizer:
+    return Tokenizer.from_spec(request.param, [TORTURE * 3, "the quick brown fox jumps over the lazy dog " * 20])
+
+
+def test_text_survives(tokenizer):
+    ids = tokenizer.encode(TORTURE)
+    assert tokenizer.decode(ids) == TORTURE
+    assert all(0 <= i < tokenizer.eot for i in ids), "text never becomes a special token"
+    assert tokenizer.decode([tokenizer.eot]) == EOT
+    assert tokenizer.encode("") == []
+
+
+@settings(max_examples=100, deadline=None)
+@given(text=st.text())
+def test_any_text_survives(text):
+    tokenizer = Tokenizer.from_spec("bytes")
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+    assert tokenizer.encode(text) == list(text.encode())
+
+
+def test_it_travels_as_json(tokenizer):
+    d = json.loads(json.dumps(tokenizer.to_dict()))
+    again = Tokenizer.from_dict(d)
+    assert (again.name, again.vocab_size, again.eot) == (tokenizer.name, tokenizer.vocab_size, tokenizer.eot)
+    assert again.encode(TORTURE) == tokenizer.encode(TORTURE) and again.to_dict() == d
+
+
+def test_sizes():
+    tokenizer = Tokenizer.from_spec("bytes")
+    assert (tokenizer.vocab_size, tokenizer.eot) == (257, 256)
+    tokenizer = Tokenizer.from_spec("bpe:300", ["ab cd ef gh " * 30 + TORTURE])
+    assert (tokenizer.vocab_size, tokenizer.eot) == (300, 299)
+
+
+def test_bpe_makes_text_shorter():
+    text = "the quick brown fox jumps over the lazy dog " * 20
+    tokenizer = Tokenizer.from_spec("bpe:320", [text])
+    assert len(tokenizer.encode(text)) < len(text) / 3
+
+
+def test_an_encoding_with_gaps_and_several_special_tokens_travels_too():
+    ranks = {bytes([i]): i for i in range(256)} | {b"ab": 256, b"abc": 257}
+    special = {EOT: 260, "<|fim|>": 262}
+    encoding = tiktoken.Encoding("gappy", pat_str=r"\w+|\W+", mergeable_ranks=ranks, special_tokens=special)
+    again = Tokenizer.from_dict(json.loads(json.dumps(Tokenizer(encoding).to_dict())))
+    assert again.vocab_size == 263 and again.eot == 260
+    assert again.encode("abcab!") == encoding.encode_ordinary("abcab!") == [257, 256, 33]
+    with pytest.raises(ValueError, match="261"):
+        again.decode([261])
+
+
+def stream(tokenizer: Tokenizer, ids: list[int]) -> list[str]:
+    decoder = tokenizer.decoder()
+    return [*map(decoder.decode, ids), decoder.flush()]
+
+
+@settings(max_examples=300, deadline=None)
+@given(ids=st.lists(st.integers(0, 256), max_size=30))
+def test_streaming_any_bytes_joins_to_the_whole(ids):
+    tokenizer = Tokenizer.from_spec("bytes")
+    assert "".join(stream(tokenizer, ids)) == tokenizer.decode(ids)
+
+
+def test_streaming_text_never_shows_half_a_character(tokenizer):
+    parts = stream(tokenizer, tokenizer.encode(TORTURE))
+    assert "".join(parts) == TORTURE and "\ufffd" not in "".join(parts)
+
+
+def test_invalid_bytes_show_once_and_the_end_is_flushed():
+    tokenizer = Tokenizer.from_spec("bytes")
+    assert stream(tokenizer, [0x61, 0xFF, 0x62]) == ["a", "\ufffd", "b", ""]
+    assert stream(tokenizer, list("é".encode())[:1]) == ["", "\ufffd"]
+
+
+def test_bad_specs_are_errors():
+    for bad in ("bpe:100", "bpe:x", "bpe:", "word", ""):
+        with pytest.raises(ValueError, match="tokenizer"):
+            Tokenizer.from_spec(bad)
+
+
+def test_bad_dicts_are_errors():
+    good = Tokenizer.from_spec("bytes").to_dict()
+    for bad in ({}, {"kind": "else"}, good | {"tokens": None}, good | {"tokens": good["tokens"] * 2}, []):
+        with pytest.raises(ValueError):
+            Tokenizer.from_dict(bad)
+
+
+def test_bad_ids_are_errors():
+    tokenizer = Tokenizer.from_spec("bytes")
+    for bad in (257, -1, 2**40):
+        with pytest.raises(ValueError, match=str(bad)):
+            tokenizer.decode([bad])
+
+
+def test_an_encoding_that_cannot_be_downloaded_says_so(monkeypatch):
+    def refuse(name):
+        raise OSError("no route to host")
+
+    monkeypatch.setattr(tiktoken, "get_encoding", refuse)
+    with pytest.raises(OSError, match=r"gpt2.*cannot be downloaded.*bytes"):
+        Tokenizer.from_spec("gpt2")
+
+
+def test_training_is_deterministic():
+    rng = random.Random(0)
+    documents = ["".join(rng.choices("abc de", k=500)) for _ in range(20)]
+    dicts = [Tokenizer.from_spec("bpe:300", documents).to_dict() for _ in range(2)]
+    assert dicts[0] == dicts[1]
