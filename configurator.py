@@ -57,7 +57,10 @@ def parse(cls: type[C], argv: Sequence[str] | None = None) -> C:
         sys.exit(0)
     values: dict[str, Any] = {}
     for where, key, value in _assignments(cls, argv):
-        values[key] = _checked(cls, where, key, value)
+        value = _checked(cls, where, key, value)
+        if where.startswith("--") and type(value) is tuple:  # a flag that is given several times
+            value = values.get(key, ()) + value
+        values[key] = value
     try:
         return cls(**values)
     except ValueError as e:  # values that do not go together, say n_embd and n_head
@@ -187,6 +190,8 @@ def _kinds(cls: type, where: str, key: str) -> tuple[Any, ...]:
 
 def _literal(where: str, key: str, text: str, kinds: tuple[Any, ...]) -> Any:
     """Read what stands on the command line as one of kinds: text as it is, all else as in a config file."""
+    if tuple[str, ...] in kinds:
+        return (text,)
     if str in kinds and not (text == "None" and types.NoneType in kinds):
         return text
     if bool in kinds and text.lower() in ("true", "false", "1", "0"):
@@ -201,7 +206,7 @@ def _checked(cls: type, where: str, key: str, value: Any) -> Any:
     """The value as the key's type: a whole float serves as an int, an int as a float."""
     kinds = _kinds(cls, where, key)
     for kind in kinds:
-        if type(value) is (typing.get_origin(kind) or kind):
+        if type(value) is kind or (kind == tuple[str, ...] and type(value) is tuple and {*map(type, value)} <= {str}):
             return value
     if int in kinds and type(value) is float and value.is_integer():
         return int(value)
@@ -211,7 +216,8 @@ def _checked(cls: type, where: str, key: str, value: Any) -> Any:
 
 
 def _names(kinds: tuple[Any, ...]) -> str:
-    return " or ".join("None" if kind is types.NoneType else getattr(kind, "__name__", str(kind)) for kind in kinds)
+    names = {types.NoneType: "None", tuple[str, ...]: "a tuple of str"}
+    return " or ".join(names.get(kind) or kind.__name__ for kind in kinds)
 
 
 def _default(field: dataclasses.Field) -> Any:

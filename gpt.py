@@ -74,8 +74,9 @@ class GPTConfig:
 class KVCache:
     """Keys and values of all layers, allocated once and written in place. Row b holds `lengths[b]` positions.
 
-    `lengths` is an int64 tensor (batch_size,) on the CPU, so that it is known without waiting for the device.
-    Owned by the caller; `GPT.forward` appends to it: begin once, update in each layer, then commit.
+    `lengths` is an int64 tensor (batch_size,) on the CPU, so that it is known without waiting for the device; `ids`
+    (batch_size, max_len) are the tokens that the positions stand for. Owned by the caller; `GPT.forward` appends to
+    it: begin once, update in each layer, then commit.
     """
 
     def __init__(
@@ -84,6 +85,7 @@ class KVCache:
         shape = (config.n_layer, batch_size, config.n_kv_head or config.n_head, max_len, config.head_dim)
         self.k = torch.empty(shape, device=device, dtype=dtype)  # (n_layer, B, G, max_len, D)
         self.v = torch.empty(shape, device=device, dtype=dtype)
+        self.ids = torch.empty(batch_size, max_len, device=device, dtype=torch.long)
         self.lengths = torch.zeros(batch_size, dtype=torch.long)
 
     @property
@@ -96,16 +98,16 @@ class KVCache:
 
     @property
     def nbytes(self) -> int:
-        """Bytes allocated: 2 * n_layer * batch_size * n_kv_head * max_len * head_dim * bytes of the dtype."""
+        """Bytes of keys and values: 2 * n_layer * batch_size * n_kv_head * max_len * head_dim * those of the dtype."""
         return self.k.nbytes + self.v.nbytes
 
-    def begin(self, T: int) -> tuple[Tensor, Tensor | None]:
-        """Make room for T new tokens in every row; ValueError, and nothing changed, if there is too little.
+    def begin(self, idx: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Make room for new tokens, (B, T); ValueError, and nothing changed, if there is too little.
 
         Returns their positions, (B, T) or (1, T) when all rows are equally long, and the mask of what each may
         attend to, (B or 1, 1, T, S) bool, or None where plain causal attention says the same.
         """
-        shortest, longest = int(self.lengths.min()), int(self.lengths.max())
+        T, shortest, longest = idx.size(1), int(self.lengths.min()), int(self.lengths.max())
         if longest + T > self.max_len:
             raise ValueError(f"a row of {longest} tokens and {T} new ones do not fit a KVCache of {self.max_len}")
         self._end = longest + T
@@ -120,6 +122,7 @@ class KVCache:
             self._slots: tuple = (torch.arange(self.batch_size, device=self.k.device)[:, None], positions)
         else:
             self._slots = (slice(None), slice(longest, self._end))
+        self.ids[self._slots] = idx
         if ragged or (T > 1 and longest > 0):
             return positions, (torch.arange(self._end, device=self.k.device) <= positions[..., None])[:, None]
         return positions, None
@@ -146,18 +149,24 @@ class KVCache:
         """Forget everything; the memory stays."""
         self.lengths.zero_()
 
+    def tokens(self) -> list[list[int]]:
+        """The token ids that each row holds."""
+        return [row[:n] for row, n in zip(self.ids.tolist(), self.lengths.tolist(), strict=True)]
+
     def expand(self, n: int) -> "KVCache":
         """A new cache with n copies of each row next to each other, so that one prefill serves n samples."""
         cache = copy(self)
         cache.k = self.k.repeat_interleave(n, dim=1)
         cache.v = self.v.repeat_interleave(n, dim=1)
+        cache.ids = self.ids.repeat_interleave(n, dim=0)
         cache.lengths = self.lengths.repeat_interleave(n)
         return cache
 
     def row(self, b: int) -> "KVCache":
         """Row b as a cache of batch size 1 on the same memory: what is done to one is seen in the other."""
         cache = copy(self)
-        cache.k, cache.v, cache.lengths = self.k[:, b : b + 1], self.v[:, b : b + 1], self.lengths[b : b + 1]
+        cache.k, cache.v = self.k[:, b : b + 1], self.v[:, b : b + 1]
+        cache.ids, cache.lengths = self.ids[b : b + 1], self.lengths[b : b + 1]
         return cache
 
 
@@ -409,7 +418,7 @@ class GPT(nn.Module):
             positions, mask = torch.arange(T, device=idx.device)[None], None  # (1, T)
         else:
             self._check_cache(kv_cache, B)
-            positions, mask = kv_cache.begin(T)  # (B or 1, T), (B or 1, 1, T, S)
+            positions, mask = kv_cache.begin(idx)  # (B or 1, T), (B or 1, 1, T, S)
         rotations = rope(positions, self.config, self.dtype)
         x = self.dropout(self.embd_norm(self.wte(idx)))  # (B, T, C)
         for block in self.h:
@@ -463,17 +472,25 @@ class GPT(nn.Module):
         repetition_penalty: float = 1.0,
         stop_tokens: Sequence[int] = (),
         seed: int = 42,
+        suppress_tokens: Sequence[int] = (),
+        kv_cache: KVCache | None = None,
     ) -> Generator[int, None, str]:
         """Go on from tokens: yields one id at a time, and returns why it ended, 'length' or 'stop'.
 
-        A token of stop_tokens is yielded, then ends it. The same seed gives the same tokens; temperature=0 takes the
-        likeliest. The model is in eval mode while this runs, and in its old mode after. When sequence_len is full, the
-        last half of the window (sequence_len // 2 tokens, the newest included) is read anew and it goes on from there;
-        of a longer prompt the last sequence_len tokens are read. ValueError for an empty prompt, an id outside the
-        vocabulary, or a setting out of its range. For what the filters mean, see `sample`.
+        A token of stop_tokens is yielded, then ends it; suppress_tokens are never drawn. The same seed gives the same
+        tokens; temperature=0 takes the likeliest. For the filters, see `sample`; repetition_penalty, above 1, makes
+        less likely what was said, the prompt included. The model is in eval mode while this runs, then in its old one.
+
+        When sequence_len is full, the last half of the window (sequence_len // 2 tokens, the newest included) is read
+        anew and it goes on from there; of a longer prompt the last sequence_len tokens are read.
+
+        With a kv_cache, tokens are what comes after what it holds, and all that is said stays in it: the next turn of
+        a conversation reads only what is new. ValueError for an empty prompt, an id outside the vocabulary, a setting
+        out of its range, or a cache that is too small or another model's.
         """
+        filters = (temperature, top_k, top_p, min_p)
         steps = self.generate_batch(
-            [tokens], max_tokens, 1, temperature, top_k, top_p, min_p, repetition_penalty, stop_tokens, seed
+            [tokens], max_tokens, 1, *filters, repetition_penalty, stop_tokens, seed, suppress_tokens, kv_cache
         )
         return _only_row(steps)
 
@@ -489,18 +506,19 @@ class GPT(nn.Module):
         repetition_penalty: float = 1.0,
         stop_tokens: Sequence[int] = (),
         seed: int = 42,
+        suppress_tokens: Sequence[int] = (),
+        kv_cache: KVCache | None = None,
     ) -> Generator[list[int | None], None, list[str]]:
         """`generate` for prompts of any lengths at once, num_samples rows for each, next to each other.
 
         Yields a list per step, an id for each row, or None for a row that has ended; returns the list of reasons.
-        A row's greedy tokens are what it would get alone.
+        A row's greedy tokens are what it would get alone. A kv_cache has a row for each prompt, and num_samples is 1.
         """
         if not prompts or not all(len(prompt) for prompt in prompts):
             raise ValueError("the prompt is empty: generation needs at least one token to go on from")
-        for prompt in prompts:
-            if min(prompt) < 0 or max(prompt) >= self.config.vocab_size:
-                strange = next(i for i in prompt if not 0 <= i < self.config.vocab_size)
-                raise ValueError(f"token id {strange} is outside the vocabulary of {self.config.vocab_size}")
+        for token in {token for tokens in (*prompts, suppress_tokens) for token in tokens}:
+            if not 0 <= token < self.config.vocab_size:
+                raise ValueError(f"token id {token} is outside the vocabulary of {self.config.vocab_size}")
         limits = {
             "max_tokens": (max_tokens >= 0, max_tokens, "at least 0"),
             "num_samples": (num_samples >= 1, num_samples, "at least 1"),
@@ -513,8 +531,20 @@ class GPT(nn.Module):
         for name, (ok, value, rule) in limits.items():
             if not ok:
                 raise ValueError(f"{name} must be {rule}, not {value}")
+        longest = max(map(len, prompts))
+        if kv_cache is not None:
+            self._check_cache(kv_cache, len(prompts))
+            if num_samples > 1:
+                raise ValueError(f"num_samples must be 1 to go on from a kv_cache, not {num_samples}")
+            longest += int(kv_cache.lengths.max())
+        max_len = min(self.config.sequence_len, longest + max_tokens)
+        if kv_cache is not None and kv_cache.max_len < max_len:
+            raise ValueError(f"a KVCache of {kv_cache.max_len} tokens is too small: this needs {max_len}")
         filters = dict(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
-        return self._generate(prompts, max_tokens, num_samples, filters, repetition_penalty, set(stop_tokens), seed)
+        penalty, stop, suppress = repetition_penalty, set(stop_tokens), list(suppress_tokens)
+        return self._generate(
+            prompts, max_tokens, num_samples, filters, penalty, stop, seed, suppress, kv_cache, max_len
+        )
 
     @torch.inference_mode()
     def _generate(
@@ -526,68 +556,81 @@ class GPT(nn.Module):
         penalty: float,
         stop_tokens: set[int],
         seed: int,
+        suppress_tokens: list[int],
+        caller_cache: KVCache | None,
+        max_len: int,
     ) -> Generator[list[int | None], None, list[str]]:
         generator = torch.Generator(self.device).manual_seed(seed)
-        window = self.config.sequence_len
-        texts = [list(prompt[-window:]) for prompt in prompts]
+        kv_cache = caller_cache or KVCache(self.config, len(prompts), max_len, self.device, self.dtype)
+        ids: Tensor | None = None  # what was drawn and is not in the cache yet
         was_training = self.training
         self.eval()
         try:
-            max_len = min(window, max(map(len, texts)) + max_tokens)
-            kv_cache = KVCache(self.config, len(texts), max_len, self.device, self.dtype)
-            logits = self._prefill(texts, kv_cache)  # (B, V)
-            seen = torch.zeros_like(logits, dtype=torch.bool)  # (B, V)
-            for row, prompt in zip(seen, prompts, strict=True):
-                row[torch.tensor(prompt)] = True
+            texts = [past + list(prompt) for past, prompt in zip(kv_cache.tokens(), prompts, strict=True)]
+            logits = self._prefill(prompts, kv_cache)  # (B, V)
             if num_samples > 1:
                 kv_cache = kv_cache.expand(num_samples)
-                logits, seen = (t.repeat_interleave(num_samples, dim=0) for t in (logits, seen))
-                texts = [list(text) for text in texts for _ in range(num_samples)]
-            reasons = ["length"] * len(texts)
-            running = set(range(len(texts)))
+                logits = logits.repeat_interleave(num_samples, dim=0)
+            B = logits.size(0)
+            seen = torch.zeros_like(logits, dtype=torch.bool)  # (B, V)
+            for b in range(B):
+                seen[b, texts[b // num_samples]] = True
+            reasons, running = ["length"] * B, set(range(B))
 
-            for step in range(max_tokens):
+            for _ in range(max_tokens):
+                if ids is not None:
+                    logits, ids = self._decode(ids, kv_cache), None
                 if penalty != 1:
                     logits = penalize(logits, seen, penalty)
+                if suppress_tokens:
+                    logits[:, suppress_tokens] = -math.inf
                 ids = sample(logits, **filters, generator=generator)  # (B,)
+                seen[torch.arange(B), ids] = True
                 new = ids.tolist()
-                yield [new[b] if b in running else None for b in range(len(new))]
-                for b in running & {b for b, token in enumerate(new) if token in stop_tokens}:
+                yield [new[b] if b in running else None for b in range(B)]
+                for b in [b for b in running if new[b] in stop_tokens]:
                     reasons[b] = "stop"
                     running.remove(b)
-                if not running or step == max_tokens - 1:
+                if not running:
                     break
-                for text, token in zip(texts, new, strict=True):
-                    text.append(token)
-                seen[torch.arange(len(new)), ids] = True
-                self._roll(texts, kv_cache)
-                logits = self.logits(self.hidden(ids[:, None], kv_cache)[:, -1])  # (B, 1) -> (B, V)
             return reasons
-        finally:
+        finally:  # also when the caller walks away
+            if caller_cache is not None and ids is not None:
+                self._decode(ids, kv_cache)
             self.train(was_training)
 
-    def _prefill(self, texts: list[list[int]], kv_cache: KVCache) -> Tensor:
-        """Read texts of any lengths into an empty cache, in one forward; returns each one's last logits, (B, V).
+    def _prefill(self, prompts: Sequence[Sequence[int]], kv_cache: KVCache) -> Tensor:
+        """Read prompts of any lengths after what the cache holds, in one forward; returns the last logits, (B, V).
 
-        Shorter texts are padded on the right: causality keeps the padding away from real tokens, and then it is
-        forgotten.
+        If that is more than sequence_len, the last sequence_len tokens of each row are read from the start. Shorter
+        prompts are padded on the right: causality keeps the padding away from real tokens, and then it is forgotten.
         """
-        lengths = torch.tensor([len(text) for text in texts])
-        idx = nn.utils.rnn.pad_sequence([torch.tensor(text) for text in texts], batch_first=True)  # (B, T)
+        window = self.config.sequence_len
+        if int(kv_cache.lengths.max()) + max(map(len, prompts)) > window:
+            texts = [past + list(prompt) for past, prompt in zip(kv_cache.tokens(), prompts, strict=True)]
+            prompts = [text[-window:] for text in texts]
+            kv_cache.reset()
+        new = torch.tensor([len(prompt) for prompt in prompts])
+        idx = nn.utils.rnn.pad_sequence([torch.tensor(prompt) for prompt in prompts], batch_first=True)  # (B, T)
+        lengths = kv_cache.lengths + new
         x = self.hidden(idx.to(self.device), kv_cache)  # (B, T, C)
         kv_cache.truncate(lengths)
-        return self.logits(x[torch.arange(len(texts)), lengths - 1])
+        return self.logits(x[torch.arange(len(prompts)), new - 1])
 
-    def _roll(self, texts: list[list[int]], kv_cache: KVCache) -> None:
-        """Give each row that is full a new start: all but the newest token of the last half of its window."""
+    def _decode(self, ids: Tensor, kv_cache: KVCache) -> Tensor:
+        """Read one more token for each row, (B,); returns the logits of what comes after, (B, V).
+
+        A row that is full starts anew, with the last half of its window.
+        """
         window = self.config.sequence_len
-        for b, text in enumerate(texts):
-            if len(text) > window:
-                del text[: -max(1, window // 2)]
+        for b, length in enumerate(kv_cache.lengths.tolist()):
+            if length == window:
                 row = kv_cache.row(b)
+                tail = row.ids[:, window - max(1, window // 2) + 1 : window].clone()  # the newest is in ids
                 row.reset()
-                if len(text) > 1:
-                    self.hidden(torch.tensor([text[:-1]], device=self.device), row)
+                if tail.numel():
+                    self.hidden(tail, row)
+        return self.logits(self.hidden(ids[:, None], kv_cache)[:, -1])  # (B, 1) -> (B, V)
 
     # ---- checkpoints
 

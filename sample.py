@@ -1,22 +1,25 @@
 """Text from a checkpoint: python sample.py --prompt "def " --temperature 0.8"""
 
+import json
+import signal
 import sys
 import time
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 import configurator
 from configurator import RunError, UserError
-from gpt import GPT, pick_device
+from gpt import GPT, KVCache, pick_device
 from tokenizer import Tokenizer
 
 
 @dataclass
 class Config:
     prompt: str = "\n"  # what to go on from: text, FILE:path, or - for standard input
+    interactive: bool = False  # ask for one prompt after the other, as turns of one conversation
     num_samples: int = 1  # how many to draw, as one batch
     max_tokens: int = 500  # longest sample
     temperature: float = 0.8  # 0 takes the likeliest token; the higher, the wilder
@@ -24,10 +27,90 @@ class Config:
     top_p: float | None = None  # draw from the fewest tokens that together have this probability
     min_p: float | None = None  # draw from the tokens at least this many times as likely as the likeliest
     repetition_penalty: float = 1.0  # above 1, what was said becomes less likely
+    stop: tuple[str, ...] = ()  # end before this text; may be given several times
+    stop_on_repeat: int = 0  # end when the last N tokens repeat the N before them; 0 for never
     seed: int = 42  # the same seed gives the same text
+    json: bool = False  # print an object for each sample: prompt, text, tokens, reason, seconds, tokens_per_second
     out_dir: str = "out"  # take the newest best.pt in this folder or below it
     ckpt: str = ""  # take this checkpoint instead
     device: str = "auto"  # cuda, mps, cpu, ...; auto takes the first of these that is there
+
+    def __post_init__(self) -> None:
+        if "" in self.stop:
+            raise ValueError("--stop needs some text: every text contains the empty one")
+        if self.stop_on_repeat < 0:
+            raise ValueError(f"stop_on_repeat must not be negative, but is {self.stop_on_repeat}")
+        if self.interactive and (self.num_samples > 1 or self.json):
+            raise ValueError("--interactive goes neither with --num_samples nor with --json")
+
+
+# -----------------------------------------------------------------------------
+# From token ids to text that ends where it should
+
+
+class Sample:
+    """One sample as it grows: tokens go in, text comes out as soon as it is certain."""
+
+    def __init__(self, tokenizer: Tokenizer, config: Config) -> None:
+        self.decoder, self.eot, self.config = tokenizer.decoder(), tokenizer.eot, config
+        self.ids: list[int] = []
+        self.text = ""  # what has come out
+        self.held = ""  # what has not, since it may be the beginning of a stop text
+        self.reason = ""  # why it has ended, once it has
+        self.started, self.seconds = time.perf_counter(), 0.0
+
+    def push(self, token: int) -> str:
+        """Take a token; returns the text that it makes certain. Sets `reason` if it ends the sample."""
+        self.ids.append(token)
+        self.seconds = time.perf_counter() - self.started
+        if token == self.eot:
+            return self.end("stop")
+        self.held += self.decoder.decode(token)
+        found = [at for stop in self.config.stop if (at := self.held.find(stop)) >= 0]
+        if found:
+            self.held, self.reason = self.held[: min(found)], "stop"
+            return self._release(len(self.held))
+        n = self.config.stop_on_repeat
+        if n and len(self.ids) >= 2 * n and self.ids[-n:] == self.ids[-2 * n : -n]:
+            return self.end("repeat")
+        lengths = range(min(len(self.held), max(map(len, self.config.stop), default=0)), 0, -1)
+        partial = next((k for k in lengths if any(s.startswith(self.held[-k:]) for s in self.config.stop)), 0)
+        return self._release(len(self.held) - partial)
+
+    def end(self, reason: str) -> str:
+        """No more tokens: returns the text that was held back."""
+        self.reason = reason
+        self.held += self.decoder.flush()
+        return self._release(len(self.held))
+
+    def _release(self, n: int) -> str:
+        text, self.held = self.held[:n], self.held[n:]
+        self.text += text
+        return text
+
+
+def draw(steps: Generator[list[int | None], None, list[str]], samples: list[Sample]) -> Iterator[str]:
+    """Feed the rows of a batch to their samples until all have ended; yields the first one's text as it comes."""
+    try:
+        for row in steps:
+            for i, (sample, token) in enumerate(zip(samples, row, strict=True)):
+                if token is not None and not sample.reason:
+                    text = sample.push(token)
+                    if i == 0:
+                        yield text
+            if all(sample.reason for sample in samples):
+                break
+    finally:
+        steps.close()
+    for i, sample in enumerate(samples):
+        if not sample.reason:
+            text = sample.end("length")
+            if i == 0:
+                yield text
+
+
+# -----------------------------------------------------------------------------
+# What to sample from
 
 
 def find_checkpoint(config: Config) -> Path:
@@ -36,9 +119,26 @@ def find_checkpoint(config: Config) -> Path:
     found = sorted(Path(config.out_dir).rglob("best.pt"), key=lambda path: path.stat().st_mtime)
     if not found:
         raise UserError(
-            f"no best.pt in {config.out_dir} or below: train one (python train.py config/tiny.py) or say --ckpt"
+            f"no best.pt in {config.out_dir} or below: train one (python train.py config/tiny.py) or say --ckpt=FILE"
         )
     return found[-1]
+
+
+def load(config: Config) -> tuple[GPT, Tokenizer, str]:
+    """The model, its tokenizer, and a line that says where they come from."""
+    path = find_checkpoint(config)
+    try:
+        device = pick_device(config.device)
+    except ValueError as e:
+        raise UserError(str(e)) from e
+    try:
+        model, extra = GPT.load_checkpoint(path, device)
+        tokenizer = Tokenizer.from_dict(extra["tokenizer"])
+    except FileNotFoundError as e:
+        raise UserError(f"there is no checkpoint {path}") from e
+    except (RuntimeError, KeyError, ValueError) as e:
+        raise RunError(f"{path} is no checkpoint of train.py, or is damaged") from e
+    return model, tokenizer, f"{path}, step {extra.get('step')}, on {device}"
 
 
 def read_prompt(prompt: str) -> str:
@@ -52,65 +152,98 @@ def read_prompt(prompt: str) -> str:
     return prompt
 
 
-def load(path: Path, device: torch.device) -> tuple[GPT, Tokenizer, dict[str, Any]]:
+# -----------------------------------------------------------------------------
+# The two ways to use it
+
+
+def sample_once(config: Config, model: GPT, tokenizer: Tokenizer, settings: dict[str, Any], source: str) -> None:
+    prompt = read_prompt(config.prompt)
+    tokens = tokenizer.encode(prompt)
     try:
-        model, extra = GPT.load_checkpoint(path, device)
-        return model, Tokenizer.from_dict(extra["tokenizer"]), extra
-    except FileNotFoundError as e:
-        raise UserError(f"there is no checkpoint {path}") from e
-    except (RuntimeError, KeyError, ValueError) as e:
-        raise RunError(f"{path} is no checkpoint of train.py, or is damaged") from e
+        steps = model.generate_batch([tokens], config.max_tokens, config.num_samples, **settings)
+    except ValueError as e:
+        raise UserError(str(e)) from e
+    print(source, file=sys.stderr)
+    if len(tokens) > (window := model.config.sequence_len):
+        print(f"the prompt has {len(tokens)} tokens: the model reads the last {window}", file=sys.stderr)
+    samples = [Sample(tokenizer, config) for _ in range(config.num_samples)]
+    if config.json:
+        for _ in draw(steps, samples):
+            pass
+        for sample in samples:
+            record = {
+                "prompt": prompt,
+                "text": sample.text,
+                "tokens": len(sample.ids),
+                "reason": sample.reason,
+                "seconds": round(sample.seconds, 4),
+                "tokens_per_second": round(len(sample.ids) / sample.seconds, 1) if sample.seconds else 0.0,
+            }
+            print(json.dumps(record, ensure_ascii=False))
+        return
+    print(prompt, end="", flush=True)
+    for text in draw(steps, samples):  # the first sample streams; the others, drawn with it, follow whole
+        print(text, end="", flush=True)
+    print()
+    for sample in samples[1:]:
+        print(f"---\n{prompt}{sample.text}")
+    report(samples)
+
+
+def report(samples: list[Sample]) -> None:
+    tokens, seconds = sum(len(sample.ids) for sample in samples), max(sample.seconds for sample in samples)
+    reasons = ", ".join(sample.reason for sample in samples)
+    print(f"{tokens} tokens, {tokens / seconds if seconds else 0:,.0f} tokens/s, ended by {reasons}", file=sys.stderr)
+
+
+@contextmanager
+def interruptible() -> Iterator[list[int]]:
+    """While in here Ctrl-C only fills the list that this gives: an answer ends between two tokens, not within one."""
+    signals: list[int] = []
+    before = signal.signal(signal.SIGINT, lambda signum, _: signals.append(signum))
+    try:
+        yield signals
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def converse(config: Config, model: GPT, tokenizer: Tokenizer, settings: dict[str, Any], source: str) -> None:
+    """One turn after the other; the cache keeps what was said, so each turn reads only what is new."""
+    with suppress(ImportError):  # Windows has none
+        import readline  # noqa: F401  (gives input() line editing and history)
+    kv_cache = KVCache(model.config, 1, model.config.sequence_len, model.device, model.dtype)
+    try:
+        model.generate_batch([[tokenizer.eot]], config.max_tokens, **settings)  # is checked, and not started
+    except ValueError as e:
+        raise UserError(str(e)) from e
+    print(f"{source}\nCtrl-C stops an answer, Ctrl-D leaves", file=sys.stderr)
+    while True:
+        try:
+            prompt = input("> ") or "\n"
+        except EOFError:
+            print()
+            return
+        except KeyboardInterrupt:
+            print()
+            continue
+        with interruptible() as signals:
+            steps = model.generate_batch([tokenizer.encode(prompt)], config.max_tokens, kv_cache=kv_cache, **settings)
+            sample = Sample(tokenizer, config)
+            for text in draw(steps, [sample]):
+                print(text, end="", flush=True)
+                if signals and not sample.reason:
+                    print(sample.end("interrupt"), end="")
+            print(flush=True)
+            report([sample])
 
 
 def main() -> None:
     config = configurator.parse(Config)
-    path = find_checkpoint(config)
-    prompt = read_prompt(config.prompt)
-    try:
-        model, tokenizer, extra = load(path, pick_device(config.device))
-        tokens = tokenizer.encode(prompt)
-        steps = model.generate_batch(
-            [tokens],
-            config.max_tokens,
-            config.num_samples,
-            config.temperature,
-            config.top_k,
-            config.top_p,
-            config.min_p,
-            config.repetition_penalty,
-            stop_tokens=[tokenizer.eot],
-            seed=config.seed,
-        )
-    except ValueError as e:
-        raise UserError(str(e)) from e
-    print(f"{path}, step {extra.get('step')}, on {model.device}", file=sys.stderr)
-    if len(tokens) > (window := model.config.sequence_len):
-        print(f"the prompt has {len(tokens)} tokens; the model sees the last {window}", file=sys.stderr)
-
-    # The first sample streams; the others, drawn in the same steps, follow whole
-    decoders = [tokenizer.decoder() for _ in range(config.num_samples)]
-    texts = [""] * config.num_samples
-    count, started = 0, time.perf_counter()
-    print(prompt, end="", flush=True)
-    try:
-        while True:
-            for row, token in enumerate(next(steps)):
-                if token is None:
-                    continue
-                count += 1
-                if token == tokenizer.eot:
-                    continue
-                text = decoders[row].decode(token)
-                texts[row] += text
-                if row == 0:
-                    print(text, end="", flush=True)
-    except StopIteration as end:
-        reasons = end.value
-    seconds = time.perf_counter() - started
-    print(decoders[0].flush())
-    for row in range(1, config.num_samples):
-        print(f"---\n{prompt}{texts[row]}{decoders[row].flush()}")
-    print(f"{count} tokens, {count / seconds:,.0f} tokens/s, ended by {', '.join(reasons)}", file=sys.stderr)
+    model, tokenizer, source = load(config)
+    names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")
+    settings = {name: getattr(config, name) for name in names}
+    settings |= {"stop_tokens": [tokenizer.eot], "suppress_tokens": tokenizer.gaps(model.config.vocab_size)}
+    (converse if config.interactive else sample_once)(config, model, tokenizer, settings, source)
 
 
 if __name__ == "__main__":

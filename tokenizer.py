@@ -108,6 +108,11 @@ class Tokenizer:
         except (KeyError, OverflowError) as e:
             raise ValueError(f"token id {token} is not in the vocabulary of {self.vocab_size}") from e
 
+    def gaps(self, vocab_size: int) -> list[int]:
+        """The ids below vocab_size that stand for no token: a model's vocabulary may be padded, or have holes."""
+        ids = {*self.encoding._mergeable_ranks.values(), *self.encoding._special_tokens.values()}
+        return [i for i in range(vocab_size) if i not in ids]
+
     def decoder(self) -> "StreamDecoder":
         return StreamDecoder(self)
 

@@ -347,8 +347,9 @@ def main() -> None:
         prompt = data.tokenizer.encode(config.sample_prompt) or [data.tokenizer.eot]
         decoder = data.tokenizer.decoder()
         print(f"\n{config.sample_prompt}", end="")
-        for token in model.generate(prompt, config.sample_tokens, temperature=0.8, stop_tokens=[data.tokenizer.eot]):
-            print(decoder.decode(token) if token != data.tokenizer.eot else "", end="", flush=True)
+        gaps, eot = data.tokenizer.gaps(model.config.vocab_size), data.tokenizer.eot
+        for token in model.generate(prompt, config.sample_tokens, 0.8, stop_tokens=[eot], suppress_tokens=gaps):
+            print(decoder.decode(token) if token != eot else "", end="", flush=True)
         print(decoder.flush())
     print(f"\nbest validation loss {best:.4f}: {out_dir / 'best.pt'}; python sample.py --out_dir={out_dir} goes on")
 

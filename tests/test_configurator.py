@@ -23,6 +23,7 @@ class Config(Base):
     learning_rate: float = 6e-4  # how fast
     compile: bool = False  # torch.compile
     top_p: float | None = None  # nucleus
+    stop: tuple[str, ...] = ()  # where to end
 
     def __post_init__(self):
         if self.n_layer > 1000:
@@ -68,6 +69,7 @@ def test_defaults_files_and_flags_apply_from_left_to_right(file):
         (["--out_dir", "--x"], Config(out_dir="--x")),
         (["--out_dir="], Config(out_dir="")),
         (["--out_dir=12"], Config(out_dir="12")),
+        (["--stop=a", "--stop", "b c"], Config(stop=("a", "b c"))),
         (["--top_p=0.5"], Config(top_p=0.5)),
         (["--top_p=1"], Config(top_p=1.0)),
     ],
@@ -86,9 +88,10 @@ n_kv_head = n_layer // 2
 learning_rate = -(6e-4 / n_kv_head)
 compile = True
 top_p = None
+stop = ("a", "b")
 '''
     config = parse(Config, [file(text)])
-    assert config == Config(n_layer=6, n_kv_head=3, learning_rate=-(6e-4 / 3), compile=True)
+    assert config == Config(n_layer=6, n_kv_head=3, learning_rate=-(6e-4 / 3), compile=True, stop=("a", "b"))
 
 
 @pytest.mark.parametrize(
@@ -116,6 +119,8 @@ top_p = None
         ("learning_rate = 1e308 * 10", ("sensible size",)),
         ("n_layer = 1001", ("1001 is too many",)),
         ("n_layer = (1, 2)", ("must be int",)),
+        ("stop = 'a'", ("must be a tuple of str",)),
+        ("stop = ('a', 1)", ("must be a tuple of str",)),
         ("n_layer = [1 for _ in (1,)]", ("neither",)),
         ("n_layer = f'{1}'", ("neither",)),
         ("n_layer = 1 if 1 else 2", ("neither",)),

@@ -4,6 +4,8 @@ from conftest import make_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from gpt import KVCache
+
 
 def uncached(model, tokens: list[int], n: int) -> list[int]:
     """Greedy tokens by the documented rule, without a cache: a full window is cut to its last half."""
@@ -156,3 +158,145 @@ def test_bad_batches_are_errors_at_the_call():
             model.generate_batch(bad, 5)
     with pytest.raises(ValueError, match="num_samples"):
         model.generate_batch([[1]], 5, num_samples=0)
+
+
+# ---- from a cache that holds something
+
+
+def new_cache(model, max_len=None) -> KVCache:
+    return KVCache(model.config, 1, max_len or model.config.sequence_len, dtype=model.dtype)
+
+
+def test_a_second_turn_reads_only_what_is_new():
+    model = make_model(sequence_len=64)
+    cache, read = new_cache(model), []
+    model.wte.register_forward_hook(lambda _, args, out: read.append(args[0].shape[1]))
+    first = list(model.generate([1, 2, 3, 4, 5], 6, temperature=0, kv_cache=cache))
+    assert cache.tokens() == [[1, 2, 3, 4, 5, *first]], "what was said stays, the last token included"
+    assert read == [5] + [1] * 6
+    read.clear()
+    second = list(model.generate([6, 7], 4, temperature=0, kv_cache=cache))
+    assert read == [2] + [1] * 4
+    read.clear()
+    assert second == list(model.generate([1, 2, 3, 4, 5, *first, 6, 7], 4, temperature=0))
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    turns=st.lists(st.tuples(st.integers(1, 30), st.integers(0, 30)), min_size=1, max_size=5), seed=st.integers(0, 99)
+)
+def test_a_conversation_equals_generating_from_all_that_the_cache_holds(turns, seed):
+    model = make_model(seed=seed, sequence_len=24)
+    cache = new_cache(model)
+    for n_new, n_generated in turns:
+        new = torch.randint(61, (n_new,)).tolist()
+        expected = list(model.generate(cache.tokens()[0] + new, n_generated, temperature=0))
+        assert list(model.generate(new, n_generated, temperature=0, kv_cache=cache)) == expected
+        if expected:
+            assert cache.tokens()[0][-1] == expected[-1]
+
+
+def test_what_was_said_stays_when_the_caller_walks_away():
+    model = make_model()
+    cache = new_cache(model)
+    said = []
+    for token in model.generate([1, 2], 20, temperature=0, kv_cache=cache):
+        said.append(token)
+        if len(said) == 3:
+            break
+    assert cache.tokens() == [[1, 2, *said]]
+    rest = list(model.generate([9], 5, temperature=0, kv_cache=cache))
+    assert rest == list(model.generate([1, 2, *said, 9], 5, temperature=0))
+
+
+def test_a_shared_prefix_serves_many_prompts():
+    model = make_model()
+    cache = new_cache(model)
+    model(torch.tensor([[5, 6, 7, 8]]), kv_cache=cache)
+    for prompt in ([1], [2, 3]):
+        out = list(model.generate(prompt, 5, temperature=0, kv_cache=cache))
+        assert out == list(model.generate([5, 6, 7, 8, *prompt], 5, temperature=0))
+        cache.truncate(4)
+
+
+def test_the_penalty_sees_the_prefix():
+    model = make_model()
+    cache = new_cache(model)
+    model(torch.tensor([[5, 6, 7, 8]]), kv_cache=cache)
+    out = list(model.generate([9], 20, temperature=0, repetition_penalty=1e9, kv_cache=cache))
+    assert not {5, 6, 7, 8, 9} & set(out)
+
+
+def test_a_batch_goes_on_from_a_ragged_cache():
+    model = make_model()
+    cache = KVCache(model.config, 2, 32, dtype=model.dtype)
+    model(torch.tensor([[1, 2, 3, 4], [5, 6, 0, 0]]), kv_cache=cache)
+    cache.truncate([4, 2])
+    rows, _ = finish(model.generate_batch([[7], [8, 9, 10]], 8, temperature=0, kv_cache=cache))
+    for b, text in enumerate(([1, 2, 3, 4, 7], [5, 6, 8, 9, 10])):
+        column = [row[b] for row in rows]
+        assert column == list(model.generate(text, 8, temperature=0)) and cache.tokens()[b] == text + column
+
+
+@pytest.mark.parametrize(
+    "make, words",
+    [
+        (lambda m: new_cache(m, 10), "10 .* 16"),
+        (lambda m: new_cache(make_model(n_layer=2)), "n_layer"),
+        (lambda m: KVCache(m.config, 2, 32, dtype=m.dtype), "batch_size"),
+        (lambda m: KVCache(m.config, 1, 32), "float32"),
+    ],
+)
+def test_a_cache_that_does_not_fit_is_an_error_at_the_call(make, words):
+    model = make_model()
+    cache = make(model)
+    with pytest.raises(ValueError, match=words):
+        model.generate([1] * 6, 10, kv_cache=cache)
+    assert cache.lengths.sum() == 0
+
+
+def test_samples_from_a_callers_cache_come_one_at_a_time():
+    model = make_model()
+    with pytest.raises(ValueError, match="num_samples"):
+        model.generate_batch([[1]], 5, num_samples=2, kv_cache=new_cache(model))
+
+
+def test_suppressed_tokens_are_never_drawn():
+    model = make_model()
+    suppress = [*range(50), 60]
+    for temperature in (0, 3.0):
+        out = list(model.generate([1], 200, temperature=temperature, suppress_tokens=suppress))
+        assert set(out) <= set(range(50, 60))
+    with pytest.raises(ValueError, match="61"):
+        model.generate([1], 5, suppress_tokens=[61])
+
+
+@settings(max_examples=20, deadline=None)
+@given(lengths=st.lists(st.integers(1, 32), min_size=1, max_size=8), seed=st.integers(0, 99))
+def test_logits_of_a_ragged_batch_in_float32(lengths, seed):
+    model = make_model(torch.float32, seed=seed)
+    prompts = [torch.randint(61, (n,)).tolist() for n in lengths]
+    cache = KVCache(model.config, len(prompts), 32)
+    batched = model._prefill(prompts, cache)
+    for row, prompt in zip(batched, prompts, strict=True):
+        assert (row - model(torch.tensor([prompt]))[0, -1]).abs().max() < 1e-4
+
+
+def test_expanded_rows_equal_separate_runs_with_the_same_draws(monkeypatch):
+    """Draws by given uniforms, one for each row and step: then a row must get what it gets alone with the same ones."""
+    model = make_model(sequence_len=24)
+    uniforms = torch.rand(40, 3, dtype=torch.float64)
+
+    def drawing(columns):
+        steps = iter(uniforms[:, columns])
+
+        def draw(probs, num_samples, generator):
+            return torch.searchsorted(probs.cumsum(-1), next(steps)[:, None] * 0.999999).clamp(max=60)
+
+        return draw
+
+    monkeypatch.setattr(torch, "multinomial", drawing([0, 1, 2]))
+    rows, _ = finish(model.generate_batch([[1, 2, 3]], 40, num_samples=3, temperature=1.2))
+    for b in range(3):
+        monkeypatch.setattr(torch, "multinomial", drawing([b]))
+        assert list(model.generate([1, 2, 3], 40, temperature=1.2)) == [row[b] for row in rows]

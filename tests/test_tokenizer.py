@@ -63,6 +63,7 @@ def test_an_encoding_with_gaps_and_several_special_tokens_travels_too():
     again = Tokenizer.from_dict(json.loads(json.dumps(Tokenizer(encoding).to_dict())))
     assert again.vocab_size == 263 and again.eot == 260
     assert again.encode("abcab!") == encoding.encode_ordinary("abcab!") == [257, 256, 33]
+    assert again.gaps(265) == [258, 259, 261, 263, 264]
     with pytest.raises(ValueError, match="261"):
         again.decode([261])
 
