@@ -259,23 +259,20 @@ class Block(nn.Module):
 # From logits to tokens
 
 
-def sample(
+def filter_logits(
     logits: Tensor,
     temperature: float = 1.0,
     top_k: int | None = None,
     top_p: float | None = None,
     min_p: float | None = None,
-    generator: torch.Generator | None = None,
 ) -> Tensor:
-    """Draw one token id for each row of logits: (B, V) to (B,) int64. temperature=0 is argmax.
+    """The logits (B, V) to draw from: divided by temperature, and -inf for the tokens that a filter takes out.
 
     The filters act one after the other, as Hugging Face's logits processors do; None or 0 switches one off.
     top_k keeps the k likeliest tokens, and those that tie with the last of them. top_p keeps the fewest tokens that
     together have the probability p (https://arxiv.org/abs/1904.09751). min_p keeps the tokens that are at least
     min_p times as likely as the likeliest (https://arxiv.org/abs/2407.01082).
     """
-    if temperature == 0:
-        return logits.argmax(dim=-1)
     logits = logits / temperature
     if top_k:
         least = logits.topk(min(top_k, logits.size(-1))).values[:, -1:]  # (B, 1)
@@ -288,7 +285,22 @@ def sample(
     if min_p:
         probs = logits.softmax(dim=-1)
         logits = logits.masked_fill(probs < min_p * probs.amax(dim=-1, keepdim=True), -math.inf)
-    return torch.multinomial(logits.softmax(dim=-1), num_samples=1, generator=generator).squeeze(-1)
+    return logits
+
+
+def sample(
+    logits: Tensor,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    min_p: float | None = None,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Draw a token id for each row of logits, by `filter_logits`: (B, V) to (B,) int64. temperature=0 is argmax."""
+    if temperature == 0:
+        return logits.argmax(dim=-1)
+    probs = filter_logits(logits, temperature, top_k, top_p, min_p).softmax(dim=-1)
+    return torch.multinomial(probs, num_samples=1, generator=generator).squeeze(-1)
 
 
 def penalize(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
@@ -478,8 +490,8 @@ class GPT(nn.Module):
         """Go on from tokens: yields one id at a time, and returns why it ended, 'length' or 'stop'.
 
         A token of stop_tokens is yielded, then ends it; suppress_tokens are never drawn. The same seed gives the same
-        tokens; temperature=0 takes the likeliest. For the filters, see `sample`; repetition_penalty, above 1, makes
-        less likely what was said, the prompt included. The model is in eval mode while this runs, then in its old one.
+        tokens; temperature=0 takes the likeliest. For the filters, see `filter_logits`; a repetition_penalty above 1
+        makes less likely what was said, the prompt included. The model is in eval mode while this runs.
 
         When sequence_len is full, the last half of the window (sequence_len // 2 tokens, the newest included) is read
         anew and it goes on from there; of a longer prompt the last sequence_len tokens are read.

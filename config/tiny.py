@@ -10,11 +10,11 @@ n_embd = 128
 sequence_len = 128
 
 batch_size = 16
-max_iters = 900
+max_iters = 800
 momentum = 0.9
 head_lr = 0.01
 warmdown = 0.5
-eval_interval = 300
+eval_interval = 200
 eval_iters = 64
 log_interval = 10
 

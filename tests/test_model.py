@@ -6,50 +6,9 @@ import sys
 import pytest
 import torch
 from conftest import ROOT, make_model
-from transformers import NanoChatConfig, NanoChatForCausalLM
 
+from bench import as_transformers
 from gpt import GPT, GPTConfig, rope, rotate
-
-
-def nanochat(model: GPT) -> NanoChatForCausalLM:
-    """The same weights in Hugging Face's model, written independently of ours.
-
-    There a head's channel i turns with channel i + D/2, here 2i with 2i + 1; and there the angle has the other sign,
-    which swaps the two.
-    """
-    c = model.config
-    theirs = NanoChatForCausalLM(
-        NanoChatConfig(
-            vocab_size=c.vocab_size,
-            hidden_size=c.n_embd,
-            intermediate_size=4 * c.n_embd,
-            num_hidden_layers=c.n_layer,
-            num_attention_heads=c.n_head,
-            num_key_value_heads=c.n_kv_head,
-            max_position_embeddings=c.sequence_len,
-            rms_norm_eps=c.norm_eps,
-            final_logit_softcapping=c.softcap,
-            rope_parameters={"rope_type": "default", "rope_theta": c.rope_base},
-        )
-    )
-
-    def halves(weight: torch.Tensor) -> torch.Tensor:
-        pairs = weight.view(-1, c.head_dim // 2, 2, c.n_embd)  # (heads, D/2, 2, C)
-        return pairs.flip(2).transpose(1, 2).reshape(weight.shape)  # (heads, 2, D/2, C)
-
-    weights = {"model.embed_tokens.weight": model.wte.weight, "lm_head.weight": model.lm_head.weight}
-    for i, block in enumerate(model.h):
-        layer = f"model.layers.{i}"
-        weights |= {
-            f"{layer}.self_attn.q_proj.weight": halves(block.attn.c_q.weight),
-            f"{layer}.self_attn.k_proj.weight": halves(block.attn.c_k.weight),
-            f"{layer}.self_attn.v_proj.weight": block.attn.c_v.weight,
-            f"{layer}.self_attn.o_proj.weight": block.attn.c_proj.weight,
-            f"{layer}.mlp.fc1.weight": block.mlp.c_fc.weight,
-            f"{layer}.mlp.fc2.weight": block.mlp.c_proj.weight,
-        }
-    theirs.load_state_dict(weights)
-    return theirs.to(model.dtype).eval()
 
 
 @pytest.mark.parametrize("n_kv_head", [None, 1, 2, 4])
@@ -60,7 +19,7 @@ def test_logits_equal_transformers(n_kv_head, softcap, rope_base):
         weight.data *= 0.3
     idx = torch.randint(model.config.vocab_size, (3, 300))
     with torch.no_grad():
-        ours, theirs = model(idx), nanochat(model)(idx).logits
+        ours, theirs = model(idx), as_transformers(model)(idx).logits
     assert ours.abs().max() > 0.5
     assert (ours - theirs).abs().max() < 1e-5
 

@@ -1,18 +1,9 @@
-import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers.generation import logits_process as theirs
 
-from gpt import penalize, sample
-
-
-def survivors(logits: torch.Tensor, monkeypatch, **filters) -> torch.Tensor:
-    """The probabilities that `sample` draws from."""
-    seen = []
-    monkeypatch.setattr(torch, "multinomial", lambda probs, **_: seen.append(probs) or probs.argmax(-1, keepdim=True))
-    sample(logits, **filters)
-    return seen[0]
+from gpt import filter_logits, penalize, sample
 
 
 def by_transformers(logits, temperature, top_k, top_p, min_p) -> torch.Tensor:
@@ -44,8 +35,7 @@ def test_each_filter_and_all_together_leave_what_transformers_leaves(
     if levels:
         logits = (logits * levels / 9).round()
     expected = by_transformers(logits.clone(), temperature, top_k, top_p, min_p)
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        ours = survivors(logits, monkeypatch, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
+    ours = filter_logits(logits, temperature, top_k, top_p, min_p).softmax(-1)
     assert torch.equal(ours > 0, expected > 0)
     assert torch.allclose(ours, expected)
 
@@ -68,6 +58,20 @@ def test_draws_agree_with_the_probabilities():
     draws = sample(logits.expand(20_000, -1), generator=generator)
     expected = logits.softmax(-1)[0] * 20_000
     assert ((torch.bincount(draws, minlength=10) - expected) ** 2 / expected).sum() < 27.9
+
+
+def test_what_is_filtered_out_is_never_drawn():
+    torch.manual_seed(0)
+    logits, generator = torch.randn(1, 50), torch.Generator().manual_seed(0)
+    for filters in (
+        dict(top_k=5),
+        dict(top_p=0.4),
+        dict(min_p=0.3),
+        dict(temperature=0.5, top_k=9, top_p=0.8, min_p=0.1),
+    ):
+        allowed = filter_logits(logits, **filters)[0].isfinite().nonzero().flatten().tolist()
+        draws = sample(logits.expand(2000, -1), **filters, generator=generator)
+        assert set(draws.tolist()) == set(allowed)
 
 
 def test_temperature_zero_is_argmax_and_off_is_off():
