@@ -13,6 +13,7 @@ import inspect
 import io
 import operator
 import os
+import re
 import signal
 import sys
 import tokenize
@@ -23,6 +24,7 @@ from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 C = TypeVar("C")
+BOOLS = {"true": True, "false": False, "1": True, "0": False}
 
 
 class UserError(Exception):
@@ -35,12 +37,19 @@ class RunError(Exception):
 
 def run(main: Callable[[], None]) -> NoReturn:
     """Call a script's main and exit: one `error:` line for a UserError or RunError, a traceback for a bug."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a character that the terminal does not have is no reason to fail
     try:
         main()
         sys.stdout.flush()
     except (UserError, RunError) as e:
         print(f"error: {e}", file=sys.stderr)
         sys.exit(2 if isinstance(e, UserError) else 1)
+    except (MemoryError, RuntimeError) as e:
+        if not isinstance(e, MemoryError) and not re.search("out of memory|can't allocate memory", str(e)):
+            raise
+        print("error: out of memory: try a smaller batch_size, num_samples, sequence_len or model", file=sys.stderr)
+        sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(128 + signal.SIGINT)
     except BrokenPipeError:  # the reader of our output has left (`| head`)
@@ -51,16 +60,14 @@ def run(main: Callable[[], None]) -> NoReturn:
 
 def parse(cls: type[C], argv: Sequence[str] | None = None) -> C:
     """An instance of the dataclass cls with what argv (default: the command line) says. UserError for bad input."""
-    argv = sys.argv[1:] if argv is None else argv
-    if "-h" in argv or "--help" in argv:
-        print(help_text(cls))
-        sys.exit(0)
     values: dict[str, Any] = {}
-    for where, key, value in _assignments(cls, argv):
+    flags: set[str] = set()
+    for where, key, value in _assignments(cls, sys.argv[1:] if argv is None else argv):
         value = _checked(cls, where, key, value)
-        if where.startswith("--") and type(value) is tuple:  # a flag that is given several times
-            value = values.get(key, ()) + value
+        if type(value) is tuple and key in flags and where.startswith("--"):  # a flag that is given several times
+            value = values[key] + value
         values[key] = value
+        (flags.add if where.startswith("--") else flags.discard)(key)
     try:
         return cls(**values)
     except ValueError as e:  # values that do not go together, say n_embd and n_head
@@ -86,6 +93,9 @@ def _assignments(cls: type, argv: Sequence[str]) -> Iterator[tuple[str, str, Any
     args = list(argv)
     while args:
         arg = args.pop(0)
+        if arg in ("-h", "--help"):
+            print(help_text(cls))
+            sys.exit(0)
         if not arg.startswith("--"):
             if arg.startswith("-") or not arg.endswith(".py"):
                 raise UserError(f"{arg!r} is neither a config file (FILE.py) nor a flag (--key=value); see --help")
@@ -95,7 +105,7 @@ def _assignments(cls: type, argv: Sequence[str]) -> Iterator[tuple[str, str, Any
         key = key.replace("-", "_")
         kind = _kinds(cls, f"--{key}", key)
         if not equals:
-            if bool in kind and not (args and args[0].lower() in ("true", "false")):
+            if bool in kind and not (args and args[0].lower() in BOOLS):
                 text = "true"
             elif args:
                 text = args.pop(0)
@@ -107,7 +117,7 @@ def _assignments(cls: type, argv: Sequence[str]) -> Iterator[tuple[str, str, Any
 def read_file(cls: type, path: str) -> Iterator[tuple[str, str, Any]]:
     """The assignments of a config file, as (where, key, value)."""
     try:
-        source = Path(path).read_text(encoding="utf-8")
+        source = Path(path).read_text(encoding="utf-8-sig")
         tree = ast.parse(source)
     except OSError as e:
         raise UserError(f"cannot read the config file {path}: {e.strerror}") from e
@@ -126,7 +136,7 @@ def read_file(cls: type, path: str) -> Iterator[tuple[str, str, Any]]:
         _kinds(cls, where, key)
         try:
             values[key] = _evaluate(node.value, values)
-        except (ArithmeticError, RecursionError) as e:
+        except (ArithmeticError, RecursionError, MemoryError) as e:
             raise UserError(f"{where}: {key} cannot be computed: {e}") from e
         except ValueError as e:
             raise UserError(f"{where}: {e}") from e
@@ -150,7 +160,7 @@ def _evaluate(node: ast.expr, names: dict[str, Any]) -> Any:
     """The value of a literal, a name assigned above, or arithmetic over numbers; ValueError for all else."""
     match node:
         case ast.Constant(value=bool() | int() | float() | str() | None):
-            return node.value
+            return _sensible(node.value)
         case ast.Name(id=name) if name in names:
             return names[name]
         case ast.Name(id=name):
@@ -167,9 +177,13 @@ def _evaluate(node: ast.expr, names: dict[str, Any]) -> Any:
         raise ValueError(f"{ast.unparse(node)!r} is arithmetic with something that is not a number")
     if isinstance(op, ast.Pow) and abs(operands[1]) > 64:
         raise ValueError(f"{ast.unparse(node)!r} has an exponent above 64")
-    value = OPERATORS[type(op)](*operands)
-    if type(value) not in (int, float) or abs(value) > 2**1000:
-        raise ValueError(f"{ast.unparse(node)!r} is not a real number of a sensible size")
+    return _sensible(OPERATORS[type(op)](*operands))
+
+
+def _sensible(value: Any) -> Any:
+    """The value; ValueError for a number that is complex, infinite, not a number, or beyond 2^1000."""
+    if isinstance(value, complex) or (isinstance(value, int | float) and not abs(value) <= 2**1000):
+        raise ValueError("this is not a real number of a sensible size")
     return value
 
 
@@ -194,12 +208,12 @@ def _literal(where: str, key: str, text: str, kinds: tuple[Any, ...]) -> Any:
         return (text,)
     if str in kinds and not (text == "None" and types.NoneType in kinds):
         return text
-    if bool in kinds and text.lower() in ("true", "false", "1", "0"):
-        return text.lower() in ("true", "1")
+    if bool in kinds and text.lower() in BOOLS:
+        return BOOLS[text.lower()]
     try:
-        return ast.literal_eval(text)
-    except (ValueError, SyntaxError, RecursionError, MemoryError) as e:
-        raise UserError(f"{where}: {key} must be {_names(kinds)}, not {text!r}") from e
+        return _sensible(ast.literal_eval(text))
+    except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError) as e:
+        raise UserError(f"{where}: {key} must be {_names(kinds)}, not {text[:99]!r}") from e
 
 
 def _checked(cls: type, where: str, key: str, value: Any) -> Any:

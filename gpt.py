@@ -59,8 +59,10 @@ class GPTConfig:
             )
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout must be in [0, 1), not {self.dropout}")
-        if self.softcap < 0:
-            raise ValueError(f"softcap must not be negative, but is {self.softcap}")
+        if self.softcap < 0 or self.norm_eps < 0:
+            raise ValueError(f"softcap and norm_eps must not be negative, but are {self.softcap} and {self.norm_eps}")
+        if self.rope_base <= 0:
+            raise ValueError(f"rope_base must be positive, but is {self.rope_base}")
 
     @property
     def head_dim(self) -> int:
@@ -76,17 +78,19 @@ class KVCache:
 
     `lengths` is an int64 tensor (batch_size,) on the CPU, so that it is known without waiting for the device; `ids`
     (batch_size, max_len) are the tokens that the positions stand for. Owned by the caller; `GPT.forward` appends to
-    it: begin once, update in each layer, then commit.
+    it: begin once, update in each layer, then commit. No gradient flows through it.
     """
 
     def __init__(
         self, config: GPTConfig, batch_size: int, max_len: int, device: Device = None, dtype: torch.dtype | None = None
     ) -> None:
         shape = (config.n_layer, batch_size, config.n_kv_head or config.n_head, max_len, config.head_dim)
-        self.k = torch.empty(shape, device=device, dtype=dtype)  # (n_layer, B, G, max_len, D)
-        self.v = torch.empty(shape, device=device, dtype=dtype)
-        self.ids = torch.empty(batch_size, max_len, device=device, dtype=torch.long)
+        self.k = torch.zeros(shape, device=device, dtype=dtype)  # (n_layer, B, G, max_len, D)
+        self.v = torch.zeros(shape, device=device, dtype=dtype)
+        self.ids = torch.zeros(batch_size, max_len, device=device, dtype=torch.long)
         self.lengths = torch.zeros(batch_size, dtype=torch.long)
+        self._end = 0  # what `begin` finds out for `update`: where the longest row ends,
+        self._slots: tuple = ()  # and where the new tokens go, as an index of (B, max_len)
 
     @property
     def batch_size(self) -> int:
@@ -115,11 +119,11 @@ class KVCache:
         starts = self.lengths if ragged else self.lengths[:1]
         positions = (starts[:, None] + torch.arange(T)).to(self.k.device)  # (B or 1, T)
         if ragged:
-            # A shorter row leaves a gap here. Attention gives it a weight of 0, but 0 times what happens to lie in
-            # fresh memory may be NaN.
+            # A shorter row leaves a gap here. Attention gives it a weight of 0, but if something that was not finite
+            # was left there, 0 times that is NaN.
             self.k[:, :, :, longest : self._end] = 0
             self.v[:, :, :, longest : self._end] = 0
-            self._slots: tuple = (torch.arange(self.batch_size, device=self.k.device)[:, None], positions)
+            self._slots = (torch.arange(self.batch_size, device=self.k.device)[:, None], positions)
         else:
             self._slots = (slice(None), slice(longest, self._end))
         self.ids[self._slots] = idx
@@ -129,8 +133,8 @@ class KVCache:
 
     def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Write a layer's new keys and values, (B, T, G, D); returns all that it holds, (B, G, S, D), as views."""
-        self.k[layer].transpose(1, 2)[self._slots] = k
-        self.v[layer].transpose(1, 2)[self._slots] = v
+        self.k[layer].transpose(1, 2)[self._slots] = k.detach().to(self.k.dtype)
+        self.v[layer].transpose(1, 2)[self._slots] = v.detach().to(self.v.dtype)
         return self.k[layer, :, :, : self._end], self.v[layer, :, :, : self._end]
 
     def commit(self, T: int) -> None:
@@ -164,6 +168,8 @@ class KVCache:
 
     def row(self, b: int) -> "KVCache":
         """Row b as a cache of batch size 1 on the same memory: what is done to one is seen in the other."""
+        if not 0 <= b < self.batch_size:
+            raise IndexError(f"there is no row {b} in a KVCache of {self.batch_size}")
         cache = copy(self)
         cache.k, cache.v = self.k[:, b : b + 1], self.v[:, b : b + 1]
         cache.ids, cache.lengths = self.ids[b : b + 1], self.lengths[b : b + 1]
@@ -534,15 +540,18 @@ class GPT(nn.Module):
         limits = {
             "max_tokens": (max_tokens >= 0, max_tokens, "at least 0"),
             "num_samples": (num_samples >= 1, num_samples, "at least 1"),
-            "temperature": (temperature >= 0, temperature, "at least 0"),
+            "temperature": (temperature == 0 or 1e-30 < temperature < 1e30, temperature, "0, or positive and finite"),
             "top_k": (not top_k or top_k >= 1, top_k, "at least 1, or 0 for no limit"),
             "top_p": (not top_p or 0 < top_p <= 1, top_p, "in (0, 1], or 0 for no limit"),
             "min_p": (not min_p or 0 < min_p < 1, min_p, "in (0, 1), or 0 for no limit"),
             "repetition_penalty": (repetition_penalty > 0, repetition_penalty, "above 0"),
+            "seed": (-(2**63) <= seed < 2**63, seed, "an integer of 64 bits"),
         }
         for name, (ok, value, rule) in limits.items():
             if not ok:
                 raise ValueError(f"{name} must be {rule}, not {value}")
+        if len(set(suppress_tokens)) == self.config.vocab_size:
+            raise ValueError("suppress_tokens leaves no token to draw")
         longest = max(map(len, prompts))
         if kv_cache is not None:
             self._check_cache(kv_cache, len(prompts))
@@ -588,10 +597,13 @@ class GPT(nn.Module):
             for b in range(B):
                 seen[b, texts[b // num_samples]] = True
             reasons, running = ["length"] * B, set(range(B))
+            keep = torch.ones(B, dtype=torch.bool)  # whose tokens stay: up to the stop token of a row that has ended
 
             for _ in range(max_tokens):
                 if ids is not None:
-                    logits, ids = self._decode(ids, kv_cache), None
+                    logits, ids = self._decode(ids, kv_cache, keep), None
+                    if caller_cache is not None:
+                        keep = torch.tensor([b in running for b in range(B)])
                 if penalty != 1:
                     logits = penalize(logits, seen, penalty)
                 if suppress_tokens:
@@ -607,9 +619,11 @@ class GPT(nn.Module):
                     break
             return reasons
         finally:  # also when the caller walks away
-            if caller_cache is not None and ids is not None:
-                self._decode(ids, kv_cache)
-            self.train(was_training)
+            try:
+                if caller_cache is not None and ids is not None:
+                    self._decode(ids, kv_cache, keep)
+            finally:
+                self.train(was_training)
 
     def _prefill(self, prompts: Sequence[Sequence[int]], kv_cache: KVCache) -> Tensor:
         """Read prompts of any lengths after what the cache holds, in one forward; returns the last logits, (B, V).
@@ -629,10 +643,11 @@ class GPT(nn.Module):
         kv_cache.truncate(lengths)
         return self.logits(x[torch.arange(len(prompts)), new - 1])
 
-    def _decode(self, ids: Tensor, kv_cache: KVCache) -> Tensor:
+    def _decode(self, ids: Tensor, kv_cache: KVCache, keep: Tensor) -> Tensor:
         """Read one more token for each row, (B,); returns the logits of what comes after, (B, V).
 
-        A row that is full starts anew, with the last half of its window.
+        A row that is full starts anew, with the last half of its window. Rows where keep, (B,) bool, is false have
+        ended: theirs is read with the others', and forgotten.
         """
         window = self.config.sequence_len
         for b, length in enumerate(kv_cache.lengths.tolist()):
@@ -642,7 +657,10 @@ class GPT(nn.Module):
                 row.reset()
                 if tail.numel():
                     self.hidden(tail, row)
-        return self.logits(self.hidden(ids[:, None], kv_cache)[:, -1])  # (B, 1) -> (B, V)
+        logits = self.logits(self.hidden(ids[:, None], kv_cache)[:, -1])  # (B, 1) -> (B, V)
+        if not keep.all():
+            kv_cache.truncate(kv_cache.lengths - (~keep).long())
+        return logits
 
     # ---- checkpoints
 
@@ -662,7 +680,7 @@ class GPT(nn.Module):
 
     @classmethod
     def load(cls, path: Path, device: Device = None, dtype: torch.dtype | None = None) -> "GPT":
-        """The model that `save` wrote, in eval mode. FileNotFoundError, or RuntimeError if the file is damaged."""
+        """The model that `save` wrote, in eval mode. OSError if there is none, RuntimeError if it is damaged."""
         return cls.load_checkpoint(path, device, dtype)[0]
 
     @classmethod
@@ -670,15 +688,14 @@ class GPT(nn.Module):
         cls, path: Path, device: Device = None, dtype: torch.dtype | None = None
     ) -> tuple["GPT", dict[str, Any]]:
         """Like `load`, with the extra that was saved. Runs no code from the file (weights_only)."""
-        try:
-            checkpoint = torch.load(path, map_location=device or "cpu", weights_only=True)
-            with torch.device("meta"):  # no memory and no time for initial values
-                model = cls(GPTConfig(**checkpoint.pop("config")))
-            model.load_state_dict(checkpoint.pop("model"), assign=True)
-        except FileNotFoundError:
-            raise
-        except Exception as e:  # a damaged file can fail in any way: in zip, pickle, a missing key, a shape
-            raise RuntimeError(f"{os.fspath(path)} is not a checkpoint of a GPT, or is damaged") from e
+        with open(path, "rb") as f:
+            try:
+                checkpoint = torch.load(f, map_location=device or "cpu", weights_only=True)
+                with torch.device("meta"):  # no memory and no time for initial values
+                    model = cls(GPTConfig(**checkpoint.pop("config")))
+                model.load_state_dict(checkpoint.pop("model"), assign=True)
+            except Exception as e:  # a damaged file can fail in any way: in zip, pickle, a missing key, a shape
+                raise RuntimeError(f"{os.fspath(path)} is not a checkpoint of a GPT, or is damaged") from e
         return model.to(dtype=dtype).eval(), checkpoint
 
     # ---- training
@@ -729,6 +746,8 @@ def pick_device(name: str = "auto") -> torch.device:
     try:
         if name == "auto":
             return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
-        return torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError) as e:
+        if name != "meta":
+            return torch.empty(0, device=name).device
+        raise RuntimeError("holds no data")
+    except (RuntimeError, AssertionError, ImportError) as e:
         raise ValueError(f"PyTorch finds no device {name!r} here") from e

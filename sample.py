@@ -1,5 +1,6 @@
 """Text from a checkpoint: python sample.py --prompt "def " --temperature 0.8"""
 
+import io
 import json
 import signal
 import sys
@@ -134,8 +135,8 @@ def load(config: Config) -> tuple[GPT, Tokenizer, str]:
     try:
         model, extra = GPT.load_checkpoint(path, device)
         tokenizer = Tokenizer.from_dict(extra["tokenizer"])
-    except FileNotFoundError as e:
-        raise UserError(f"there is no checkpoint {path}") from e
+    except OSError as e:
+        raise UserError(f"cannot read the checkpoint {path}: {e.strerror}") from e
     except (RuntimeError, KeyError, ValueError) as e:
         raise RunError(f"{path} is no checkpoint of train.py, or is damaged") from e
     return model, tokenizer, f"{path}, step {extra.get('step')}, on {device}"
@@ -216,6 +217,8 @@ def converse(config: Config, model: GPT, tokenizer: Tokenizer, settings: dict[st
         model.generate_batch([[tokenizer.eot]], config.max_tokens, **settings)  # is checked, and not started
     except ValueError as e:
         raise UserError(str(e)) from e
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="replace")
     print(f"{source}\nCtrl-C stops an answer, Ctrl-D leaves", file=sys.stderr)
     while True:
         try:

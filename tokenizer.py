@@ -35,8 +35,10 @@ class Tokenizer:
             return cls._from_tokens("bytes", r"[\s\S]{1,32}", [bytes([i]) for i in range(256)])
         if spec.startswith("bpe:"):
             size = spec.removeprefix("bpe:")
-            if not size.isdecimal() or int(size) < 257:
-                raise ValueError(f"tokenizer {spec!r}: bpe:N needs a vocabulary of N >= 257 (256 bytes and {EOT})")
+            if not size.isdecimal() or len(size) > 7 or int(size) < 257:
+                raise ValueError(
+                    f"tokenizer {spec!r}: bpe:N takes a vocabulary from 257 (256 bytes and {EOT}) to 9999999"
+                )
             return cls._from_tokens(spec, BPE_PATTERN, train_bpe(documents, int(size) - 1))
         if spec not in tiktoken.list_encoding_names():
             known = ", ".join(tiktoken.list_encoding_names())
@@ -53,14 +55,16 @@ class Tokenizer:
         return cls(tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=special))
 
     def to_dict(self) -> dict[str, Any]:
-        """All that `from_dict` needs, as JSON types: the tokens in the order of their ids, in base64."""
+        """All that `from_dict` needs, as JSON types: the tokens by id, in base64, None where there is a gap."""
         encoding = self.encoding
-        ranks = sorted(encoding._mergeable_ranks.items(), key=lambda item: item[1])
+        tokens: list[str | None] = [None] * (max(encoding._mergeable_ranks.values()) + 1)
+        for token, rank in encoding._mergeable_ranks.items():
+            tokens[rank] = base64.b64encode(token).decode("ascii")
         return {
             "kind": "tiktoken",
             "name": encoding.name,
             "pattern": encoding._pat_str,
-            "tokens": [base64.b64encode(token).decode("ascii") for token, _ in ranks],
+            "tokens": tokens,
             "special_tokens": dict(encoding._special_tokens),
         }
 
@@ -70,15 +74,17 @@ class Tokenizer:
         try:
             if d["kind"] != "tiktoken":
                 raise ValueError(d["kind"])
-            ranks = {base64.b64decode(token): rank for rank, token in enumerate(d["tokens"])}
-            if len(ranks) < len(d["tokens"]):
-                raise ValueError("a token comes twice")
+            ranks = {base64.b64decode(token): i for i, token in enumerate(d["tokens"]) if token is not None}
+            if len({*ranks.values(), *d["special_tokens"].values()}) < len(d["special_tokens"]) + sum(
+                token is not None for token in d["tokens"]
+            ):
+                raise ValueError("an id or a token comes twice")
             return cls(
                 tiktoken.Encoding(
                     d["name"], pat_str=d["pattern"], mergeable_ranks=ranks, special_tokens=d["special_tokens"]
                 )
             )
-        except (KeyError, TypeError, ValueError) as e:
+        except (KeyError, TypeError, ValueError, AttributeError) as e:
             raise ValueError("this is not the dict of a tokenizer") from e
 
     @property

@@ -7,11 +7,13 @@ Everything that happens is a function of (config, seed, step), so a run that was
 import dataclasses
 import json
 import math
+import os
 import signal
 import subprocess
 import sys
 import time
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -31,8 +33,8 @@ ROOT = Path(__file__).resolve().parent
 class Config(GPTConfig):
     vocab_size: int = 0  # number of token ids; 0 means as many as the tokenizer has
     out_dir: str = "out"  # where checkpoints, metrics.jsonl and loss.png go
-    init_from: str = "scratch"  # scratch, resume (from out_dir/ckpt.pt), or the path of a checkpoint to fine-tune
-    dataset: str = "stdlib"  # the folder in data/, prepared if it is missing
+    init_from: str = "scratch"  # scratch, resume (from out_dir/ckpt.pt), or a checkpoint to fine-tune in its own shape
+    dataset: str = "stdlib"  # the folder in data/, prepared if it is missing, or the path of another
     tokenizer: str = "bytes"  # what a missing dataset is prepared with: bytes, bpe:N, gpt2, ...
     batch_size: int = 12  # sequences in one forward
     gradient_accumulation_steps: int = 1  # forwards in one step
@@ -62,11 +64,19 @@ class Config(GPTConfig):
         for name in ("batch_size", "gradient_accumulation_steps", "eval_interval", "eval_iters", "log_interval"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
-        for name in ("max_iters", "learning_rate", "embd_lr", "head_lr", "grad_clip", "warmup_iters", "sample_tokens"):
+        for name in ("max_iters", "learning_rate", "embd_lr", "head_lr", "grad_clip", "weight_decay"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative, but is {getattr(self, name)}")
+        for name in ("warmup_iters", "sample_tokens"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must not be negative, but is {getattr(self, name)}")
+        for name in ("momentum", "beta1", "beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name} must be in [0, 1), not {getattr(self, name)}")
         if not 0 <= self.warmdown <= 1:
             raise ValueError(f"warmdown is a share, from 0 to 1, not {self.warmdown}")
+        if not 0 <= self.seed < 2**62:
+            raise ValueError(f"seed must be in [0, 2^62), not {self.seed}")
         if self.dtype not in ("auto", "float32", "bfloat16"):
             raise ValueError(f"dtype must be float32, bfloat16 or auto, not {self.dtype!r}")
 
@@ -120,8 +130,8 @@ def check_dataset(data: common.Dataset, name: str, config: GPTConfig) -> None:
 def load_checkpoint(path: Path, device: torch.device | str) -> tuple[GPT, dict[str, Any]]:
     try:
         return GPT.load_checkpoint(path, device)
-    except FileNotFoundError as e:
-        raise UserError(f"there is no checkpoint {path}") from e
+    except OSError as e:
+        raise UserError(f"cannot read the checkpoint {path}: {e.strerror}") from e
     except RuntimeError as e:
         raise RunError(str(e)) from e
 
@@ -172,19 +182,35 @@ def lr_scale(config: Config, step: int) -> float:
     return min(up, left / falling if left < falling else 1.0)
 
 
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """RunError if what is done in here to write path fails."""
+    try:
+        yield
+    except (OSError, RuntimeError) as e:  # torch.save has RuntimeErrors of its own for a full disk
+        raise RunError(f"cannot write {path}: {e}; what was there before is still good") from e
+
+
 class Log:
     """metrics.jsonl, an object for each logged step, and a line on stdout: in place on a terminal."""
 
     def __init__(self, config: Config, start: int) -> None:
         self.config, self.path = config, Path(config.out_dir) / "metrics.jsonl"
-        lines = self.path.read_text().splitlines() if start and self.path.exists() else []
-        self.records = [record for record in map(json.loads, lines) if record["step"] < start]
-        self.path.write_text("".join(json.dumps(record) + "\n" for record in self.records))
         self.started, self.start = time.monotonic(), start
+        self.records: list[dict[str, Any]] = []
+        if start and self.path.exists():
+            for line in self.path.read_text().splitlines():
+                with suppress(json.JSONDecodeError):  # a last line that was cut off
+                    self.records.append(json.loads(line))
+        self.records = [record for record in self.records if record["step"] < start]
+        temporary = self.path.with_name("metrics.jsonl.tmp")
+        with writing(self.path):
+            temporary.write_text("".join(json.dumps(record) + "\n" for record in self.records))
+            os.replace(temporary, self.path)
 
     def __call__(self, record: dict[str, Any]) -> None:
         self.records.append(record)
-        with open(self.path, "a") as f:
+        with writing(self.path), open(self.path, "a") as f:
             f.write(json.dumps(record) + "\n")
         step, last = record["step"], self.config.max_iters
         spent = time.monotonic() - self.started
@@ -212,14 +238,24 @@ class Log:
         figure, axes = plt.subplots(figsize=(7, 4))
         for key, style in (("loss", "-"), ("val_loss", "o-")):
             points = [(r["step"], r[key]) for r in self.records if key in r]
-            axes.plot(*zip(*points, strict=True), style, label=key.replace("_", " "), linewidth=1, markersize=4)
+            axes.plot(
+                [step for step, _ in points],
+                [loss for _, loss in points],
+                style,
+                label=key.replace("_", " "),
+                linewidth=1,
+                markersize=4,
+            )
         axes.set(xlabel="step", ylabel="loss (nats per token)")
         axes.legend()
-        figure.savefig(self.path.with_name("loss.png"), dpi=150, bbox_inches="tight")
+        with writing(self.path.with_name("loss.png")):
+            figure.savefig(self.path.with_name("loss.png"), dpi=150, bbox_inches="tight")
 
 
 def main() -> None:
     config = configurator.parse(Config)
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise UserError("this trains in one process: start it without torchrun")
     try:
         device = pick_device(config.device)
     except ValueError as e:
@@ -247,6 +283,7 @@ def main() -> None:
         if resume and (changed := [k for k, v in asdict(model_config).items() if v != getattr(model.config, k)]):
             was = ", ".join(f"{k}={getattr(model.config, k)}" for k in changed)
             raise UserError(f"{path} has {was}: a resumed run keeps its architecture; give a new one another --out_dir")
+        config = dataclasses.replace(config, **asdict(model.config))
     check_dataset(data, config.dataset, model.config)
     optimizers = model.configure_optimizers(
         config.learning_rate,
@@ -257,6 +294,8 @@ def main() -> None:
         (config.beta1, config.beta2),
     )
     if resume:
+        if not {"step", "best", "optimizers"} <= set(saved):
+            raise RunError(f"{path} has no state to resume from: to start from its weights, say --init_from={path}")
         step, best = saved["step"], saved["best"]
         for optimizer, state in zip(optimizers, saved["optimizers"], strict=True):
             settings = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
@@ -265,23 +304,32 @@ def main() -> None:
                 group.update(setting)  # those of this run, should they have changed
     forward: Any = torch.compile(model) if config.compile else model
     model.train()
+    if not resume:
+        for path in (out_dir / "ckpt.pt", out_dir / "best.pt"):
+            if path.exists():  # of a run that was, perhaps, to be resumed
+                os.replace(path, path.with_suffix(".old.pt"))
+                print(f"{path} was there already: it is {path.with_suffix('.old.pt').name} now")
     log = Log(config, step)
-    tokens_per_step = config.gradient_accumulation_steps * config.batch_size * model.config.sequence_len
+    tokens_per_step = config.gradient_accumulation_steps * config.batch_size * config.sequence_len
     print(
         f"{model.num_params() / 1e6:.2f}M parameters on {device}, {tokens_per_step:,} tokens a step, "
-        f"{len(data.train):,} to train on; {out_dir} gets what comes of it"
+        f"{len(data.train):,} of {data.tokenizer.name} to train on; {out_dir} gets what comes of it"
     )
 
     def save(name: str, **extra: Any) -> None:
-        try:
-            model.save(
-                out_dir / name, tokenizer=data.tokenizer.to_dict(), step=step, train_config=asdict(config), **extra
-            )
-        except (OSError, RuntimeError) as e:
-            raise RunError(f"cannot write {out_dir / name}: {e}; what was there before is still good") from e
+        about = dict(tokenizer=data.tokenizer.to_dict(), step=step, train_config=asdict(config))
+        with writing(out_dir / name):
+            model.save(out_dir / name, **about, **extra)
 
     def save_all() -> None:
         save("ckpt.pt", best=best, optimizers=[optimizer.state_dict() for optimizer in optimizers])
+
+    def check_finite(loss: float) -> None:
+        if not math.isfinite(loss):
+            raise RunError(
+                f"the loss at step {step} is {loss}: try a lower learning_rate, or dtype=float32; "
+                f"{out_dir / 'ckpt.pt'} is from before"
+            )
 
     # Ctrl-C and SIGTERM end the run after the step at hand; a second one ends it at once
     signals: list[int] = []
@@ -290,14 +338,14 @@ def main() -> None:
         signals.append(signum)
         signal.signal(signum, signal.SIG_DFL)
 
-    for signum in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(signum, on_signal)
+    handlers = {signum: signal.signal(signum, on_signal) for signum in (signal.SIGINT, signal.SIGTERM)}
 
     seconds, n_steps = 0.0, 0  # of training since the last line of the log
     while True:
         record: dict[str, Any] = {"step": step}
         if step % config.eval_interval == 0 or step >= config.max_iters:
             val_loss = evaluate(forward, data.val, config, device, autocast)
+            check_finite(val_loss)
             record |= {"val_loss": val_loss, "val_bpb": val_loss / math.log(2) / data.bytes_per_token}
             if val_loss < best and step > 0:
                 best = val_loss
@@ -326,11 +374,7 @@ def main() -> None:
             optimizer.zero_grad(set_to_none=True)
         if step % config.log_interval == 0 or "val_loss" in record:
             record["loss"] = loss.item()  # waits for the device, so that the clock is right
-            if not math.isfinite(record["loss"]):
-                raise RunError(
-                    f"the loss of step {step} is {record['loss']}: try a lower learning_rate, or dtype=float32; "
-                    f"{out_dir / 'ckpt.pt'} is from before"
-                )
+            check_finite(record["loss"])
         seconds, n_steps = seconds + time.perf_counter() - started, n_steps + 1
         if "loss" in record:
             record |= {"tokens_per_second": n_steps * tokens_per_step / seconds, "lr": config.learning_rate * scale}
@@ -338,10 +382,15 @@ def main() -> None:
             log(record)
         step += 1
         if signals:
+            check_finite(loss.item())
             save_all()
             print(f"\nstopped before step {step}; --init_from=resume goes on", file=sys.stderr)
             sys.exit(128 + signals[0])
 
+    for signum, handler in handlers.items():
+        signal.signal(signum, handler)
+    if signals:  # in the last evaluation: all is saved
+        sys.exit(128 + signals[0])
     log.plot()
     if config.sample_tokens:
         prompt = data.tokenizer.encode(config.sample_prompt) or [data.tokenizer.eot]
@@ -351,7 +400,8 @@ def main() -> None:
         for token in model.generate(prompt, config.sample_tokens, 0.8, stop_tokens=[eot], suppress_tokens=gaps):
             print(decoder.decode(token) if token != eot else "", end="", flush=True)
         print(decoder.flush())
-    print(f"\nbest validation loss {best:.4f}: {out_dir / 'best.pt'}; python sample.py --out_dir={out_dir} goes on")
+    if math.isfinite(best):
+        print(f"\nbest validation loss {best:.4f}: {out_dir / 'best.pt'}; python sample.py --out_dir={out_dir} goes on")
 
 
 if __name__ == "__main__":

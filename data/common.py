@@ -23,7 +23,8 @@ def split(documents: list[str], val_fraction: float) -> tuple[list[str], list[st
 
     Of several documents every n-th is for validation, n = 1 / val_fraction. A single one is cut: its end is.
     """
-    if len(documents) == 1:
+    if len(documents) < 2:
+        documents = documents or [""]
         cut = int(len(documents[0]) * (1 - val_fraction))
         return [documents[0][:cut]], [documents[0][cut:]]
     n = min(round(1 / val_fraction), len(documents))
@@ -33,29 +34,27 @@ def split(documents: list[str], val_fraction: float) -> tuple[list[str], list[st
 def write(folder: Path, documents: list[str], spec: str, val_fraction: float) -> None:
     """Tokenize documents, <|endoftext|> between them, into folder's train.bin, val.bin and meta.json.
 
-    meta.json comes last, so a folder that has one is complete. ValueError if there is nothing to write.
+    What was there is replaced once all is written, meta.json last. ValueError if a split would be empty.
     """
-    documents = [document for document in documents if document]
-    if not documents:
-        raise ValueError("there is no text: a dataset needs some")
-    train, val = split(documents, val_fraction)
+    train, val = split([document for document in documents if document], val_fraction)
+    if not any(train) or not any(val):
+        raise ValueError("there is no text, or too little to hold some out for validation")
     tokenizer = Tokenizer.from_spec(spec, train)
     dtype = "uint16" if tokenizer.vocab_size <= 2**16 else "uint32"
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "meta.json").unlink(missing_ok=True)
     meta: dict = {"tokenizer": tokenizer.to_dict(), "dtype": dtype}
+    folder.mkdir(parents=True, exist_ok=True)
     for name, part in (("train", train), ("val", val)):
         tokens = 0
-        with open(folder / f"{name}.bin", "wb") as f:
+        with open(folder / f"{name}.bin.tmp", "wb") as f:
             for i, document in enumerate(part):
                 ids = ([tokenizer.eot] if i else []) + tokenizer.encode(document)
                 f.write(np.array(ids, dtype=np.dtype(dtype).newbyteorder("<")).tobytes())
                 tokens += len(ids)
-        meta |= {f"{name}_tokens": tokens, f"{name}_bytes": sum(len(d.encode("utf-8", "replace")) for d in part)}
+        meta |= {f"{name}_tokens": tokens, f"{name}_bytes": sum(len(document.encode()) for document in part)}
         print(f"{folder / name}.bin: {len(part):,} documents, {tokens:,} tokens of {tokenizer.name}")
-    temporary = folder / "meta.json.tmp"
-    temporary.write_text(json.dumps(meta))
-    os.replace(temporary, folder / "meta.json")
+    (folder / "meta.json.tmp").write_text(json.dumps(meta))
+    for name in ("train.bin", "val.bin", "meta.json"):
+        os.replace(folder / f"{name}.tmp", folder / name)
 
 
 def main(folder: Path, documents: Callable[[str | None], list[str]], val_fraction: float, description: str) -> None:
@@ -75,6 +74,8 @@ def main(folder: Path, documents: Callable[[str | None], list[str]], val_fractio
         fail(2, str(e))
     except OSError as e:
         fail(1, str(e))
+    except KeyboardInterrupt:
+        sys.exit(130)
 
 
 def fail(status: int, message: str) -> NoReturn:

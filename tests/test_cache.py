@@ -37,7 +37,7 @@ def test_rows_of_different_lengths_give_the_logits_of_each_alone(lengths, chunks
     model = make_model(seed=seed)
     idx = torch.randint(61, (len(lengths), 32))
     cache = cache_for(model, len(lengths))
-    cache.k.fill_(torch.nan), cache.v.fill_(torch.nan)  # what is in fresh memory must not matter
+    cache.k.fill_(torch.nan), cache.v.fill_(torch.nan)  # what lies past the lengths must not matter
     model(idx[:, : max(lengths)], kv_cache=cache)
     cache.truncate(lengths)
     for chunk in chunks:
@@ -133,6 +133,28 @@ def test_a_row_shares_the_memory_of_its_batch():
     assert cache.lengths.tolist() == [6, 8, 6]
     logits = model(idx[:, 8:9], kv_cache=cache)
     assert (logits[1, 0] - model(idx[1:2, :9])[0, -1]).abs().max() < 1e-10
+
+
+def test_rows_can_be_filled_one_by_one():
+    model = make_model()
+    idx = torch.randint(61, (2, 12))
+    cache = cache_for(model, 2)
+    model(idx[:1, :9], kv_cache=cache.row(0))
+    model(idx[1:, :3], kv_cache=cache.row(1))
+    logits = model(torch.stack([idx[0, 9:10], idx[1, 3:4]]), kv_cache=cache)
+    for b, n in enumerate((10, 4)):
+        assert (logits[b, 0] - model(idx[b : b + 1, :n])[0, -1]).abs().max() < 1e-10
+    for bad in (-1, 2):
+        with pytest.raises(IndexError):
+            cache.row(bad)
+
+
+def test_a_forward_with_gradients_leaves_no_graph_in_the_cache():
+    model = make_model()
+    cache = cache_for(model, 1)
+    for _ in range(3):
+        model(torch.tensor([[1]]), kv_cache=cache)
+    assert not cache.k.requires_grad and not cache.v.requires_grad
 
 
 def test_nbytes_is_the_formula():

@@ -65,6 +65,8 @@ def test_defaults_files_and_flags_apply_from_left_to_right(file):
         (["--compile=False"], Config()),
         (["--compile", "true"], Config(compile=True)),
         (["--compile=0"], Config()),
+        (["--compile", "0"], Config()),
+        (["--out_dir", "-h"], Config(out_dir="-h")),
         (["--out_dir=a=b"], Config(out_dir="a=b")),
         (["--out_dir", "--x"], Config(out_dir="--x")),
         (["--out_dir="], Config(out_dir="")),
@@ -94,6 +96,12 @@ stop = ("a", "b")
     assert config == Config(n_layer=6, n_kv_head=3, learning_rate=-(6e-4 / 3), compile=True, stop=("a", "b"))
 
 
+def test_flags_add_up_but_the_last_word_wins(file):
+    path = file("\ufeffstop = ('a',)")  # a byte order mark is no harm
+    assert parse(Config, [path, "--stop=b", "--stop=c"]).stop == ("b", "c")
+    assert parse(Config, ["--stop=b", path]).stop == ("a",)
+
+
 @pytest.mark.parametrize(
     "text, words",
     [
@@ -119,6 +127,10 @@ stop = ("a", "b")
         ("learning_rate = 1e308 * 10", ("sensible size",)),
         ("n_layer = 1001", ("1001 is too many",)),
         ("n_layer = (1, 2)", ("must be int",)),
+        ("n_layer = 0x" + "f" * 5000, ("sensible size",)),
+        ("n_layer = 0x" + "f" * 100_000 + " ** 64", ("sensible size",)),
+        ("learning_rate = 1" + "0" * 400, ("sensible size",)),
+        ("learning_rate = 1e999 - 1e999", ("sensible size",)),
         ("stop = 'a'", ("must be a tuple of str",)),
         ("stop = ('a', 1)", ("must be a tuple of str",)),
         ("n_layer = [1 for _ in (1,)]", ("neither",)),
@@ -151,6 +163,10 @@ def test_bad_files_say_where_and_what(file, text, words, tmp_path):
         (["-n", "3"], ("'-n'",)),
         (["--n_layer=__import__('os')"], ("must be int",)),
         (["--"], ("unknown key",)),
+        (["--n_layer={[]}"], ("must be int",)),
+        (["--learning_rate=1" + "0" * 400], ("must be float",)),
+        (["--learning_rate=inf"], ("must be float",)),
+        (["--n_layer=0x" + "f" * 5000], ("must be int",)),
     ],
 )
 def test_bad_flags_say_what_to_do(argv, words):
@@ -230,6 +246,7 @@ def test_every_key_of_the_scripts_is_documented(cls):
     [
         (UserError("what"), 2, "error: what\n"),
         (configurator.RunError("what"), 1, "error: what\n"),
+        (MemoryError(), 1, "error: out of memory: try a smaller batch_size, num_samples, sequence_len or model\n"),
         (KeyboardInterrupt(), 130, ""),
         (None, 0, ""),
     ],

@@ -75,7 +75,8 @@ def test_text_from_a_folder_and_from_a_file(tmp_path):
     (tmp_path / "in").mkdir()
     for i in range(12):
         (tmp_path / "in" / f"{i:02}.txt").write_text(f"text {i}\n")
-    (tmp_path / "in" / ".hidden").write_bytes(b"\xff")
+    (tmp_path / "in" / ".git").mkdir()
+    (tmp_path / "in" / ".git" / "objects").write_bytes(b"\xff")
     run("data/text/prepare.py", "--input", tmp_path / "in", "--out_dir", tmp_path / "a", "--val_fraction=0.25")
     a = common.load(tmp_path / "a")
     assert a.tokenizer.decode(a.val.tolist()) == "text 3\n<|endoftext|>text 7\n<|endoftext|>text 11\n"
@@ -104,6 +105,7 @@ def server():
                 self.send_error(503)
                 return
             self.send_response(200)
+            self.send_header("Content-Length", str(self.server.length or len(self.server.content)))
             self.end_headers()
             self.wfile.write(self.server.content)
 
@@ -112,6 +114,7 @@ def server():
 
     httpd = http.server.HTTPServer(("127.0.0.1", 0), Handler)
     httpd.requests, httpd.failures, httpd.content = 0, 0, b"To be, or not to be"
+    httpd.length = None
     httpd.url = f"http://127.0.0.1:{httpd.server_port}/input.txt"
     threading.Thread(target=httpd.serve_forever, daemon=True).start()
     yield httpd
@@ -136,6 +139,9 @@ def test_a_wrong_or_failing_download_is_an_error_and_leaves_nothing(server, tmp_
     monkeypatch.setattr(module.time, "sleep", lambda _: None)
     with pytest.raises(OSError, match="checksum"):
         module.download(server.url, tmp_path / "input.txt")
+    server.length = 100  # more than it sends: the connection ends within the file
+    with pytest.raises(OSError, match="IncompleteRead"):
+        module.download(server.url, tmp_path / "input.txt")
     server.failures = 9
     with pytest.raises(OSError, match=r"503.*--input"):
         module.download(server.url, tmp_path / "input.txt")
@@ -151,6 +157,8 @@ def test_bad_input_is_one_line(tmp_path):
     assert "nowhere" in error(text, *out, "--input=nowhere")
     assert "no text" in error(text, *out, "--input", tmp_path / "empty.txt")
     assert "UTF-8" in error(text, *out, "--input", tmp_path / "binary")
+    (tmp_path / "empty.txt").write_text("a")
+    assert "too little" in error(text, *out, "--input", tmp_path / "empty.txt")
     (tmp_path / "binary").write_text("fine")
     assert "'words'" in error(text, *out, "--input", tmp_path / "binary", "--tokenizer=words")
     assert "val_fraction" in error(text, *out, "--input", tmp_path / "binary", "--val_fraction=2")

@@ -139,6 +139,10 @@ def test_a_penalty_over_prompt_and_generated_tokens():
         ([1], dict(max_tokens=-1), "max_tokens"),
         ([1], dict(temperature=-0.5), "-0.5"),
         ([1], dict(temperature=float("nan")), "temperature"),
+        ([1], dict(temperature=float("inf")), "temperature"),
+        ([1], dict(temperature=1e-45), "temperature"),
+        ([1], dict(seed=10**20), "seed"),
+        ([1], dict(suppress_tokens=range(61)), "no token"),
         ([1], dict(top_k=-1), "top_k"),
         ([1], dict(top_p=1.5), "1.5"),
         ([1], dict(top_p=-0.1), "top_p"),
@@ -236,6 +240,17 @@ def test_a_batch_goes_on_from_a_ragged_cache():
     for b, text in enumerate(([1, 2, 3, 4, 7], [5, 6, 8, 9, 10])):
         column = [row[b] for row in rows]
         assert column == list(model.generate(text, 8, temperature=0)) and cache.tokens()[b] == text + column
+
+
+def test_a_row_that_has_ended_leaves_nothing_unsaid_in_the_cache():
+    model = make_model(sequence_len=16)
+    prompts = [[1, 2], [4], [5, 6, 7]]
+    full, _ = finish(model.generate_batch(prompts, 30, temperature=0))
+    for stop in {token for row in full[:6] for token in row}:
+        cache = KVCache(model.config, 3, 16, dtype=model.dtype)
+        rows, reasons = finish(model.generate_batch(prompts, 8, temperature=0, stop_tokens=[stop], kv_cache=cache))
+        for b, prompt in enumerate(prompts):
+            assert cache.tokens()[b] == prompt + [row[b] for row in rows if row[b] is not None], reasons
 
 
 @pytest.mark.parametrize(

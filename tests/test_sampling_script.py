@@ -184,6 +184,7 @@ def test_ctrl_c_stops_an_answer_and_ctrl_d_leaves(trained):
     os.kill(terminal.process.pid, signal.SIGINT)
     terminal.wait_for(r"ended by (interrupt|stop)")
     terminal.wait_for(r"> ")
+    time.sleep(0.3)  # the prompt shows a moment before readline can be interrupted
     os.kill(terminal.process.pid, signal.SIGINT)  # at the prompt: no harm
     terminal.wait_for(r"> ")
     terminal.send("\x04")

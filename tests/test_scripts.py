@@ -126,6 +126,31 @@ def test_fine_tuning_starts_from_a_checkpoint(trained, dataset, tmp_path):
     assert records(tmp_path)[0]["val_loss"] == pytest.approx(records(trained)[-1]["val_loss"])
 
 
+def test_fine_tuning_keeps_the_shape_of_the_checkpoint(trained, dataset, tmp_path):
+    flags = [f"--dataset={dataset}", f"--out_dir={tmp_path}", "--max_iters=2", "--eval_iters=1", "--sample_tokens=0"]
+    run("train.py", *flags, f"--init_from={trained / 'best.pt'}")
+    model, extra = GPT.load_checkpoint(tmp_path / "ckpt.pt")
+    assert model.config == GPT.load(trained / "best.pt").config
+    assert extra["train_config"]["sequence_len"] == extra["train_config"]["n_embd"] == 16
+
+
+def test_an_earlier_run_is_not_lost_to_a_new_one(trained, dataset, tmp_path):
+    out = tmp_path / "out"
+    shutil.copytree(trained, out)
+    run("train.py", *SMALL, f"--dataset={dataset}", f"--out_dir={out}", "--max_iters=1", "--sample_tokens=0")
+    assert GPT.load_checkpoint(out / "ckpt.old.pt")[1]["step"] == 20 and (out / "best.old.pt").exists()
+    assert GPT.load_checkpoint(out / "ckpt.pt")[1]["step"] == 1
+
+
+def test_metrics_cut_off_within_a_line_do_not_keep_a_run_from_going_on(trained, dataset, tmp_path):
+    out = tmp_path / "out"
+    shutil.copytree(trained, out)
+    text = (out / "metrics.jsonl").read_text()
+    (out / "metrics.jsonl").write_text(text[:-20])
+    run("train.py", *SMALL, f"--dataset={dataset}", f"--out_dir={out}", "--init_from=resume", "--max_iters=20")
+    assert [line["step"] for line in records(out)] == [0, 10, 20]
+
+
 def test_a_missing_dataset_is_prepared(tmp_path):
     for name in ("gpt.py", "train.py", "tokenizer.py", "configurator.py"):
         shutil.copy(ROOT / name, tmp_path)
@@ -163,6 +188,11 @@ def test_train_says_what_is_wrong(trained, dataset, tmp_path, error_here):
         (["--vocab_size=100"], "outside the vocabulary of 100"),
         (["--batch_size=0"], "batch_size"),
         (["--learning_rate=-1"], "learning_rate"),
+        (["--beta1=1"], "beta1"),
+        (["--seed=-1"], "seed"),
+        (["--rope_base=0"], "rope_base"),
+        (["--device=meta"], "meta"),
+        ([f"--init_from={trained}"], "checkpoint"),
         (["--dtype=float17"], "float17"),
         (["--device=abacus"], "abacus"),
         (["--init_from=resume"], "ckpt.pt"),
@@ -175,14 +205,22 @@ def test_train_says_what_is_wrong(trained, dataset, tmp_path, error_here):
     damaged.mkdir()
     (damaged / "ckpt.pt").write_bytes((trained / "ckpt.pt").read_bytes()[:5000])
     assert "did you mean" in error("train.py", "--n_layers=3")
+    shutil.copytree(trained, tmp_path / "best")
+    shutil.copy(trained / "best.pt", tmp_path / "best" / "ckpt.pt")
+    assert "no state" in error("train.py", *good, "--init_from=resume", f"--out_dir={tmp_path / 'best'}", status=1)
+    assert "out of memory" in error("train.py", *good, "--n_embd=100000000", status=1)
     assert "damaged" in error("train.py", *good, "--init_from=resume", f"--out_dir={damaged}", status=1)
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_leaves_the_last_checkpoint(dataset, tmp_path):
     flags = [*SMALL, f"--dataset={dataset}", f"--out_dir={tmp_path}", "--max_iters=50", "--softcap=0"]
     done = run("train.py", *flags, "--learning_rate=1e30", "--head_lr=1e30", "--embd_lr=1e30", status=1)
-    assert done.stderr.startswith("error: the loss of step 10 is nan") and "learning_rate" in done.stderr
+    assert done.stderr.startswith("error: the loss at step 10 is nan") and "learning_rate" in done.stderr
     assert GPT.load_checkpoint(tmp_path / "ckpt.pt")[1]["step"] == 0
+    flags += ["--eval_interval=10", "--log_interval=10"]
+    done = run("train.py", *flags, "--learning_rate=1e30", "--head_lr=1e30", "--embd_lr=1e30", status=1)
+    model, extra = GPT.load_checkpoint(tmp_path / "ckpt.pt")
+    assert extra["step"] == 0 and all(p.isfinite().all() for p in model.parameters())
 
 
 def test_a_full_disk_is_one_line_and_the_old_checkpoint_stays(trained, dataset, tmp_path):

@@ -57,13 +57,13 @@ def test_bpe_makes_text_shorter():
 
 
 def test_an_encoding_with_gaps_and_several_special_tokens_travels_too():
-    ranks = {bytes([i]): i for i in range(256)} | {b"ab": 256, b"abc": 257}
-    special = {EOT: 260, "<|fim|>": 262}
+    ranks = {bytes([i]): i for i in range(256)} | {b"ab": 257, b"abc": 259}
+    special = {EOT: 258, "<|fim|>": 262}
     encoding = tiktoken.Encoding("gappy", pat_str=r"\w+|\W+", mergeable_ranks=ranks, special_tokens=special)
     again = Tokenizer.from_dict(json.loads(json.dumps(Tokenizer(encoding).to_dict())))
-    assert again.vocab_size == 263 and again.eot == 260
-    assert again.encode("abcab!") == encoding.encode_ordinary("abcab!") == [257, 256, 33]
-    assert again.gaps(265) == [258, 259, 261, 263, 264]
+    assert again.vocab_size == 263 and again.eot == 258
+    assert again.encode("abcab!") == encoding.encode_ordinary("abcab!") == [259, 257, 33]
+    assert again.gaps(265) == [256, 260, 261, 263, 264]
     with pytest.raises(ValueError, match="261"):
         again.decode([261])
 
@@ -92,14 +92,21 @@ def test_invalid_bytes_show_once_and_the_end_is_flushed():
 
 
 def test_bad_specs_are_errors():
-    for bad in ("bpe:100", "bpe:x", "bpe:", "word", ""):
+    for bad in ("bpe:100", "bpe:x", "bpe:", "bpe:5000000000", "word", ""):
         with pytest.raises(ValueError, match="tokenizer"):
             Tokenizer.from_spec(bad)
 
 
 def test_bad_dicts_are_errors():
     good = Tokenizer.from_spec("bytes").to_dict()
-    for bad in ({}, {"kind": "else"}, good | {"tokens": None}, good | {"tokens": good["tokens"] * 2}, []):
+    for bad in (
+        {},
+        {"kind": "else"},
+        good | {"tokens": None},
+        good | {"tokens": good["tokens"] * 2},
+        good | {"special_tokens": {EOT: 5}},
+        [],
+    ):
         with pytest.raises(ValueError):
             Tokenizer.from_dict(bad)
 

@@ -1,6 +1,7 @@
 """Tiny Shakespeare: 1.1 MB of his plays, downloaded once, or read from --input FILE."""
 
 import hashlib
+import http.client
 import sys
 import time
 import urllib.request
@@ -28,13 +29,15 @@ def download(url: str, path: Path, attempts: int = 3) -> Path:
                 content = response.read()
             if hashlib.sha256(content).hexdigest() != SHA256:
                 raise OSError("the checksum is wrong")
-            path.write_bytes(content)
-            return path
-        except OSError as e:  # URLError is one too
+            break
+        except (OSError, http.client.HTTPException) as e:  # URLError is an OSError
             reason = e
             if attempt + 1 < attempts:
                 time.sleep(2**attempt)
-    raise OSError(f"cannot download {url} ({reason}); with the file at hand, say --input FILE")
+    else:
+        raise OSError(f"cannot download {url} ({reason}); with the file at hand, say --input FILE")
+    path.write_bytes(content)
+    return path
 
 
 if __name__ == "__main__":

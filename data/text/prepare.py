@@ -13,10 +13,11 @@ def documents(path: str | None) -> list[str]:
     root = Path(path)
     if not root.exists():
         raise FileNotFoundError(f"there is no {path}")
-    files = (
-        [root] if root.is_file() else sorted(f for f in root.rglob("*") if f.is_file() and not f.name.startswith("."))
-    )
-    return [common.read_text(f) for f in files]
+    if root.is_file():
+        return [common.read_text(root)]
+    files = [f for f in sorted(root.rglob("*")) if f.is_file()]
+    hidden = {f for f in files if any(part.startswith(".") for part in f.relative_to(root).parts)}
+    return [common.read_text(f) for f in files if f not in hidden]
 
 
 if __name__ == "__main__":
