@@ -61,22 +61,17 @@ class Config(GPTConfig):
 
     def __post_init__(self) -> None:
         self.model_config(self.vocab_size or 1)
-        for name in ("batch_size", "gradient_accumulation_steps", "eval_interval", "eval_iters", "log_interval"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
-        for name in ("max_iters", "learning_rate", "embd_lr", "head_lr", "grad_clip", "weight_decay"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} must not be negative, but is {getattr(self, name)}")
-        for name in ("warmup_iters", "sample_tokens"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} must not be negative, but is {getattr(self, name)}")
-        for name in ("momentum", "beta1", "beta2"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"{name} must be in [0, 1), not {getattr(self, name)}")
+        for names, least, below in (
+            ("batch_size gradient_accumulation_steps eval_interval eval_iters log_interval", 1, math.inf),
+            ("max_iters learning_rate embd_lr head_lr grad_clip weight_decay warmup_iters sample_tokens", 0, math.inf),
+            ("momentum beta1 beta2", 0, 1),
+            ("seed", 0, 2**62),
+        ):
+            for name in names.split():
+                if not least <= getattr(self, name) < below:
+                    raise ValueError(f"{name} must be at least {least} and below {below}, not {getattr(self, name)}")
         if not 0 <= self.warmdown <= 1:
             raise ValueError(f"warmdown is a share, from 0 to 1, not {self.warmdown}")
-        if not 0 <= self.seed < 2**62:
-            raise ValueError(f"seed must be in [0, 2^62), not {self.seed}")
         if self.dtype not in ("auto", "float32", "bfloat16"):
             raise ValueError(f"dtype must be float32, bfloat16 or auto, not {self.dtype!r}")
 
@@ -237,15 +232,8 @@ class Log:
 
         figure, axes = plt.subplots(figsize=(7, 4))
         for key, style in (("loss", "-"), ("val_loss", "o-")):
-            points = [(r["step"], r[key]) for r in self.records if key in r]
-            axes.plot(
-                [step for step, _ in points],
-                [loss for _, loss in points],
-                style,
-                label=key.replace("_", " "),
-                linewidth=1,
-                markersize=4,
-            )
+            points = [(r["step"], r[key]) for r in self.records if key in r] or [(0, math.nan)]
+            axes.plot(*zip(*points, strict=True), style, label=key.replace("_", " "), linewidth=1, markersize=4)
         axes.set(xlabel="step", ylabel="loss (nats per token)")
         axes.legend()
         with writing(self.path.with_name("loss.png")):
@@ -285,13 +273,9 @@ def main() -> None:
             raise UserError(f"{path} has {was}: a resumed run keeps its architecture; give a new one another --out_dir")
         config = dataclasses.replace(config, **asdict(model.config))
     check_dataset(data, config.dataset, model.config)
+    rates = (config.learning_rate, config.embd_lr, config.head_lr)
     optimizers = model.configure_optimizers(
-        config.learning_rate,
-        config.embd_lr,
-        config.head_lr,
-        config.weight_decay,
-        config.momentum,
-        (config.beta1, config.beta2),
+        *rates, config.weight_decay, config.momentum, betas=(config.beta1, config.beta2)
     )
     if resume:
         if not {"step", "best", "optimizers"} <= set(saved):
