@@ -561,69 +561,53 @@ class GPT(nn.Module):
         max_len = min(self.config.sequence_len, longest + max_tokens)
         if kv_cache is not None and kv_cache.max_len < max_len:
             raise ValueError(f"a KVCache of {kv_cache.max_len} tokens is too small: this needs {max_len}")
-        filters = dict(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
-        penalty, stop, suppress = repetition_penalty, set(stop_tokens), list(suppress_tokens)
-        return self._generate(
-            prompts, max_tokens, num_samples, filters, penalty, stop, seed, suppress, kv_cache, max_len
-        )
 
-    @torch.inference_mode()
-    def _generate(
-        self,
-        prompts: Sequence[Sequence[int]],
-        max_tokens: int,
-        num_samples: int,
-        filters: dict[str, Any],
-        penalty: float,
-        stop_tokens: set[int],
-        seed: int,
-        suppress_tokens: list[int],
-        caller_cache: KVCache | None,
-        max_len: int,
-    ) -> Generator[list[int | None], None, list[str]]:
-        generator = torch.Generator(self.device).manual_seed(seed)
-        kv_cache = caller_cache or KVCache(self.config, len(prompts), max_len, self.device, self.dtype)
-        ids: Tensor | None = None  # what was drawn and is not in the cache yet
-        was_training = self.training
-        self.eval()
-        try:
-            texts = [past + list(prompt) for past, prompt in zip(kv_cache.tokens(), prompts, strict=True)]
-            logits = self._prefill(prompts, kv_cache)  # (B, V)
-            if num_samples > 1:
-                kv_cache = kv_cache.expand(num_samples)
-                logits = logits.repeat_interleave(num_samples, dim=0)
-            B = logits.size(0)
-            seen = torch.zeros_like(logits, dtype=torch.bool)  # (B, V)
-            for b in range(B):
-                seen[b, texts[b // num_samples]] = True
-            reasons, running = ["length"] * B, set(range(B))
-            keep = torch.ones(B, dtype=torch.bool)  # whose tokens stay: up to the stop token of a row that has ended
-
-            for _ in range(max_tokens):
-                if ids is not None:
-                    logits, ids = self._decode(ids, kv_cache, keep), None
-                    if caller_cache is not None:
-                        keep = torch.tensor([b in running for b in range(B)])
-                if penalty != 1:
-                    logits = penalize(logits, seen, penalty)
-                if suppress_tokens:
-                    logits[:, suppress_tokens] = -math.inf
-                ids = sample(logits, **filters, generator=generator)  # (B,)
-                seen[torch.arange(B), ids] = True
-                new = ids.tolist()
-                yield [new[b] if b in running else None for b in range(B)]
-                for b in [b for b in running if new[b] in stop_tokens]:
-                    reasons[b] = "stop"
-                    running.remove(b)
-                if not running:
-                    break
-            return reasons
-        finally:  # also when the caller walks away
+        @torch.inference_mode()
+        def steps() -> Generator[list[int | None], None, list[str]]:
+            generator = torch.Generator(self.device).manual_seed(seed)
+            cache = kv_cache or KVCache(self.config, len(prompts), max_len, self.device, self.dtype)
+            ids: Tensor | None = None  # what was drawn and is not in the cache yet
+            was_training = self.training
+            self.eval()
             try:
-                if caller_cache is not None and ids is not None:
-                    self._decode(ids, kv_cache, keep)
-            finally:
-                self.train(was_training)
+                texts = [past + list(prompt) for past, prompt in zip(cache.tokens(), prompts, strict=True)]
+                logits = self._prefill(prompts, cache)  # (B, V)
+                if num_samples > 1:
+                    cache, logits = cache.expand(num_samples), logits.repeat_interleave(num_samples, dim=0)
+                B = logits.size(0)
+                seen = torch.zeros_like(logits, dtype=torch.bool)  # (B, V)
+                for b in range(B):
+                    seen[b, texts[b // num_samples]] = True
+                reasons, running = ["length"] * B, set(range(B))
+                keep = torch.ones(B, dtype=torch.bool)  # whose tokens stay: up to and with a row's stop token
+
+                for _ in range(max_tokens):
+                    if ids is not None:
+                        logits, ids = self._decode(ids, cache, keep), None
+                        if kv_cache is not None:
+                            keep = torch.tensor([b in running for b in range(B)])
+                    if repetition_penalty != 1:
+                        logits = penalize(logits, seen, repetition_penalty)
+                    if suppress_tokens:
+                        logits[:, list(suppress_tokens)] = -math.inf
+                    ids = sample(logits, temperature, top_k, top_p, min_p, generator)  # (B,)
+                    seen[torch.arange(B), ids] = True
+                    new = ids.tolist()
+                    yield [new[b] if b in running else None for b in range(B)]
+                    for b in [b for b in running if new[b] in stop_tokens]:
+                        reasons[b] = "stop"
+                        running.remove(b)
+                    if not running:
+                        break
+                return reasons
+            finally:  # also when the caller walks away
+                try:
+                    if kv_cache is not None and ids is not None:
+                        self._decode(ids, cache, keep)
+                finally:
+                    self.train(was_training)
+
+        return steps()
 
     def _prefill(self, prompts: Sequence[Sequence[int]], kv_cache: KVCache) -> Tensor:
         """Read prompts of any lengths after what the cache holds, in one forward; returns the last logits, (B, V).
