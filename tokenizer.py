@@ -13,11 +13,9 @@ import tiktoken
 
 EOT = "<|endoftext|>"  # separates documents
 
-# How text is cut into pieces before byte pairs are merged: GPT-4's rule, but for numbers, whose digits go in twos
-# (as nanochat does) so that a small vocabulary is not spent on them.
-BPE_PATTERN = (
-    r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,2}| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+"
-)
+# Byte pairs are merged within such pieces only: a word with the space or sign before it, one or two digits, signs and
+# the line breaks after them, white space up to the last before a word.
+BPE_PATTERN = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,2}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s+(?!\S)|\s+"
 
 
 class Tokenizer:
