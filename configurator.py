@@ -80,13 +80,13 @@ def help_text(cls: type) -> str:
     comments = _comments(cls)
     lines = [doc, "", f"usage: python {Path(sys.argv[0]).name} [config/FILE.py ...] [--key=value ...]", ""]
     for field in dataclasses.fields(cls):  # type: ignore[arg-type]
-        key = f"  --{field.name}={_default(field)!r}"
+        key = f"  --{field.name}={field.default!r}"
         lines.append(f"{key:<38}  {comments.get(field.name, '')}".rstrip())
     return "\n".join(lines)
 
 
 # -----------------------------------------------------------------------------
-# Where assignments come from: (where, key, value); a str from the command line is yet to be read
+# Where assignments come from, as (where, key, value)
 
 
 def _assignments(cls: type, argv: Sequence[str]) -> Iterator[tuple[str, str, Any]]:
@@ -232,10 +232,6 @@ def _checked(cls: type, where: str, key: str, value: Any) -> Any:
 def _names(kinds: tuple[Any, ...]) -> str:
     names = {types.NoneType: "None", tuple[str, ...]: "a tuple of str"}
     return " or ".join(names.get(kind) or kind.__name__ for kind in kinds)
-
-
-def _default(field: dataclasses.Field) -> Any:
-    return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
 
 
 def _comments(cls: type) -> dict[str, str]:

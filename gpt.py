@@ -591,7 +591,7 @@ class GPT(nn.Module):
                     if suppress_tokens:
                         logits[:, list(suppress_tokens)] = -math.inf
                     ids = sample(logits, temperature, top_k, top_p, min_p, generator)  # (B,)
-                    seen[torch.arange(B), ids] = True
+                    seen.scatter_(1, ids[:, None], True)
                     new = ids.tolist()
                     yield [new[b] if b in running else None for b in range(B)]
                     for b in [b for b in running if new[b] in stop_tokens]:
