@@ -129,6 +129,11 @@ class World:
         return shared.item()
 
 
+def restarts() -> int:
+    """How often torchrun has started this run again, after a failure."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
+
+
 def join(config: Config) -> World:
     """Meet the other processes, if torchrun has started any: they talk by gloo, and by nccl between CUDA devices."""
     rank, local_rank, size = (int(os.environ.get(name, 0)) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"))
@@ -148,7 +153,10 @@ def join(config: Config) -> World:
     if device.type == "cuda":
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
-    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    # torchrun keeps the store when it restarts: without the prefix, the dead processes' addresses would be found in it
+    store = dist.PrefixStore(f"restart {restarts()}", next(dist.rendezvous("env://"))[0])
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size)
     return World(rank, local_rank, size, device)
 
 
@@ -412,34 +420,35 @@ class Run:
                 model.save(self.out_dir / name, **about, **extra)
 
     def save_state(self) -> None:
-        """ckpt.pt: all that it takes to go on."""
-        states = [optimizer.state_dict() for optimizer in self.optimizers]
-        self.save("ckpt.pt", best=self.best, id=self.id, optimizers=states)
+        """ckpt.pt: all that it takes to go on; with keep_checkpoints also as ckpt_STEP.pt, in place of the oldest."""
+        names = ["ckpt.pt"] + [f"ckpt_{self.step:08d}.pt"] * bool(self.config.keep_checkpoints)
+        for name in names:
+            states = [optimizer.state_dict() for optimizer in self.optimizers]
+            self.save(name, best=self.best, id=self.id, optimizers=states)
         if self.world.first and self.config.keep_checkpoints:
-            kept = self.out_dir / f"ckpt_{self.step:08d}.pt"
-            with writing(kept):
-                kept.unlink(missing_ok=True)
-                os.link(self.out_dir / "ckpt.pt", kept)
-                for old in sorted(self.out_dir.glob("ckpt_*.pt"))[: -self.config.keep_checkpoints]:
-                    old.unlink()
+            for old in sorted(self.out_dir.glob("ckpt_*.pt"))[: -self.config.keep_checkpoints]:
+                old.unlink()
 
 
 def was_restarted(config: Config) -> bool:
     """Whether torchrun has started this run once more after a failure, and it had saved a state before."""
     path = Path(config.out_dir) / "ckpt.pt"
-    if not int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) or not path.exists():
+    if not restarts() or not path.exists():
         return False
-    was = load_checkpoint(path, "meta")[1].get("train_config", {})
-    shape = {f.name for f in dataclasses.fields(GPTConfig)}
-    return all(was.get(key) == value for key, value in asdict(config).items() if key not in shape)
+    return schedule(load_checkpoint(path, "meta")[1].get("train_config", {})) == schedule(asdict(config))
+
+
+def schedule(config: dict[str, Any]) -> dict[str, Any]:
+    """What a config says of the run alone: neither the model's shape nor where its weights came from."""
+    return {k: v for k, v in config.items() if k not in GPTConfig.__dataclass_fields__ and k != "init_from"}
 
 
 def open_run(config: Config, world: World) -> Run:
     """A new run, one as it was when it was stopped, or one that starts from a checkpoint's weights, in their shape."""
-    resume = config.init_from == "resume"
+    resume = config.init_from == "resume" or was_restarted(config)
     path = Path(config.out_dir) / "ckpt.pt" if resume else Path(config.init_from)
     torch.manual_seed(config.seed)
-    if config.init_from == "scratch":
+    if config.init_from == "scratch" and not resume:
         data = open_dataset(config, world)
         model = GPT(config.model_config(config.vocab_size or data.tokenizer.vocab_size))
         saved: dict[str, Any] = {}
@@ -476,8 +485,8 @@ def open_run(config: Config, world: World) -> Run:
             raise RunError(
                 f"{path} has no state to resume from: to start from its weights, say --init_from={path}"
             ) from e
-        was = saved["train_config"]
-        changes = [f"; {k} is {v}, was {was[k]}" for k, v in asdict(config).items() if v != was.get(k, v)]
+        before, now = schedule(saved["train_config"]), schedule(asdict(config))
+        changes = [f"; {k} is {v}, was {before[k]}" for k, v in now.items() if v != before.get(k, v)]
         world.say(f"resumed at step {run.step}" + "".join(changes))
     elif world.first:
         for path in (run.out_dir / "ckpt.pt", run.out_dir / "best.pt"):
@@ -596,16 +605,12 @@ def noted(world: World) -> Iterator[list[int]]:
             signal.signal(signum, handler)
 
 
-def main() -> None:
-    config = configurator.parse(Config)
-    world = join(config)
+def train(config: Config, world: World) -> None:
     out_dir = Path(config.out_dir)
     try:
         out_dir.mkdir(parents=True, exist_ok=True)
     except OSError as e:
         raise UserError(f"--out_dir={out_dir} cannot be a folder: {e.strerror}") from e
-    if was_restarted(config):
-        config = dataclasses.replace(config, init_from="resume")
     run = open_run(config, world)
     config, start = run.config, run.step
     log = Log(run) if world.first else None
@@ -667,8 +672,20 @@ def main() -> None:
     if math.isfinite(run.best):
         best = f"best validation loss {run.best:.4f}: {out_dir / 'best.pt'}"
         world.say(f"\n{best}; python sample.py --out_dir={out_dir} goes on")
-    if world.size > 1:
-        dist.destroy_process_group()
+
+
+def main() -> None:
+    config = configurator.parse(Config)
+    world = join(config)
+    try:
+        train(config, world)
+    except RuntimeError as e:
+        if isinstance(e, dist.DistError) or "gloo" in str(e):  # gloo has no error of its own
+            raise RunError(f"process {world.rank} has lost the others: one of them has failed") from e
+        raise
+    finally:
+        if world.size > 1:
+            dist.destroy_process_group()
 
 
 if __name__ == "__main__":
