@@ -37,6 +37,8 @@ def script(args: list[str], streams: list[str], env: dict[str, str]) -> None:
     os.environ.clear()
     os.environ.update(env)
     os.chdir(ROOT)
+    if "OMP_NUM_THREADS" in env:  # was read before the fork
+        torch.set_num_threads(int(env["OMP_NUM_THREADS"]))
     if args[0] == "-c":
         sys.argv = ["-c", *args[2:]]
         exec(args[1], {"__name__": "__main__"})
