@@ -31,9 +31,9 @@ SCAN = 100 * 2**20  # bytes of a split that are looked through at each start
 class Document:
     """A file's text, or its characters from start to stop, as an iterable of pieces: a large one needs no more memory.
 
-    Two pieces meet before the single space between two words. Tokens meet there too, for a word's first one takes the
-    space before it: the ids of the pieces, joined, are those of the whole. Only a megabyte without such a place is cut
-    at its end, and a BPE may then have other tokens beside the cut.
+    Two pieces meet before a space that follows something else. Tokens meet there too, since the patterns of BPEs join a
+    space to what comes after it, never to what is before: the ids of the pieces, joined, are those of the whole. Only a
+    megabyte without such a place is cut at its end, and there a BPE may then have other tokens.
     """
 
     path: Path
@@ -54,7 +54,7 @@ class Document:
             while piece := f.read(PIECE):
                 size += len(piece)
                 if text:  # and now it is certain that there is more
-                    seam = re.match(r"(?s:.*)\S(?= \S)", text)
+                    seam = re.match(r"(?s:.*)\S(?= )", text)
                     end = seam.end() if seam else len(text)
                     yield text[:end]
                     text = text[end:]
@@ -104,14 +104,15 @@ def write(folder: Path, documents: list[Document], spec: str, val_fraction: floa
     folder.mkdir(parents=True, exist_ok=True)
     try:
         for name, part in parts.items():
-            tokens = size = largest = 0
+            counts = {"tokens": 0, "bytes": 0, "max_token": 0}
             with open(folder / f"{name}.bin.tmp", "wb") as f:
-                for piece, text_bytes in tokenize(part, tokenizer):
-                    ids = np.array(piece, dtype=np.dtype(dtype).newbyteorder("<"))
-                    f.write(ids.tobytes())
-                    tokens, size, largest = tokens + len(ids), size + text_bytes, max(largest, int(ids.max(initial=0)))
-            meta |= {f"{name}_tokens": tokens, f"{name}_bytes": size, f"{name}_max_token": largest}
-            print(f"{folder / name}.bin: {len(part):,} documents, {tokens:,} tokens of {tokenizer.name}")
+                for text, ids in tokenize(part, tokenizer):
+                    f.write(np.array(ids, dtype=np.dtype(dtype).newbyteorder("<")).tobytes())
+                    counts["tokens"] += len(ids)
+                    counts["bytes"] += len(text.encode())
+                    counts["max_token"] = max(counts["max_token"], max(ids, default=0))
+            meta |= {f"{name}_{what}": n for what, n in counts.items()}
+            print(f"{folder / name}.bin: {len(part):,} documents, {counts['tokens']:,} tokens of {tokenizer.name}")
         (folder / "meta.json.tmp").write_text(json.dumps(meta))
         (folder / "meta.json").unlink(missing_ok=True)  # so that it never stands beside the files of another
         for name in names:
@@ -121,13 +122,13 @@ def write(folder: Path, documents: list[Document], spec: str, val_fraction: floa
             (folder / f"{name}.tmp").unlink(missing_ok=True)
 
 
-def tokenize(documents: list[Document], tokenizer: Tokenizer) -> Iterator[tuple[list[int], int]]:
-    """The ids of documents, <|endoftext|> between them: piece by piece, with the bytes of text that each stands for."""
+def tokenize(documents: list[Document], tokenizer: Tokenizer) -> Iterator[tuple[str, list[int]]]:
+    """The pieces of documents, each with its ids; <|endoftext|>, between two documents, is an id without text."""
     for i, document in enumerate(documents):
         if i:
-            yield [tokenizer.eot], 0
+            yield "", [tokenizer.eot]
         for text in document:
-            yield tokenizer.encode(text), len(text.encode())
+            yield text, tokenizer.encode(text)
 
 
 def open_tokenizer(spec: str, texts: Iterable[str] = ()) -> Tokenizer:
@@ -221,9 +222,13 @@ def load(folder: Path) -> Dataset:
     meta_path = folder / "meta.json"
     missing = [name for name in ("train.bin", "val.bin", "meta.json") if not (folder / name).exists()]
     if missing:
-        raise ValueError(f"{folder} has no {', '.join(missing)}: a dataset is what its prepare.py writes")
+        raise ValueError(
+            f"{folder} has no {', '.join(missing)}: a dataset is train.bin, val.bin and meta.json, as a prepare.py "
+            "writes them"
+        )
+    content = meta_path.read_bytes()
     try:
-        meta = json.loads(meta_path.read_bytes())
+        meta = json.loads(content)
         tokenizer = Tokenizer.from_dict(meta["tokenizer"])
         dtype = np.dtype({"uint16": "<u2", "uint32": "<u4"}[meta["dtype"]])
         lengths = {name: int(meta[f"{name}_tokens"]) for name in SPLITS}
@@ -231,8 +236,6 @@ def load(folder: Path) -> Dataset:
         bytes_per_token = meta["val_bytes"] / max(lengths["val"], 1)
         if not 0 < bytes_per_token < float("inf"):
             raise ValueError(bytes_per_token)
-    except OSError:
-        raise
     except Exception as e:  # a damaged file can fail in any way
         raise ValueError(f"{meta_path} is not a dataset's, or is damaged: run its prepare.py again") from e
     splits = {}

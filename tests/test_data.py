@@ -160,7 +160,7 @@ def test_tokens_meet_where_pieces_do(tmp_path_factory, tokenizer, text, size):
     assert "".join(pieces) == text
     for i in range(1, len(pieces)):
         before, after = "".join(pieces[:i]), "".join(pieces[i:])
-        if tokenizer.name == "bytes" or (before[-1:].strip() and after[:1] == " " and after[1:2].strip()):
+        if tokenizer.name == "bytes" or (before[-1:].strip() and after[:1] == " "):
             assert tokenizer.encode(before) + tokenizer.encode(after) == tokenizer.encode(text), (before, after)
 
 
@@ -203,21 +203,22 @@ def test_a_dataset_written_in_pieces_is_that_of_whole_documents(tmp_path, monkey
     assert (meta["train_bytes"], meta["val_bytes"]) == (sum(len(t.encode()) for t in train), len(val[0].encode()))
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_memory_does_not_grow_with_the_text(tmp_path):
-    (tmp_path / "small").write_text(SOURCE * 30)
-    (tmp_path / "large").write_text(SOURCE * 200)
+    (tmp_path / "small").write_text(SOURCE * 10)
+    (tmp_path / "large").write_text(SOURCE * 100)
     code = f"""
-import pathlib, resource, sys
+import pathlib, re, sys
 sys.path.insert(0, {str(ROOT)!r})
 from data import common
-from data.download import download
+common.PIECE = 2**16
 def peak(name):
     common.write(pathlib.Path("out"), [common.Document(pathlib.Path(name))], "bytes", 0.1)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return int(re.search("VmHWM:(.*)kB", pathlib.Path("/proc/self/status").read_text())[1]) * 1024
 print(-peak("small") + peak("large"))
 """
     done = run("-c", code, cwd=tmp_path)
-    assert int(done.stdout.split()[-1]) < 8e6 < (tmp_path / "large").stat().st_size
+    assert int(done.stdout.split()[-1]) < 3e6 < (tmp_path / "large").stat().st_size
 
 
 def test_what_was_there_stays_when_preparing_fails(tmp_path):
@@ -237,16 +238,7 @@ def test_a_tokenizer_comes_from_a_file(tmp_path):
     tokenizer = Tokenizer.from_spec("bpe:300", [SOURCE])
     (tmp_path / "tokenizer.json").write_text(json.dumps(tokenizer.to_dict()))
     make_model().save(tmp_path / "ckpt.pt", tokenizer=tokenizer.to_dict())
-    (tmp_path / "in.txt").write_text(SOURCE[:5000])
-    run(
-        "data/text/prepare.py",
-        "--input",
-        tmp_path / "in.txt",
-        "--tokenizer",
-        tmp_path / "ckpt.pt",
-        "--out_dir",
-        tmp_path,
-    )
+    common.write(tmp_path, texts(tmp_path, SOURCE[:5000]), str(tmp_path / "ckpt.pt"), 0.1)
     assert common.load(tmp_path).train.tolist() == tokenizer.encode(SOURCE[:4500])
     for name in ("tokenizer.json", "meta.json"):
         assert common.open_tokenizer(str(tmp_path / name)).to_dict() == tokenizer.to_dict()

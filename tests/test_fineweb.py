@@ -140,7 +140,7 @@ def check(folder, tokens, shards=1) -> common.Dataset:
     return data
 
 
-def test_shards_become_a_dataset_that_grows(site, flags, tokens, tokenizer, tmp_path):
+def test_shards_become_a_dataset_that_grows(site, flags, tokens, tokenizer, tmp_path, prepare):
     done = run(SCRIPT, *flags)
     data = check(tmp_path / "out", tokens)
     assert "train.bin: 150,000 tokens of triples" in done.stdout
@@ -148,13 +148,13 @@ def test_shards_become_a_dataset_that_grows(site, flags, tokens, tokenizer, tmp_
     text = tokenizer.encoding.decode_bytes([i for i in tokens[0].tolist() if i != tokenizer.eot])
     assert data.bytes_per_token == len(text) / len(tokens[0])
     assert data.max_token == 957
-    run(SCRIPT, *flags, "--shards=3")
+    assert prepare(*flags, "--shards=3")[0] == 0
     check(tmp_path / "out", tokens, shards=3)
     meta = json.loads((tmp_path / "out" / "meta.json").read_text())
     text = tokenizer.encoding.decode_bytes([i for ids in tokens[1:] for i in ids.tolist() if i != tokenizer.eot])
     assert (meta["train_tokens"], meta["train_bytes"], meta["train_max_token"]) == (340_001, len(text), 957)
     assert [name for name, _ in site.requests] == NAMES, "what is there is not fetched again"
-    run(SCRIPT, *flags, "--shards=2")
+    assert prepare(*flags, "--shards=2")[0] == 0
     check(tmp_path / "out", tokens, shards=3)
     assert len(site.requests) == 4
 
@@ -326,19 +326,20 @@ def test_what_is_there_is_never_mixed_with_something_else(site, flags, tokens, t
 
     assert "another tokenizer" in refused(f"--tokenizer={dataset / 'meta.json'}")
     assert "another dataset" in refused(f"--out_dir={dataset}")
-    (out / "meta.json").write_text("{")
-    assert "damaged" in refused()
+    for content in ("{", "[]", '{"shards": null}', before["meta.json"].replace(b'"val_tokens"', b'"val_"').decode()):
+        (out / "meta.json").write_text(content)
+        assert "damaged" in refused()
     (out / "meta.json").unlink()
     assert "train.bin" in refused()
     assert (out / "train.bin").read_bytes() == before["train.bin"]
     (out / "meta.json").write_bytes(before["meta.json"])
     (out / "train.bin").write_bytes(before["train.bin"][:-2])
     assert "shorter" in refused()
-    assert "--shards" in error(SCRIPT, "--shards=104") and "--shards" in error(SCRIPT, "--shards=many")
-    assert "unknown url type" in error(SCRIPT, *flags, "--url=here", f"--out_dir={out / 'other'}")
+    assert "--shards" in prepare("--shards=104")[1] and "--shards" in prepare("--shards=many")[1]
+    assert "unknown url type" in refused("--url=here", f"--out_dir={out / 'other'}")
 
 
-def test_a_full_disk_is_one_line_and_it_goes_on(site, flags, tokens, tmp_path):
+def test_a_full_disk_is_one_line_and_it_goes_on(site, flags, tokens, tmp_path, prepare):
     code = f"""
 import resource, sys
 sys.path.insert(0, {str(ROOT)!r})
@@ -350,21 +351,23 @@ prepare.main()
     assert "cannot write" in line and str(tmp_path / "out") in line
     data = common.load(tmp_path / "out")
     assert np.array_equal(data.train, tokens[1]), "what was whole is a dataset"
-    run(SCRIPT, *flags, "--shards=2")
+    assert prepare(*flags, "--shards=2")[0] == 0
     check(tmp_path / "out", tokens, shards=2)
 
 
-def test_memory_does_not_grow_with_the_shards(server, tokenizer, tmp_path, flags):
-    ids = np.arange(20_000_000) % 250
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_memory_does_not_grow_with_the_shards(server, flags, tmp_path):
+    ids = np.arange(12_000_000) % 250
     server.files = {name: shard(ids) for name in NAMES[:2]}
     code = f"""
-import resource, sys
+import pathlib, re, sys
 sys.path.insert(0, {str(ROOT)!r})
 from data.fineweb import prepare
-peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+def peak():
+    return int(re.search("VmHWM:(.*)kB", pathlib.Path("/proc/self/status").read_text())[1]) * 1024
 before = peak()
 prepare.main()
 print(peak() - before)
 """
     done = run("-c", code, *flags)
-    assert int(done.stdout.split()[-1]) * 1024 < 30e6 < len(server.files[fineweb.VAL])
+    assert 0 < int(done.stdout.split()[-1]) < 20e6 < len(server.files[fineweb.VAL])

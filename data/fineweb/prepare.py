@@ -14,8 +14,9 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import common
-from common import Tokenizer
 from download import download
+
+from tokenizer import Tokenizer
 
 URL = "https://huggingface.co/datasets/kjj0/fineweb10B-gpt2/resolve/main"
 VAL = "fineweb_val_000000.bin"
@@ -30,7 +31,7 @@ def prepare(folder: Path, url: str, shards: int, spec: str) -> None:
     try:
         tokenizer = common.open_tokenizer(spec)
     except OSError as e:
-        raise OSError(f"tokenizer {spec!r} cannot be downloaded, nor was the rest; --tokenizer=FILE reads one") from e
+        raise OSError(f"tokenizer {spec!r} cannot be downloaded, so nothing else was: say --tokenizer=FILE") from e
     sizes = text_sizes(tokenizer)
     folder.mkdir(parents=True, exist_ok=True)
     meta = open_meta(folder, tokenizer)
@@ -46,29 +47,31 @@ def prepare(folder: Path, url: str, shards: int, spec: str) -> None:
 
 def text_sizes(tokenizer: Tokenizer) -> np.ndarray:
     """The bytes of text that each id stands for, (2^16,): none for <|endoftext|>, and -1 if there is no such id."""
-    gaps = {*tokenizer.gaps(2**16), tokenizer.eot}
-    sizes = np.array([-1 if i in gaps else len(tokenizer.token_bytes(i)) for i in range(2**16)])
-    sizes[tokenizer.eot : tokenizer.eot + 1] = 0
+    sizes = np.full(2**16, -1)
+    for i in {*range(2**16)}.difference(tokenizer.gaps(2**16)):
+        sizes[i] = 0 if i == tokenizer.eot else len(tokenizer.token_bytes(i))
     return sizes
 
 
 def open_meta(folder: Path, tokenizer: Tokenizer) -> dict[str, Any]:
     """What meta.json says of the shards that are in train.bin and val.bin already; begun, if there is none."""
     path = folder / "meta.json"
-    if path.exists():
-        try:
-            meta = json.loads(path.read_bytes())
-            shards, its_tokenizer = meta["shards"], meta["tokenizer"]
-        except (ValueError, KeyError, TypeError) as e:
-            raise ValueError(f"{path} is of another dataset, or damaged: say another --out_dir, or remove it") from e
-        if its_tokenizer != tokenizer.to_dict():
-            raise ValueError(f"{folder} has {len(shards)} shards with another tokenizer: --tokenizer={path} reads it")
+    empty = {f"{split}_{what}": 0 for split in common.SPLITS for what in ("tokens", "bytes", "max_token")}
+    if not path.exists():
+        if found := [str(file) for file in (folder / "train.bin", folder / "val.bin") if file.exists()]:
+            raise ValueError(f"no meta.json says what is in {' and '.join(found)}: remove it to start anew")
+        meta = {"tokenizer": tokenizer.to_dict(), "dtype": "uint16", **empty, "shards": []}
+        save_meta(folder, meta)
         return meta
-    if found := [str(folder / f"{split}.bin") for split in common.SPLITS if (folder / f"{split}.bin").exists()]:
-        raise ValueError(f"without a meta.json, nothing says what is in {' and '.join(found)}: remove it to start anew")
-    counts = {f"{split}_{what}": 0 for split in common.SPLITS for what in ("tokens", "bytes", "max_token")}
-    meta = {"tokenizer": tokenizer.to_dict(), "dtype": "uint16", **counts, "shards": []}
-    save_meta(folder, meta)
+    content = path.read_bytes()
+    try:
+        meta = json.loads(content)
+        meta |= {"shards": [*meta["shards"]], **{key: int(meta[key]) for key in empty}}
+        same = meta["tokenizer"] == tokenizer.to_dict()
+    except Exception as e:  # a damaged file can fail in any way
+        raise ValueError(f"{path} is of another dataset, or damaged: say another --out_dir, or remove it") from e
+    if not same:
+        raise ValueError(f"{folder} has shards already, with another tokenizer: --tokenizer={path} goes on with that")
     return meta
 
 
