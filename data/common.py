@@ -32,8 +32,9 @@ class Document:
     """A file's text, or its characters from start to stop, as an iterable of pieces: a large one needs no more memory.
 
     Two pieces meet before a space that follows something else. Tokens meet there too, since the patterns of BPEs join a
-    space to what comes after it, never to what is before: the ids of the pieces, joined, are those of the whole. Only a
-    megabyte without such a place is cut at its end, and there a BPE may then have other tokens.
+    space to what comes after it, never to what is before: the ids of the pieces, joined, are those of the whole. Other
+    tokens may only come beside the cut of a megabyte without such a place, which is at its end, and after every cut from
+    a tokenizer that puts a space before any text, as SentencePiece's do.
     """
 
     path: Path
@@ -134,7 +135,8 @@ def tokenize(documents: list[Document], tokenizer: Tokenizer) -> Iterator[tuple[
 def open_tokenizer(spec: str, texts: Iterable[str] = ()) -> Tokenizer:
     """The tokenizer of a file, or else the one that `Tokenizer.from_spec` makes, trained on texts if it is bpe:N.
 
-    FILE.json is a tokenizer's dict, or a dataset's meta.json; FILE.pt a checkpoint. ValueError if none is in there.
+    FILE.json is a tokenizer's dict, or a dataset's meta.json; FILE.pt a checkpoint. ValueError if none is in there,
+    ImportError if it needs an extra that is missing.
     """
     path = Path(spec)
     if path.suffix not in (".json", ".pt"):
@@ -151,6 +153,8 @@ def open_tokenizer(spec: str, texts: Iterable[str] = ()) -> Tokenizer:
         return tokenizer
     except OSError as e:
         raise ValueError(f"--tokenizer={spec} cannot be read: {e.strerror}") from e
+    except ImportError:  # it says which extra is missing
+        raise
     except Exception as e:  # a damaged file can fail in any way
         raise ValueError(
             f"--tokenizer={spec} holds no tokenizer, or is damaged: FILE.json is the dict of one, FILE.pt a checkpoint"
@@ -214,7 +218,8 @@ class Dataset:
 
 
 def load(folder: Path) -> Dataset:
-    """Open a prepared dataset. ValueError if a file is missing or damaged, or if they do not go together.
+    """Open a prepared dataset. ValueError if a file is missing or damaged, or if they do not go together, ImportError
+    if its tokenizer needs an extra that is missing.
 
     The largest id is looked for in a split of up to 100 MB. For a longer one meta.json is believed, so that a start
     takes no longer with more data.
@@ -236,6 +241,8 @@ def load(folder: Path) -> Dataset:
         bytes_per_token = meta["val_bytes"] / max(lengths["val"], 1)
         if not 0 < bytes_per_token < float("inf"):
             raise ValueError(bytes_per_token)
+    except ImportError:
+        raise
     except Exception as e:  # a damaged file can fail in any way
         raise ValueError(f"{meta_path} is not a dataset's, or is damaged: run its prepare.py again") from e
     splits = {}

@@ -369,5 +369,5 @@ before = peak()
 prepare.main()
 print(peak() - before)
 """
-    done = run("-c", code, *flags)
+    done = run("-c", code, *flags, cwd=tmp_path)  # a new process, whose memory is its own
     assert 0 < int(done.stdout.split()[-1]) < 20e6 < len(server.files[fineweb.VAL])
