@@ -227,7 +227,7 @@ def open_dataset(config: Config, world: World, tokenizer: dict[str, Any] | None 
         world.wait()
     try:
         return common.load(folder)
-    except (ValueError, OSError) as e:
+    except (ValueError, OSError, ImportError) as e:
         raise UserError(str(e)) from e
 
 
@@ -253,8 +253,8 @@ def check_dataset(data: common.Dataset, name: str, config: GPTConfig) -> None:
             raise UserError(
                 f"{where} has {len(tokens)} tokens: sequence_len {config.sequence_len} needs one more than that"
             )
-        if tokens.max() >= config.vocab_size:
-            raise UserError(f"{where} has token id {tokens.max()}, outside the vocabulary of {config.vocab_size}")
+    if data.max_token >= config.vocab_size:
+        raise UserError(f"data/{name} has token id {data.max_token}, outside the vocabulary of {config.vocab_size}")
 
 
 def load_checkpoint(path: Path, device: torch.device | str = "cpu") -> tuple[GPT, dict[str, Any]]:

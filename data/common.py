@@ -33,8 +33,8 @@ class Document:
 
     Two pieces meet before a space that follows something else. Tokens meet there too, since the patterns of BPEs join a
     space to what comes after it, never to what is before: the ids of the pieces, joined, are those of the whole. Other
-    tokens may only come beside the cut of a megabyte without such a place, which is at its end, and after every cut from
-    a tokenizer that puts a space before any text, as SentencePiece's do.
+    tokens may only come beside the cut of a megabyte without such a place, which is at its end, and after every cut
+    from a tokenizer that puts a space before any text, as SentencePiece's do.
     """
 
     path: Path
