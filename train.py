@@ -231,6 +231,8 @@ def open_dataset(config: Config, world: World, tokenizer: dict[str, Any] | None 
 
 def prepare(folder: Path, config: Config, tokenizer: dict[str, Any] | None) -> None:
     if not (folder / "prepare.py").exists():
+        if folder.is_dir():
+            return  # one's own: to open it will say what it lacks
         names = ", ".join(sorted(p.parent.name for p in ROOT.glob("data/*/prepare.py")))
         raise UserError(f"--dataset={config.dataset}: there is no {folder / 'prepare.py'}; there are {names}")
     with tempfile.TemporaryDirectory() as scratch:
