@@ -22,6 +22,7 @@ import numpy as np
 import torch
 
 import configurator
+import hf
 from configurator import RunError, UserError
 from data import common
 from gpt import GPT, GPTConfig, pick_device
@@ -33,7 +34,9 @@ ROOT = Path(__file__).resolve().parent
 class Config(GPTConfig):
     vocab_size: int = 0  # number of token ids; 0 means as many as the tokenizer has
     out_dir: str = "out"  # where checkpoints, metrics.jsonl and loss.png go
-    init_from: str = "scratch"  # scratch, resume (from out_dir/ckpt.pt), or a checkpoint to fine-tune in its own shape
+    init_from: str = (
+        "scratch"  # scratch, resume (out_dir/ckpt.pt), or what to fine-tune: a checkpoint, or hf:NAME_OR_DIR
+    )
     dataset: str = "stdlib"  # the folder in data/, prepared if it is missing, or the path of another
     tokenizer: str = "bytes"  # what a missing dataset is prepared with: bytes, bpe:N, gpt2, ...
     batch_size: int = 12  # sequences in one forward
@@ -122,11 +125,18 @@ def check_dataset(data: common.Dataset, name: str, config: GPTConfig) -> None:
             raise UserError(f"{where} has token id {tokens.max()}, outside the vocabulary of {config.vocab_size}")
 
 
-def load_checkpoint(path: Path, device: torch.device | str) -> tuple[GPT, dict[str, Any]]:
+def load_checkpoint(source: str, device: torch.device | str) -> tuple[GPT, dict[str, Any]]:
+    """The model of a checkpoint or of hf:NAME_OR_DIR, in float32, where small steps count; and what is kept with it."""
+    if source.startswith("hf:"):
+        try:
+            model, tokenizer = hf.load(source.removeprefix("hf:"), device, torch.float32)
+        except (ValueError, OSError, ImportError) as e:
+            raise UserError(str(e)) from e
+        return model, {"tokenizer": tokenizer.to_dict()}
     try:
-        return GPT.load_checkpoint(path, device)
+        return GPT.load_checkpoint(source, device, torch.float32)
     except OSError as e:
-        raise UserError(f"cannot read the checkpoint {path}: {e.strerror}") from e
+        raise UserError(f"cannot read the checkpoint {source}: {e.strerror}") from e
     except RuntimeError as e:
         raise RunError(str(e)) from e
 
@@ -264,22 +274,26 @@ def main() -> None:
     if config.init_from == "scratch":
         model = GPT(model_config).to(device)
     else:
-        path = out_dir / "ckpt.pt" if resume else Path(config.init_from)
-        model, saved = load_checkpoint(path, device)
+        source = str(out_dir / "ckpt.pt") if resume else config.init_from
+        model, saved = load_checkpoint(source, device)
         if saved.get("tokenizer") != data.tokenizer.to_dict():
-            raise UserError(f"{path} has another tokenizer than the dataset {config.dataset} ({data.tokenizer.name})")
+            raise UserError(f"{source} has another tokenizer than the dataset {config.dataset} ({data.tokenizer.name})")
         if resume and (changed := [k for k, v in asdict(model_config).items() if v != getattr(model.config, k)]):
             was = ", ".join(f"{k}={getattr(model.config, k)}" for k in changed)
-            raise UserError(f"{path} has {was}: a resumed run keeps its architecture; give a new one another --out_dir")
-        config = dataclasses.replace(config, **asdict(model.config))
-    check_dataset(data, config.dataset, model.config)
+            raise UserError(
+                f"{source} has {was}: a resumed run keeps its architecture; give a new one another --out_dir"
+            )
+        # Positions are no table that has to fit: a run may read less at a time than its model can
+        sequence_len = min(config.sequence_len, model.config.sequence_len)
+        config = dataclasses.replace(config, **asdict(model.config) | {"sequence_len": sequence_len})
+    check_dataset(data, config.dataset, config.model_config(model.config.vocab_size))
     rates = (config.learning_rate, config.embd_lr, config.head_lr)
     optimizers = model.configure_optimizers(
         *rates, config.weight_decay, config.momentum, betas=(config.beta1, config.beta2)
     )
     if resume:
         if not {"step", "best", "optimizers"} <= set(saved):
-            raise RunError(f"{path} has no state to resume from: to start from its weights, say --init_from={path}")
+            raise RunError(f"{source} has no state to resume from: to start from its weights, say --init_from={source}")
         step, best = saved["step"], saved["best"]
         for optimizer, state in zip(optimizers, saved["optimizers"], strict=True):
             settings = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
