@@ -20,6 +20,11 @@ def make_model(dtype: torch.dtype = torch.float64, seed: int = 0, **config) -> G
     return model.to(dtype)
 
 
+# Where ours is another architecture, as far from the default as can be
+LLAMA = dict(mlp="swiglu", n_hidden=40, head_dim=10, qk_norm=False, embd_norm=False, norm_weight=True, softcap=0.0)
+QWEN = LLAMA | dict(qk_norm=True, qkv_bias=True, tie_embd=True, rope_scaling={"rope_type": "linear", "factor": 3.0})
+
+
 def run(*args: str | Path, cwd: Path = ROOT, status: int = 0, stdin: str = "") -> subprocess.CompletedProcess:
     """Run a script of the repository as a user would, and check its exit status."""
     done = subprocess.run(
