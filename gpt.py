@@ -27,6 +27,7 @@ from typing import Any
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+import torch.utils.checkpoint
 from torch import Tensor
 
 Device = torch.device | str | None
@@ -261,8 +262,8 @@ def stretch(frequencies: Tensor, scaling: dict) -> Tensor:
 
 def rotate(x: Tensor, rotations: Tensor) -> Tensor:
     """Turn each pair of neighbouring channels of x, (B, T, H, D), by its rotation: one complex product."""
-    pairs = torch.view_as_complex(x.to(rotations.dtype.to_real()).unflatten(-1, (-1, 2)))  # (B, T, H, D/2)
-    return torch.view_as_real(pairs * rotations).flatten(-2).to(x.dtype)
+    pairs = x.to(torch.promote_types(x.dtype, torch.float32)).unflatten(-1, (-1, 2))  # (B, T, H, D/2, 2)
+    return torch.view_as_real(torch.view_as_complex(pairs) * rotations).flatten(-2).to(x.dtype)
 
 
 def rms_norm(channels: int, config: GPTConfig) -> nn.Module:
@@ -434,7 +435,8 @@ class Muon(torch.optim.Optimizer):
     """MomentUm Orthogonalized by Newton-schulz (https://kellerjordan.github.io/posts/muon), for matrices.
 
     `torch.optim.Muon` takes the matrices one by one; here those of one shape, a group's, are stacked, and the few
-    large products that this makes cost a fraction of the many small ones.
+    large products that this makes cost a fraction of the many small ones. Where parameters are sharded (`fully_shard`),
+    so is the work: the processes exchange rows for whole matrices, and back.
     """
 
     def __init__(self, params: Iterable, lr: float, momentum: float = 0.95, weight_decay: float = 0.0) -> None:
@@ -453,13 +455,72 @@ class Muon(torch.optim.Optimizer):
             buffers = [self.state[p]["momentum_buffer"] for p in params]
             torch._foreach_lerp_(buffers, grads, 1 - group["momentum"])
             nesterov = torch._foreach_lerp(grads, buffers, group["momentum"])
-            updates = torch.stack(nesterov)  # (N, rows, columns)
+            updates: Any = torch.stack(nesterov)  # (N, rows, columns)
             rows, columns = updates.shape[-2:]
+            sharded = getattr(updates, "placements", None)  # by FSDP: each process has some rows of every matrix,
+            if sharded:  # and what it needs is some matrices with all their rows
+                from torch.distributed.tensor import Shard
+
+                updates = updates.redistribute(placements=[Shard(0)])
             if updates.is_cuda:
                 updates = updates.bfloat16()  # precise enough, and several times faster there
             updates = orthogonalize(updates).to(params[0].dtype) * max(1, rows / columns) ** 0.5
+            if sharded:
+                updates = updates.redistribute(placements=sharded)
             torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
             torch._foreach_add_(params, updates.unbind(), alpha=-group["lr"])
+
+
+# -----------------------------------------------------------------------------
+# The loss over a large vocabulary
+
+
+def softcapped(logits: Tensor, softcap: float) -> Tensor:
+    """Logits in at least float32, within +-softcap; 0 switches the cap off."""
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return torch.tanh(logits / softcap) * softcap if softcap else logits
+
+
+LOGITS_AT_A_TIME = 2**24
+
+
+class HeadLoss(torch.autograd.Function):
+    """Mean cross entropy of hidden states x (N, C) under a head (V, C) for targets (N,), where -1 is ignored.
+
+    Logits (N, V) with their gradient are the largest thing in a training step, so they are made some rows at a time,
+    and all that is to be known of them is computed while they are there: the loss, and what it passes back. For the
+    logits of a row, s = cap tanh(z / cap), z = W x: dloss/ds = softmax(s) - onehot(target), ds/dz = 1 - (s / cap)^2.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, head: Tensor, targets: Tensor, softcap: float) -> Tensor:
+        backward = ctx.needs_input_grad[0]
+        dx: Any = torch.empty_like(x) if backward else None
+        dhead: Any = torch.zeros_like(head) if backward else None
+        rows = max(1, LOGITS_AT_A_TIME // len(head))
+        loss = x.new_zeros((), dtype=torch.promote_types(x.dtype, torch.float32))
+        weights = (targets != -1).to(loss.dtype)[:, None]  # (N, 1)
+        weights /= weights.sum()
+        for i in range(0, len(x), rows):
+            chunk, w = x[i : i + rows], weights[i : i + rows]  # (R, C), (R, 1)
+            target = targets[i : i + rows, None].clamp(min=0)  # (R, 1)
+            logits = softcapped(F.linear(chunk, head), softcap)  # (R, C) @ (C, V) -> (R, V)
+            logp = logits.log_softmax(dim=-1)
+            loss -= (logp.gather(1, target) * w).sum()
+            if backward:
+                d = logp.exp_().scatter_add_(1, target, torch.full_like(w, -1)).mul_(w)  # (R, V)
+                if softcap:
+                    d = torch.addcmul(d, d, logits.div_(softcap).square_(), value=-1)
+                dx[i : i + rows] = d.to(x.dtype) @ head  # (R, V) @ (V, C) -> (R, C)
+                dhead += d.to(x.dtype).mT @ chunk  # (V, R) @ (R, C) -> (V, C)
+        if backward:
+            ctx.save_for_backward(dx, dhead)
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        dx, dhead = ctx.saved_tensors
+        return dx * grad, dhead * grad, None, None
 
 
 # -----------------------------------------------------------------------------
@@ -476,6 +537,7 @@ class GPT(nn.Module):
         self.h = nn.ModuleList([Block(config, layer) for layer in range(config.n_layer)])
         self.norm = rms_norm(config.n_embd, config)
         self.lm_head = None if config.tie_embd else nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        self.activation_checkpointing = False  # True: training keeps only what goes into a block, and computes it twice
         self.init_weights()
 
     @torch.no_grad()
@@ -526,17 +588,17 @@ class GPT(nn.Module):
         rotations = rope(positions, self.config, self.dtype)
         x = self.dropout(self.embd_norm(self.wte(idx)))  # (B, T, C)
         for block in self.h:
-            x = block(x, rotations, mask, kv_cache)
+            if self.activation_checkpointing and self.training:
+                x = torch.utils.checkpoint.checkpoint(block, x, rotations, mask, kv_cache, use_reentrant=False)
+            else:
+                x = block(x, rotations, mask, kv_cache)
         if kv_cache is not None:
             kv_cache.commit(T)
         return self.norm(x)
 
     def logits(self, x: Tensor) -> Tensor:
         """The head: (..., C) to (..., V), in at least float32, within +-softcap."""
-        logits = F.linear(x, self.head_weight)
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        softcap = self.config.softcap
-        return softcap * torch.tanh(logits / softcap) if softcap else logits
+        return softcapped(F.linear(x, self.head_weight), self.config.softcap)
 
     def forward(
         self,
@@ -550,10 +612,13 @@ class GPT(nn.Module):
         The loss, in nats, is a scalar, or (B*T,) with loss_reduction='none'. With a cache, idx is what comes after
         what the cache holds. ValueError if that is more than sequence_len, or more than the cache has room for.
         """
-        logits = self.logits(self.hidden(idx, kv_cache))
+        x = self.hidden(idx, kv_cache)  # (B, T, C)
         if targets is None:
-            return logits
-        return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1, reduction=loss_reduction)
+            return self.logits(x)
+        if loss_reduction == "mean":
+            return HeadLoss.apply(x.flatten(0, 1), self.head_weight, targets.flatten(), self.config.softcap)
+        logits = self.logits(x).flatten(0, 1)  # (B*T, V)
+        return F.cross_entropy(logits, targets.flatten(), ignore_index=-1, reduction=loss_reduction)
 
     def _check_cache(self, kv_cache: KVCache, B: int) -> None:
         c, k = self.config, kv_cache.k
@@ -743,6 +808,10 @@ class GPT(nn.Module):
                 f.flush()
                 os.fsync(f.fileno())
             os.replace(temporary, path)
+            if os.name == "posix":  # the new name is on the disk once the folder is
+                folder = os.open(os.path.dirname(temporary) or ".", os.O_RDONLY)
+                os.fsync(folder)
+                os.close(folder)
         except BaseException:
             if os.path.exists(temporary):
                 os.remove(temporary)

@@ -165,7 +165,8 @@ def train_bpe(documents: Iterable[str], size: int) -> list[bytes]:
     except ImportError as e:
         raise ImportError("training a tokenizer needs the extra 'bpe': pip install rustbpe") from e
     trainer = rustbpe.Tokenizer()
-    trainer.train_from_iterator(iter(documents), size, pattern=BPE_PATTERN)
+    # As many documents are in memory at a time
+    trainer.train_from_iterator(iter(documents), size, buffer_size=64, pattern=BPE_PATTERN)
     return [token for token, _ in sorted(trainer.get_mergeable_ranks(), key=lambda pair: pair[1])]
 
 

@@ -1,5 +1,9 @@
+import multiprocessing
+import os
+import runpy
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -25,11 +29,59 @@ LLAMA = dict(mlp="swiglu", n_hidden=40, head_dim=10, qk_norm=False, embd_norm=Fa
 QWEN = LLAMA | dict(qk_norm=True, qkv_bias=True, tie_embd=True, rope_scaling={"rope_type": "linear", "factor": 3.0})
 
 
-def run(*args: str | Path, cwd: Path = ROOT, status: int = 0, stdin: str = "") -> subprocess.CompletedProcess:
+# Scripts run in processes of their own, forked from one that has imported PyTorch already: that is most of their time.
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(["torch", "torch._dynamo", "numpy", "tiktoken", "matplotlib.pyplot", "gpt"])
+
+
+def script(args: list[str], streams: list[str], env: dict[str, str]) -> None:
+    """In such a process: what `python *args` does, with its standard streams in files."""
+    for fd, (path, mode) in enumerate(zip(streams, (os.O_RDONLY, os.O_WRONLY, os.O_WRONLY), strict=True)):
+        os.dup2(os.open(path, mode), fd)
+    sys.stdin = os.fdopen(0, closefd=False)
+    os.environ.clear()
+    os.environ.update(env)
+    os.chdir(ROOT)
+    if "OMP_NUM_THREADS" in env:  # was read before the fork
+        torch.set_num_threads(int(env["OMP_NUM_THREADS"]))
+    if args[0] == "-c":
+        sys.argv = ["-c", *args[2:]]
+        exec(args[1], {"__name__": "__main__"})
+    else:
+        sys.argv = args
+        runpy.run_path(args[0], run_name="__main__")
+
+
+class Script:
+    """A script of the repository that runs: `process` is a multiprocessing.Process."""
+
+    def __init__(self, *args: str | Path, stdin: str = "", **env: str) -> None:
+        self.args = [str(arg) for arg in args]
+        self.folder = tempfile.TemporaryDirectory()
+        streams = [f"{self.folder.name}/{name}" for name in ("stdin", "stdout", "stderr")]
+        for path, text in zip(streams, (stdin, "", ""), strict=True):
+            Path(path).write_text(text)
+        self.process = FORKS.Process(target=script, args=(self.args, streams, dict(os.environ) | env))
+        self.process.start()
+
+    def wait(self, timeout: float = 300) -> subprocess.CompletedProcess:
+        self.process.join(timeout)
+        assert self.process.exitcode is not None, f"{self.args} does not end"
+        out, err = (Path(self.folder.name, name).read_text() for name in ("stdout", "stderr"))
+        self.folder.cleanup()
+        return subprocess.CompletedProcess(self.args, self.process.exitcode, out, err)
+
+
+def run(
+    *args: str | Path, cwd: Path = ROOT, status: int = 0, stdin: str = "", **env: str
+) -> subprocess.CompletedProcess:
     """Run a script of the repository as a user would, and check its exit status."""
-    done = subprocess.run(
-        [sys.executable, *map(str, args)], cwd=cwd, input=stdin, capture_output=True, text=True, timeout=300
-    )
+    if cwd == ROOT:
+        done = Script(*args, stdin=stdin, **env).wait()
+    else:
+        done = subprocess.run(
+            [sys.executable, *map(str, args)], cwd=cwd, input=stdin, capture_output=True, text=True, timeout=300
+        )
     assert done.returncode == status, f"status {done.returncode}\n{done.stdout}\n{done.stderr}"
     return done
 

@@ -1,17 +1,26 @@
+import argparse
 import hashlib
 import http.server
 import importlib.util
 import json
+import re
 import shutil
 import sys
 import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ROOT, error, run
+import tiktoken
+import tiktoken_ext.openai_public
+import torch
+from conftest import ROOT, error, make_model, run
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from data import common
-from tokenizer import Tokenizer
+from data.download import download
+from tokenizer import EOT, Tokenizer, train_bpe
 
 
 def prepare_module(name: str):
@@ -21,21 +30,29 @@ def prepare_module(name: str):
     return module
 
 
-def test_documents_are_split_whole_and_in_order():
-    documents = [f"document {i}" for i in range(25)]
+def texts(folder, *contents: str) -> list[common.Document]:
+    """A document for each of contents, in files."""
+    folder = folder / "texts"
+    folder.mkdir(exist_ok=True)
+    for i, content in enumerate(contents):
+        (folder / str(i)).write_bytes(content.encode())
+    return [common.Document(folder / str(i)) for i in range(len(contents))]
+
+
+def test_documents_are_split_whole_and_in_order(tmp_path):
+    documents = texts(tmp_path, *(f"document {i}" for i in range(25)), "")
     train, val = common.split(documents, 0.1)
-    assert val == ["document 9", "document 19"] and sorted(train + val, key=documents.index) == documents
-    assert train == [d for d in documents if d not in val]
-    assert common.split(["a", "b"], 0.1) == (["a"], ["b"])
+    assert val == [documents[9], documents[19]] and train == [d for d in documents[:25] if d not in val]
+    assert common.split(documents[:2], 0.1) == ([documents[0]], [documents[1]])
 
 
-def test_a_single_document_is_cut():
-    assert common.split(["0123456789" * 10], 0.1) == (["0123456789" * 9], ["0123456789"])
+def test_a_single_document_is_cut(tmp_path):
+    (train,), (val,) = common.split(texts(tmp_path, "0123456789" * 10), 0.1)
+    assert "".join(train) == "0123456789" * 9 and "".join(val) == "0123456789"
 
 
 def test_what_is_written_is_what_is_read(tmp_path):
-    documents = ["first é", "second", "third", "fourth"]
-    common.write(tmp_path, documents, "bytes", 0.25)
+    common.write(tmp_path, texts(tmp_path, "first é", "second", "third", "fourth"), "bytes", 0.25)
     data = common.load(tmp_path)
     tokenizer = data.tokenizer
     assert tokenizer.decode(data.train.tolist()) == "first é<|endoftext|>second<|endoftext|>third"
@@ -45,21 +62,22 @@ def test_what_is_written_is_what_is_read(tmp_path):
     assert raw[:4] == b"f\0i\0"  # little-endian, two bytes a token
     meta = json.loads((tmp_path / "meta.json").read_text())
     assert meta["train_tokens"] == len(data.train) == meta["train_bytes"] + 2
-    assert data.bytes_per_token == 1
+    assert (meta["train_max_token"], meta["val_max_token"]) == (256, ord("u"))
+    assert data.bytes_per_token == 1 and data.max_token == 256
 
 
 def test_bits_per_byte_do_not_depend_on_the_tokenizer(tmp_path):
-    text = ["the quick brown fox jumps over the lazy dog " * 30] * 4
-    common.write(tmp_path, text, "bpe:300", 0.25)
+    text = "the quick brown fox jumps over the lazy dog " * 30
+    common.write(tmp_path, texts(tmp_path, *[text] * 4), "bpe:300", 0.25)
     data = common.load(tmp_path)
-    assert data.bytes_per_token == len(text[0]) / len(Tokenizer.from_dict(data.tokenizer.to_dict()).encode(text[0]))
+    assert data.bytes_per_token == len(text) / len(Tokenizer.from_dict(data.tokenizer.to_dict()).encode(text))
 
 
 def test_a_large_vocabulary_takes_four_bytes(tmp_path, monkeypatch):
     tokens = [bytes([i]) for i in range(256)] + [b"%6d" % i for i in range(70_000)]
     large = Tokenizer._from_tokens("large", r" \d{5}|[\s\S]", tokens)
     monkeypatch.setattr(Tokenizer, "from_spec", lambda *_: large)
-    common.write(tmp_path, ["a" * 50, " 69999" * 10], "large", 0.5)
+    common.write(tmp_path, texts(tmp_path, "a" * 50, " 69999" * 10), "large", 0.5)
     data = common.load(tmp_path)
     assert data.val.dtype == np.uint32 and data.val.max() == 70_255 and large.decode(data.val) == " 69999" * 10
 
@@ -67,7 +85,7 @@ def test_a_large_vocabulary_takes_four_bytes(tmp_path, monkeypatch):
 def test_stdlib_is_python_and_repeats(tmp_path):
     module = prepare_module("stdlib")
     documents = module.documents(None)
-    assert len(documents) > 300 and sum("import" in d for d in documents) > 200
+    assert len(documents) > 300 and sum("import" in "".join(d) for d in documents) > 200
     assert documents == module.documents(None)
 
 
@@ -93,6 +111,173 @@ def test_shakespeare_from_a_file(tmp_path):
     assert data.tokenizer.vocab_size == 260 and data.tokenizer.decode(data.train[:8].tolist()).startswith("To be")
 
 
+# ---- documents in pieces
+
+
+@pytest.fixture(scope="module", params=["gpt2", "cl100k_base", "o200k_base", "bpe:600", "bytes"])
+def tokenizer(request) -> Tokenizer:
+    """One that splits text as the named encoding does, with merges learnt here: tiktoken's own are a download."""
+    if request.param in ("bpe:600", "bytes"):
+        return Tokenizer.from_spec(request.param, [SOURCE])
+    ranks = {token: i for i, token in enumerate(train_bpe([SOURCE], 600))}
+    with pytest.MonkeyPatch.context() as patch:
+        for loader in ("load_tiktoken_bpe", "data_gym_to_mergeable_bpe_ranks"):
+            patch.setattr(tiktoken_ext.openai_public, loader, lambda *_, **__: ranks)
+        pattern = getattr(tiktoken_ext.openai_public, request.param)()["pat_str"]
+    return Tokenizer(tiktoken.Encoding("learnt", pat_str=pattern, mergeable_ranks=ranks, special_tokens={EOT: 600}))
+
+
+SOURCE = Path(argparse.__file__).read_text()
+FRAGMENTS = [
+    "the",
+    " the",
+    "it's",
+    " 'tis",
+    "12345",
+    " 6",
+    "_x",
+    ".",
+    " (",
+    "\n",
+    "\r\n",
+    "\t",
+    "  ",
+    "\u00a0",
+    "é漢",
+    " Ω",
+    "👩‍👧",
+]
+
+
+@settings(deadline=None)
+@given(st.lists(st.sampled_from(FRAGMENTS)).map("".join), st.integers(1, 20))
+def test_tokens_meet_where_pieces_do(tmp_path_factory, tokenizer, text, size):
+    path = tmp_path_factory.getbasetemp() / "pieces"
+    path.write_bytes(text.encode())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(common, "PIECE", size)
+        pieces = list(common.Document(path))
+    assert "".join(pieces) == text
+    for i in range(1, len(pieces)):
+        before, after = "".join(pieces[:i]), "".join(pieces[i:])
+        if tokenizer.name == "bytes" or (before[-1:].strip() and after[:1] == " "):
+            assert tokenizer.encode(before) + tokenizer.encode(after) == tokenizer.encode(text), (before, after)
+
+
+def test_pieces_of_a_real_text_have_the_ids_of_the_whole(tmp_path, tokenizer, monkeypatch):
+    monkeypatch.setattr(common, "PIECE", 1000)
+    (document,) = texts(tmp_path, SOURCE)
+    pieces = list(document)
+    assert len(pieces) > 50 and [i for piece in pieces for i in tokenizer.encode(piece)] == tokenizer.encode(SOURCE)
+
+
+@settings(deadline=None)
+@given(st.binary(max_size=40) | st.text(max_size=20).map(str.encode), st.integers(1, 9))
+def test_bytes_in_pieces_are_decoded_as_a_whole(tmp_path_factory, content, size):
+    path = tmp_path_factory.getbasetemp() / "bytes"
+    path.write_bytes(content)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(common, "PIECE", size)
+        assert "".join(common.Document(path, errors="replace")) == content.decode("utf-8", "replace")
+        try:
+            assert content.decode() == "".join(common.Document(path))
+        except UnicodeDecodeError as e:
+            with pytest.raises(ValueError, match=f"{re.escape(e.reason)} at byte {e.start}$"):
+                list(common.Document(path))
+
+
+@pytest.mark.parametrize("spec", ["bytes", "bpe:400"])
+@pytest.mark.parametrize("n", [1, 7])
+def test_a_dataset_written_in_pieces_is_that_of_whole_documents(tmp_path, monkeypatch, spec, n):
+    monkeypatch.setattr(common, "PIECE", 500)
+    size = len(SOURCE) // n
+    contents = [SOURCE[i * size : (i + 1) * size] for i in range(n)]
+    common.write(tmp_path, texts(tmp_path, *contents), spec, 0.25)
+    cut = size * 3 // 4
+    train, val = ([SOURCE[:cut]], [SOURCE[cut:size]]) if n == 1 else (contents[:3] + contents[4:], contents[3:4])
+    tokenizer = Tokenizer.from_spec(spec, train)
+    ids = tokenizer.encode(train[0]) + [i for text in train[1:] for i in [tokenizer.eot, *tokenizer.encode(text)]]
+    data, meta = common.load(tmp_path), json.loads((tmp_path / "meta.json").read_text())
+    assert data.tokenizer.to_dict() == tokenizer.to_dict()
+    assert data.train.tolist() == ids and data.val.tolist() == tokenizer.encode(val[0])
+    assert (meta["train_bytes"], meta["val_bytes"]) == (sum(len(t.encode()) for t in train), len(val[0].encode()))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_memory_does_not_grow_with_the_text(tmp_path):
+    (tmp_path / "small").write_text(SOURCE * 10)
+    (tmp_path / "large").write_text(SOURCE * 100)
+    code = f"""
+import pathlib, re, sys
+sys.path.insert(0, {str(ROOT)!r})
+from data import common
+common.PIECE = 2**16
+def peak(name):
+    common.write(pathlib.Path("out"), [common.Document(pathlib.Path(name))], "bytes", 0.1)
+    return int(re.search("VmHWM:(.*)kB", pathlib.Path("/proc/self/status").read_text())[1]) * 1024
+print(-peak("small") + peak("large"))
+"""
+    done = run("-c", code, cwd=tmp_path)
+    assert int(done.stdout.split()[-1]) < 3e6 < (tmp_path / "large").stat().st_size
+
+
+def test_what_was_there_stays_when_preparing_fails(tmp_path):
+    common.write(tmp_path, texts(tmp_path, "first", "second"), "bytes", 0.5)
+    before = {path.name: path.read_bytes() for path in tmp_path.glob("*.*")}
+    first, second = texts(tmp_path, "another", "text")
+    second.path.write_bytes(b"te\xfft")
+    with pytest.raises(ValueError, match="byte 2"):
+        common.write(tmp_path, [first, second], "bytes", 0.5)
+    assert {path.name: path.read_bytes() for path in tmp_path.glob("*.*")} == before
+
+
+# ---- a tokenizer from a file
+
+
+def test_a_tokenizer_comes_from_a_file(tmp_path):
+    tokenizer = Tokenizer.from_spec("bpe:300", [SOURCE])
+    (tmp_path / "tokenizer.json").write_text(json.dumps(tokenizer.to_dict()))
+    make_model().save(tmp_path / "ckpt.pt", tokenizer=tokenizer.to_dict())
+    common.write(tmp_path, texts(tmp_path, SOURCE[:5000]), str(tmp_path / "ckpt.pt"), 0.1)
+    assert common.load(tmp_path).train.tolist() == tokenizer.encode(SOURCE[:4500])
+    for name in ("tokenizer.json", "meta.json"):
+        assert common.open_tokenizer(str(tmp_path / name)).to_dict() == tokenizer.to_dict()
+
+
+def test_a_file_without_a_tokenizer_is_one_line(tmp_path):
+    good = Tokenizer.from_spec("bytes").to_dict()
+    make_model().save(tmp_path / "none.pt")
+    make_model().save(tmp_path / "whole.pt", tokenizer=good)
+    whole = (tmp_path / "whole.pt").read_bytes()
+    torch.save({"tokenizer": print}, tmp_path / "code.pt")
+    for name, content in {
+        "cut.pt": whole[:-100],
+        "short.pt": whole[:1000],
+        "text.pt": b"hello",
+        "empty.pt": b"",
+        "empty.json": b"",
+        "list.json": b"[]",
+        "deep.json": b"[" * 100_000,
+        "other.json": b'{"tokenizer": {"kind": "other"}}',
+        "binary.json": b"\xff\xfe\x00",
+        "no_eot.json": json.dumps(good | {"special_tokens": {}}).encode(),
+        "id.json": json.dumps(good | {"special_tokens": {EOT: -1}}).encode(),
+    }.items():
+        (tmp_path / name).write_bytes(content)
+    for path in [path for path in tmp_path.iterdir() if path.name != "whole.pt"]:
+        with pytest.raises(ValueError, match=f"{path.name} holds no tokenizer, or is damaged"):
+            common.open_tokenizer(str(path))
+    for name in ("nowhere.pt", "nowhere.json"):
+        with pytest.raises(ValueError, match=f"{name} cannot be read: No such file"):
+            common.open_tokenizer(str(tmp_path / name))
+    flags = ["--input", tmp_path / "text.pt", "--out_dir", tmp_path / "out"]
+    assert "short.pt" in error("data/text/prepare.py", *flags, f"--tokenizer={tmp_path / 'short.pt'}")
+    assert not (tmp_path / "out").exists()
+
+
+# ---- downloads
+
+
 @pytest.fixture
 def server():
     """A local server that fails as often as `failures` says, then serves `content`."""
@@ -116,36 +301,38 @@ def server():
     httpd.requests, httpd.failures, httpd.content = 0, 0, b"To be, or not to be"
     httpd.length = None
     httpd.url = f"http://127.0.0.1:{httpd.server_port}/input.txt"
-    threading.Thread(target=httpd.serve_forever, daemon=True).start()
+    threading.Thread(target=httpd.serve_forever, args=[0.01], daemon=True).start()
     yield httpd
     httpd.shutdown()
 
 
 def test_download_retries_checks_and_keeps(server, tmp_path, monkeypatch):
-    module = prepare_module("shakespeare")
-    monkeypatch.setattr(module.time, "sleep", lambda _: None)
-    monkeypatch.setattr(module, "SHA256", hashlib.sha256(server.content).hexdigest())
+    monkeypatch.setattr("time.sleep", lambda _: None)
+    sha256 = hashlib.sha256(server.content).hexdigest()
     server.failures = 2
-    path = module.download(server.url, tmp_path / "input.txt")
+    path = download(server.url, tmp_path / "input.txt", sha256)
     assert path.read_bytes() == server.content and server.requests == 3
-    module.download(server.url, path)
+    download(server.url, path, sha256)
     assert server.requests == 3, "what is there is not fetched again"
     path.write_bytes(b"damaged")
-    assert module.download(server.url, path).read_bytes() == server.content
+    assert download(server.url, path, sha256).read_bytes() == server.content
 
 
 def test_a_wrong_or_failing_download_is_an_error_and_leaves_nothing(server, tmp_path, monkeypatch):
     module = prepare_module("shakespeare")
-    monkeypatch.setattr(module.time, "sleep", lambda _: None)
-    with pytest.raises(OSError, match="checksum"):
-        module.download(server.url, tmp_path / "input.txt")
+    monkeypatch.setattr("time.sleep", lambda _: None)
+    monkeypatch.setattr(module, "URL", server.url)
+    monkeypatch.setattr(module, "FOLDER", tmp_path)
+    with pytest.raises(OSError, match=r"checksum.*--input"):
+        module.documents(None)
+    assert list(tmp_path.iterdir()) == []
     server.length = 100  # more than it sends: the connection ends within the file
-    with pytest.raises(OSError, match="IncompleteRead"):
-        module.download(server.url, tmp_path / "input.txt")
+    with pytest.raises(OSError, match=r"byte 19 of 100.*--input"):
+        module.documents(None)
     server.failures = 9
     with pytest.raises(OSError, match=r"503.*--input"):
-        module.download(server.url, tmp_path / "input.txt")
-    assert list(tmp_path.iterdir()) == []
+        module.documents(None)
+    assert [path.name for path in tmp_path.iterdir()] == ["input.txt.part"]
 
 
 def test_bad_input_is_one_line(tmp_path):
@@ -182,17 +369,70 @@ def change_meta(folder, **changes):
 def test_a_dataset_whose_files_do_not_go_together_is_an_error(copy):
     whole = (copy / "train.bin").read_bytes()
     (copy / "train.bin").write_bytes(whole[:-1])
-    with pytest.raises(ValueError, match=r"train\.bin"):
+    with pytest.raises(ValueError, match=r"train\.bin has .*tokens of uint16: run"):
         common.load(copy)
     (copy / "train.bin").write_bytes(whole)
-    for changes in (dict(dtype="uint32"), dict(dtype="int8"), dict(tokenizer={}), dict(val_tokens=0)):
+    for changes in (
+        dict(dtype="uint32"),
+        dict(dtype="int8"),
+        dict(tokenizer={}),
+        dict(val_tokens=0),
+        dict(val_bytes=0),
+    ):
         before = (copy / "meta.json").read_text()
         change_meta(copy, **changes)
         with pytest.raises(ValueError):
             common.load(copy)
         (copy / "meta.json").write_text(before)
-    (copy / "meta.json").write_text("{")
-    with pytest.raises(ValueError, match=r"meta\.json"):
+    for content in (b"{", b"", b"[]", b"\xff", b"[" * 100_000):
+        (copy / "meta.json").write_bytes(content)
+        with pytest.raises(ValueError, match=r"meta\.json is not a dataset's, or is damaged"):
+            common.load(copy)
+    for name in ("meta.json", "train.bin"):
+        (copy / name).unlink()
+        with pytest.raises(ValueError, match=f"has no .*{name}"):
+            common.load(copy)
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=3),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3),
+)
+
+
+@settings(deadline=None)
+@given(data=st.data())
+def test_a_changed_meta_json_is_an_error_or_harmless(dataset, tmp_path_factory, data):
+    folder = tmp_path_factory.getbasetemp() / "changed"
+    if not folder.exists():
+        shutil.copytree(dataset, folder)
+    meta = json.loads((dataset / "meta.json").read_text())
+    where = data.draw(st.sampled_from([meta, meta["tokenizer"]]))
+    where[data.draw(st.sampled_from(sorted(where)))] = data.draw(JSON)
+    (folder / "meta.json").write_text(json.dumps(meta))
+    try:
+        assert common.load(folder).bytes_per_token > 0
+    except ValueError as e:
+        assert str(folder) in str(e) and "\n" not in str(e)
+
+
+def test_tokens_outside_the_vocabulary_are_an_error(copy, monkeypatch):
+    tokens = np.fromfile(copy / "train.bin", "<u2")
+    assert common.load(copy).max_token == max(tokens.max(), np.fromfile(copy / "val.bin", "<u2").max())
+    tokens[-1] = 257
+    tokens.tofile(copy / "train.bin")
+    outside = pytest.raises(ValueError, match=r"train\.bin has token id 257, outside the vocabulary of 257")
+    with outside:
+        common.load(copy)
+    monkeypatch.setattr(common, "SCAN", 100)  # as if it were a large file: meta.json is believed
+    assert common.load(copy).max_token == 256
+    change_meta(copy, train_max_token=257)
+    with outside:
+        common.load(copy)
+    meta = json.loads((copy / "meta.json").read_text())
+    del meta["train_max_token"]  # it was written before meta.json had it
+    (copy / "meta.json").write_text(json.dumps(meta))
+    with outside:
         common.load(copy)
 
 

@@ -11,13 +11,13 @@ import common
 SKIP = {"site-packages", "dist-packages", "test", "tests", "idle_test", "encodings", "pydoc_data", "__pycache__"}
 
 
-def documents(path: str | None) -> list[str]:
+def documents(path: str | None) -> list[common.Document]:
     """One document a module, in the order of their paths."""
     root = Path(path or sysconfig.get_paths()["stdlib"])
     modules = [m for m in sorted(root.rglob("*.py")) if not SKIP.intersection(m.relative_to(root).parts)]
     if not modules:
         raise ValueError(f"no Python source in {root}")
-    return [m.read_bytes().decode("utf-8", "replace") for m in modules]
+    return [common.Document(m, errors="replace") for m in modules]
 
 
 if __name__ == "__main__":

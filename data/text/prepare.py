@@ -7,17 +7,17 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import common
 
 
-def documents(path: str | None) -> list[str]:
+def documents(path: str | None) -> list[common.Document]:
     if path is None:
         raise ValueError("say which text: python data/text/prepare.py --input FILE_OR_FOLDER")
     root = Path(path)
     if not root.exists():
         raise FileNotFoundError(f"there is no {path}")
     if root.is_file():
-        return [common.read_text(root)]
+        return [common.Document(root)]
     files = [f for f in sorted(root.rglob("*")) if f.is_file()]
     hidden = {f for f in files if any(part.startswith(".") for part in f.relative_to(root).parts)}
-    return [common.read_text(f) for f in files if f not in hidden]
+    return [common.Document(f) for f in files if f not in hidden]
 
 
 if __name__ == "__main__":

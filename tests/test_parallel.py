@@ -1,0 +1,193 @@
+"""However many processes share a run, it is the same run."""
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, SMALL, Script, run
+
+from gpt import GPT
+
+STEPS = [*SMALL, "--gradient_accumulation_steps=4", "--max_iters=20", "--eval_interval=10", "--log_interval=1"]
+STEPS += [
+    "--eval_iters=7",
+    "--ckpt_interval=5",
+    "--keep_checkpoints=9",
+    "--dropout=0.1",
+    "--grad_clip=1",
+    "--weight_decay=0.1",
+    "--sample_tokens=0",
+]
+
+
+def free_port() -> str:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return str(s.getsockname()[1])
+
+
+def together(n: int, *flags: str) -> list[subprocess.CompletedProcess]:
+    """train.py in n processes that know each other as torchrun would have told them."""
+    env = {"WORLD_SIZE": str(n), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "OMP_NUM_THREADS": "1"}
+    scripts = [Script("train.py", *flags, RANK=str(r), LOCAL_RANK=str(r), **env) for r in range(n)]
+    return [script.wait(120) for script in scripts]
+
+
+def torchrun(*args: str | Path) -> subprocess.Popen:
+    command = [sys.executable, "-m", "torch.distributed.run", f"--master_port={free_port()}", *map(str, args)]
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def records(out: Path) -> list[dict]:
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def assert_same_run(a: Path, b: Path) -> None:
+    for x, y in zip(records(a), records(b), strict=True):
+        assert x["step"] == y["step"] and ("loss" in x) == ("loss" in y) and ("val_loss" in x) == ("val_loss" in y)
+        for key in {"loss", "val_loss"} & set(x):
+            assert x[key] == pytest.approx(y[key], abs=1e-5)
+    a, b = GPT.load(a / "ckpt.pt").state_dict(), GPT.load(b / "ckpt.pt").state_dict()
+    for name in a:
+        torch.testing.assert_close(a[name], b[name], atol=1e-4, rtol=0)
+
+
+@pytest.fixture(scope="module")
+def alone(dataset, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("alone")
+    run("train.py", *STEPS, f"--dataset={dataset}", f"--out_dir={out}")
+    return out
+
+
+@pytest.mark.parametrize(
+    "n, extra",
+    [
+        (2, []),
+        (4, []),
+        (2, ["--shard"]),
+        (2, ["--shard", "--activation_checkpointing"]),
+        (1, ["--activation_checkpointing"]),
+    ],
+)
+def test_processes_share_one_run(alone, dataset, tmp_path, n, extra):
+    for done in together(n, *STEPS, f"--dataset={dataset}", f"--out_dir={tmp_path}", *extra):
+        assert done.returncode == 0, done.stderr
+    assert_same_run(alone, tmp_path)
+
+
+def test_a_run_may_be_resumed_by_more_processes_and_in_shards_and_alone_again(alone, dataset, tmp_path):
+    """A checkpoint is a whole one, whoever wrote it: one process, two with a shard each, two, and one again."""
+    last = alone
+    for i, (step, n, extra) in enumerate([(5, 2, ["--shard"]), (10, 2, []), (15, 1, [])]):
+        out = tmp_path / str(i)
+        out.mkdir()
+        shutil.copy(last / f"ckpt_{step:08d}.pt", out / "ckpt.pt")
+        shutil.copy(last / "metrics.jsonl", out)
+        for done in together(n, *STEPS, f"--dataset={dataset}", f"--out_dir={out}", "--init_from=resume", *extra):
+            assert done.returncode == 0, done.stderr
+        assert_same_run(alone, out)
+        last = out
+
+
+def test_a_sharded_checkpoint_samples_and_names_no_shard(dataset, tmp_path):
+    for done in together(2, *STEPS, f"--dataset={dataset}", f"--out_dir={tmp_path}", "--shard", "--max_iters=2"):
+        assert done.returncode == 0, done.stderr
+    done = run("sample.py", f"--ckpt={tmp_path / 'ckpt.pt'}", "--prompt=def ", "--max_tokens=5")
+    assert done.stdout.startswith("def ")
+
+
+def test_what_processes_cannot_share_is_said(dataset, tmp_path):
+    flags = [*SMALL, f"--dataset={dataset}", f"--out_dir={tmp_path}"]
+    for done in together(2, *flags, "--gradient_accumulation_steps=3"):
+        assert done.returncode == 2 and "Traceback" not in done.stderr
+        assert "2 processes cannot share gradient_accumulation_steps=3" in done.stderr or not done.stderr
+    assert "torchrun" in run("train.py", *flags, "--shard", status=2).stderr
+
+
+def workers(torchrun: subprocess.Popen) -> list[int]:
+    """The processes that torchrun has started and that run, by rank."""
+    found = {}
+    for pid in (int(p.name) for p in Path("/proc").iterdir() if p.name.isdigit()):
+        try:
+            parent = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+            env = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+        except OSError:
+            continue  # it has ended meanwhile
+        if parent == torchrun.pid:
+            found |= {int(e[5:]): pid for e in env if e.startswith(b"RANK=")}
+    return [found[rank] for rank in sorted(found)]
+
+
+def wait_for(done, process: subprocess.Popen, seconds: float = 120) -> None:
+    end = time.monotonic() + seconds
+    while not done():
+        assert process.poll() is None, process.stderr.read()
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
+def logged(out: Path, n: int) -> bool:
+    return (out / "metrics.jsonl").exists() and len((out / "metrics.jsonl").read_text().splitlines()) >= n
+
+
+@pytest.mark.slow
+def test_killing_one_process_ends_the_others_and_the_next_start_goes_on(dataset, tmp_path):
+    flags = [*STEPS, f"--dataset={dataset}", "--max_iters=400", "--ckpt_interval=5"]
+    first = torchrun("--nproc_per_node=2", "train.py", *flags, f"--out_dir={tmp_path}")
+    wait_for(lambda: logged(tmp_path, 20), first)
+    pids = workers(first)
+    assert len(pids) == 2
+    os.kill(pids[1], signal.SIGKILL)
+    assert first.wait(60) != 0
+    assert not any(Path(f"/proc/{pid}").exists() for pid in pids)
+    again = torchrun("--nproc_per_node=2", "train.py", *flags, f"--out_dir={tmp_path}", "--init_from=resume")
+    out, err = again.communicate(timeout=120)
+    assert again.returncode == 0 and "resumed at step" in out, err
+    assert [record["step"] for record in records(tmp_path)] == list(range(401))
+
+
+@pytest.mark.slow
+def test_torchrun_starts_a_run_again_where_it_was(dataset, tmp_path):
+    """--max-restarts: what the killed and restarted run ends with is what it would have ended with."""
+    flags = [*STEPS, f"--dataset={dataset}", "--max_iters=100", "--ckpt_interval=5"]
+    for done in together(2, *flags, f"--out_dir={tmp_path / 'whole'}"):
+        assert done.returncode == 0, done.stderr
+    process = torchrun("--nproc_per_node=2", "--max-restarts=2", "train.py", *flags, f"--out_dir={tmp_path / 'out'}")
+    for n in (20, 60):
+        wait_for(lambda n=n: logged(tmp_path / "out", n) and len(workers(process)) == 2, process)
+        killed = workers(process)
+        os.kill(killed[0], signal.SIGKILL)
+        wait_for(lambda killed=killed: not set(killed) & set(workers(process)), process)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    assert out.count("resumed at step") == 2
+    assert [record["step"] for record in records(tmp_path / "out")] == list(range(101))
+    a, b = (GPT.load(tmp_path / name / "ckpt.pt").state_dict() for name in ("whole", "out"))
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("to_all", [False, True])
+def test_a_signal_to_torchrun_finishes_the_step_and_saves(dataset, tmp_path, to_all):
+    """SIGTERM to torchrun alone, as a cluster sends it; SIGINT to all at once, as Ctrl-C in a terminal does."""
+    flags = [*STEPS, f"--dataset={dataset}", f"--out_dir={tmp_path}", "--max_iters=100000"]
+    process = torchrun("--nproc_per_node=2", "train.py", *flags)
+    wait_for(lambda: logged(tmp_path, 20), process)
+    pids = workers(process)
+    for pid in (process.pid, *pids) if to_all else (process.pid,):
+        os.kill(pid, signal.SIGINT if to_all else signal.SIGTERM)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode != 0
+    assert err.count("--init_from=resume goes on") == 1, err
+    saved = GPT.load_checkpoint(tmp_path / "ckpt.pt")[1]["step"]
+    assert [record["step"] for record in records(tmp_path)] == list(range(saved)) and saved >= 20
+    assert not any(Path(f"/proc/{pid}").exists() for pid in pids)
