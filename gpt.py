@@ -494,7 +494,7 @@ class HeadLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, head: Tensor, targets: Tensor, softcap: float) -> Tensor:
-        backward = ctx.needs_input_grad[0]
+        backward = any(ctx.needs_input_grad)
         dx: Any = torch.empty_like(x) if backward else None
         dhead: Any = torch.zeros_like(head) if backward else None
         rows = max(1, LOGITS_AT_A_TIME // len(head))

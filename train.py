@@ -55,9 +55,7 @@ class Config(GPTConfig):
     eval_interval: int = 250  # steps between evaluations, each of which saves a checkpoint first
     eval_iters: int = 100  # batches of an evaluation, spread evenly over the validation split
     ckpt_interval: int = 0  # steps between further checkpoints; 0 for none
-    keep_checkpoints: int = (
-        0  # how many states to keep as ckpt_STEP.pt, beside the last (ckpt.pt) and the best (best.pt)
-    )
+    keep_checkpoints: int = 0  # how many states to keep as ckpt_STEP.pt, beside the last and the best
     log_interval: int = 10  # steps between lines of metrics.jsonl and of the log
     wandb_log: bool = False  # send them to Weights & Biases as well,
     wandb_project: str = "sologpt"  # as a run of this project
@@ -233,6 +231,8 @@ def open_dataset(config: Config, world: World, tokenizer: dict[str, Any] | None 
 
 def prepare(folder: Path, config: Config, tokenizer: dict[str, Any] | None) -> None:
     if not (folder / "prepare.py").exists():
+        if folder.is_dir():
+            return  # one's own: to open it will say what it lacks
         names = ", ".join(sorted(p.parent.name for p in ROOT.glob("data/*/prepare.py")))
         raise UserError(f"--dataset={config.dataset}: there is no {folder / 'prepare.py'}; there are {names}")
     with tempfile.TemporaryDirectory() as scratch:
@@ -645,9 +645,7 @@ def train(config: Config, world: World) -> None:
                 started = time.perf_counter()
                 loss, norm = run.train_step()
                 if step % config.log_interval == 0 or "val_loss" in record:
-                    record["loss"] = world.agree(
-                        loss.item(), dist.ReduceOp.SUM
-                    )  # waits for the device: the clock is right
+                    record["loss"] = world.agree(loss.item(), dist.ReduceOp.SUM)  # waits for the device
                     run.check(record["loss"])
                 seconds, n_steps = seconds + time.perf_counter() - started, n_steps + 1
                 if "loss" in record:

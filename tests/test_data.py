@@ -436,7 +436,7 @@ def test_tokens_outside_the_vocabulary_are_an_error(copy, monkeypatch):
         common.load(copy)
 
 
-def test_preparing_imports_neither_torch_nor_the_model():
+def test_preparing_imports_neither_torch_nor_the_model(tmp_path):
     code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import data.common; print('torch' in sys.modules)"
-    assert run("-c", code).stdout == "False\n"
+    assert run("-c", code, cwd=tmp_path).stdout == "False\n"  # a process from scratch: those forked have torch
     assert sys.modules["data.common"] is common

@@ -5,8 +5,12 @@ import sys
 
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import LLAMA, QWEN, ROOT, make_model
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+import gpt
 from bench import as_transformers
 from gpt import GPT, GPTConfig, rope, rotate
 
@@ -54,6 +58,67 @@ def test_loss_reductions_and_ignored_targets():
     kept = (targets != -1).flatten()
     assert torch.allclose(model(idx, targets), each[kept].mean())
     assert (model(idx, targets, loss_reduction="none")[~kept] == 0).all()
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    rows=st.integers(1, 40),
+    softcap=st.sampled_from([0.0, 1.5, 15.0]),
+    ignored=st.floats(0, 0.9),
+    frozen=st.sampled_from(["", "body", "head"]),
+    seed=st.integers(0, 99),
+)
+def test_the_loss_in_chunks_is_that_of_all_logits(rows, softcap, ignored, frozen, seed):
+    """And so is every gradient; rows is how many of the 2 * 16 rows of logits there are at a time."""
+    model = make_model(seed=seed, softcap=softcap)
+    if frozen:
+        model.requires_grad_(frozen == "head")
+        model.lm_head.requires_grad_(frozen == "body")
+    idx, targets = torch.randint(61, (2, 2, 16))
+    targets[torch.rand(2, 16) < ignored] = -1
+    targets[0, 0] = 7
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gpt, "LOGITS_AT_A_TIME", rows * 61)
+        loss = model(idx, targets)
+        with torch.no_grad():
+            assert torch.equal(model(idx, targets), loss)
+        parameters = [p for p in model.parameters() if p.requires_grad]
+        grads = torch.autograd.grad(3 * loss, parameters)
+    whole = F.cross_entropy(model(idx).flatten(0, 1), targets.flatten(), ignore_index=-1)
+    torch.testing.assert_close(loss, whole, rtol=1e-12, atol=0)
+    torch.testing.assert_close(grads, torch.autograd.grad(3 * whole, parameters), rtol=1e-9, atol=1e-12)
+
+
+def test_the_loss_in_chunks_under_autocast(monkeypatch):
+    """In bfloat16 it is as near to the exact one as all logits at once are."""
+    model = make_model(torch.float32)
+    idx, targets = torch.randint(61, (2, 2, 16))
+    monkeypatch.setattr(gpt, "LOGITS_AT_A_TIME", 5 * 61)
+    weight = model.lm_head.weight
+    exact = F.cross_entropy(model(idx).flatten(0, 1), targets.flatten())
+    with torch.autocast("cpu", torch.bfloat16):
+        whole = F.cross_entropy(model(idx).flatten(0, 1), targets.flatten())
+        loss = model(idx, targets)
+    (exact_grad,), (whole_grad,), (grad,) = (torch.autograd.grad(x, [weight]) for x in (exact, whole, loss))
+    assert loss.dtype == grad.dtype == torch.float32
+    assert abs(loss - exact) <= 1.5 * abs(whole - exact) + 1e-3
+    assert (grad - exact_grad).norm() <= 1.5 * (whole_grad - exact_grad).norm()
+
+
+def test_no_target_at_all_is_not_a_number_as_in_pytorch():
+    model = make_model()
+    nothing = torch.full((1, 4), -1)
+    assert model(torch.zeros(1, 4, dtype=torch.long), nothing).isnan()
+
+
+def test_activation_checkpointing_changes_no_gradient():
+    model = make_model(dropout=0.2)
+    idx, targets = torch.randint(61, (2, 2, 16))
+    grads = []
+    for model.activation_checkpointing in (False, True):
+        torch.manual_seed(0)
+        grads.append(torch.autograd.grad(model(idx, targets), list(model.parameters())))
+    assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
 
 
 def test_logits_are_capped_and_in_float32_or_better():

@@ -9,6 +9,7 @@ import time
 import pytest
 import torch
 from conftest import ROOT, SMALL, error, run
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import configurator
 import sample
@@ -161,6 +162,56 @@ def test_a_missing_dataset_is_prepared(tmp_path):
     assert "--input" in line
 
 
+def test_a_dataset_is_prepared_with_the_tokenizer_of_the_checkpoint(dataset, tmp_path):
+    """A missing one; one that is there with another tokenizer is an error, before anything is written."""
+    bpe, other = tmp_path / "bpe", tmp_path / "other"
+    run("data/text/prepare.py", "--input", dataset / "text", "--out_dir", bpe, "--tokenizer=bpe:300")
+    flags = [*SMALL, "--max_iters=2", "--sample_tokens=0"]
+    run("train.py", *flags, f"--dataset={bpe}", f"--out_dir={tmp_path / 'a'}")
+    flags += [f"--init_from={tmp_path / 'a' / 'best.pt'}", f"--out_dir={tmp_path / 'b'}"]
+    line = error("train.py", *flags, f"--dataset={dataset}")
+    assert "another tokenizer" in line and not (tmp_path / "b" / "ckpt.pt").exists()
+    other.mkdir()
+    (other / "prepare.py").write_text(
+        f"import sys\nfrom pathlib import Path\nsys.path.insert(0, {str(ROOT / 'data')!r})\nimport common\n"
+        f"documents = [common.Document(path) for path in sorted(Path({str(dataset / 'text')!r}).iterdir())]\n"
+        f"common.main(Path({str(other)!r}), lambda _: documents, 0.2, 'others')\n"
+    )
+    run("train.py", *flags, f"--dataset={other}")
+    [of_data, of_model] = [
+        json.loads((other / "meta.json").read_text()),
+        GPT.load_checkpoint(tmp_path / "b/best.pt")[1],
+    ]
+    assert of_data["tokenizer"] == of_model["tokenizer"] == json.loads((bpe / "meta.json").read_text())["tokenizer"]
+
+
+def test_metrics_go_elsewhere_too(dataset, tmp_path):
+    """To Weights & Biases, offline here, and to TensorBoard: what metrics.jsonl has, no step twice after a resume."""
+    flags = [*SMALL, f"--dataset={dataset}", f"--out_dir={tmp_path}", "--eval_interval=5", "--log_interval=1"]
+    flags += ["--tensorboard", "--wandb_log", "--sample_tokens=0"]
+    env = {"WANDB_MODE": "offline", "WANDB_SILENT": "true"}
+    run("train.py", *flags, "--max_iters=5", **env)
+    run("train.py", *flags, "--max_iters=8", "--init_from=resume", **env)
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    for key in ("loss", "val_loss", "lr"):
+        theirs = {event.step: event.value for event in events.Scalars(key)}
+        ours = {line["step"]: line[key] for line in records(tmp_path) if key in line}
+        assert theirs == pytest.approx(ours) and len(events.Scalars(key)) == len(ours)
+    runs = list((tmp_path / "wandb").glob("offline-run-*"))
+    assert len(runs) == 2 and len({run.name.split("-")[-1] for run in runs}) == 1  # the id is that of one run
+
+
+@pytest.mark.parametrize("extra", ["wandb", "tensorboard"])
+def test_a_missing_extra_is_one_line(extra, dataset, tmp_path):
+    (tmp_path / f"{extra}.py").write_text("raise ImportError")
+    code = f"import sys; sys.path[:0] = [{str(tmp_path)!r}, {str(ROOT)!r}]; import configurator, train; "
+    flag = {"wandb": "--wandb_log", "tensorboard": "--tensorboard"}[extra]
+    line = error(
+        "-c", code + "configurator.run(train.main)", *SMALL, f"--dataset={dataset}", f"--out_dir={tmp_path}", flag
+    )
+    assert f"extra '{extra}'" in line and not (tmp_path / "ckpt.pt").exists()
+
+
 def test_autocast_and_compile_train_too(dataset, tmp_path):
     flags = [*SMALL, f"--dataset={dataset}", f"--out_dir={tmp_path}", "--max_iters=10", "--eval_interval=10"]
     run("train.py", *flags, "--dtype=bfloat16")
@@ -205,6 +256,12 @@ def test_train_says_what_is_wrong(trained, dataset, tmp_path, error_here):
     damaged.mkdir()
     (damaged / "ckpt.pt").write_bytes((trained / "ckpt.pt").read_bytes()[:5000])
     assert "did you mean" in error("train.py", "--n_layers=3")
+    shutil.copytree(dataset, tmp_path / "data", ignore=shutil.ignore_patterns("text"))
+    with open(tmp_path / "data" / "train.bin", "ab") as f:
+        f.write(b"1")
+    assert "train.bin has" in error_here(train, *good, f"--dataset={tmp_path / 'data'}")
+    (tmp_path / "data" / "meta.json").unlink()
+    assert "has no meta.json" in error_here(train, *good, f"--dataset={tmp_path / 'data'}")
     shutil.copytree(trained, tmp_path / "best")
     shutil.copy(trained / "best.pt", tmp_path / "best" / "ckpt.pt")
     assert "no state" in error("train.py", *good, "--init_from=resume", f"--out_dir={tmp_path / 'best'}", status=1)
