@@ -66,14 +66,15 @@ def test_loss_reductions_and_ignored_targets():
     softcap=st.sampled_from([0.0, 1.5, 15.0]),
     ignored=st.floats(0, 0.9),
     frozen=st.sampled_from(["", "body", "head"]),
+    tie_embd=st.booleans(),
     seed=st.integers(0, 99),
 )
-def test_the_loss_in_chunks_is_that_of_all_logits(rows, softcap, ignored, frozen, seed):
+def test_the_loss_in_chunks_is_that_of_all_logits(rows, softcap, ignored, frozen, tie_embd, seed):
     """And so is every gradient; rows is how many of the 2 * 16 rows of logits there are at a time."""
-    model = make_model(seed=seed, softcap=softcap)
+    model = make_model(seed=seed, softcap=softcap, tie_embd=tie_embd)
     if frozen:
         model.requires_grad_(frozen == "head")
-        model.lm_head.requires_grad_(frozen == "body")
+        model.head_weight.requires_grad_(frozen == "body")
     idx, targets = torch.randint(61, (2, 2, 16))
     targets[torch.rand(2, 16) < ignored] = -1
     targets[0, 0] = 7
