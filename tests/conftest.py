@@ -106,6 +106,17 @@ def dataset(tmp_path_factory) -> Path:
     return folder
 
 
+def write_prepare(folder: Path, texts: Path) -> Path:
+    """A dataset of the files in texts that is still to be prepared."""
+    folder.mkdir()
+    (folder / "prepare.py").write_text(
+        f"import sys\nfrom pathlib import Path\nsys.path.insert(0, {str(ROOT / 'data')!r})\nimport common\n"
+        f"documents = [common.Document(path) for path in sorted(Path({str(texts)!r}).iterdir())]\n"
+        f"common.main(Path({str(folder)!r}), lambda _: documents, 0.2, 'others')\n"
+    )
+    return folder
+
+
 SMALL = ["--n_layer=2", "--n_head=2", "--n_embd=16", "--sequence_len=16", "--batch_size=4", "--eval_iters=2"]
 
 

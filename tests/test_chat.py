@@ -203,4 +203,4 @@ import sample
 sample.main()
 assert not {{"hf", "tokenizers", "jinja2", "safetensors"}} & set(sys.modules), set(sys.modules)
 """
-    run("-c", code)
+    run("-c", code, cwd=tmp_path)  # a process of its own, where nothing has been imported

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from conftest import ROOT, error, make_model, run
+from conftest import ROOT, error, make_model, run, write_prepare
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
@@ -222,6 +222,7 @@ YARN = dict(rope_type="yarn", factor=4.0, original_max_position_embeddings=64)
         ("llama", dict(model_type="gemma2"), ("'gemma2'", "llama, mistral")),
         ("llama", dict(model_type=None), ("None",)),
         ("llama", dict(model_type=["llama"]), ("['llama']",)),
+        ("mistral", dict(model_type="mixtral"), ("'mixtral'",)),
         ("llama", dict(hidden_act="gelu"), ("hidden_act", "'gelu'", "'silu'")),
         ("llama", dict(attention_bias=True), ("attention_bias",)),
         ("llama", dict(mlp_bias=True), ("mlp_bias",)),
@@ -426,26 +427,24 @@ def test_what_has_no_torch_in_it_is_an_extra(good, monkeypatch):
 
 
 def test_import_fine_tune_and_export(trained, dataset, tmp_path):
-    """From a checkpoint of ours to a folder of theirs, to a fine-tuned checkpoint that outlives it, and out again."""
+    """From a checkpoint of ours to a folder of theirs, to a fine-tuned checkpoint that outlives it, and out again.
+
+    The dataset is prepared on the way, in the model's tokens; and the run stops, to be resumed without the folder.
+    """
     hf.export_checkpoint(trained / "best.pt", tmp_path / "theirs", None)
-    shutil.copytree(dataset, tmp_path / "data")
-    _, tokenizer = hf.load(tmp_path / "theirs")  # the same ids, in the other kind of dict
-    edit_json(tmp_path / "data" / "meta.json", tokenizer=tokenizer.to_dict())
-    flags = [
-        f"--dataset={tmp_path / 'data'}",
-        f"--out_dir={tmp_path / 'tuned'}",
-        "--max_iters=20",
-        "--eval_interval=10",
-    ]
-    run(
-        "train.py", "config/finetune.py", f"--init_from=hf:{tmp_path / 'theirs'}", *flags, "--sequence_len=8",
-        "--learning_rate=0.01", "--embd_lr=0.01", "--head_lr=0.01", "--eval_iters=4", "--sample_tokens=8",
-    )  # fmt: skip
+    _, tokenizer = hf.load(tmp_path / "theirs")
+    data = write_prepare(tmp_path / "data", dataset / "text")
+    flags = ["train.py", "config/finetune.py", f"--dataset={data}", f"--out_dir={tmp_path / 'tuned'}"]
+    flags += ["--learning_rate=0.01", "--embd_lr=0.01", "--head_lr=0.01", "--eval_iters=4", "--sample_tokens=8"]
+    flags += ["--sequence_len=8", "--eval_interval=10"]
+    run(*flags, f"--init_from=hf:{tmp_path / 'theirs'}", "--max_iters=10")
+    assert json.loads((data / "meta.json").read_text())["tokenizer"] == tokenizer.to_dict()
+    shutil.rmtree(tmp_path / "theirs")
+    assert "resumed at step 10" in run(*flags, "--init_from=resume", "--max_iters=20").stdout
     lines = (tmp_path / "tuned" / "metrics.jsonl").read_text().splitlines()
     losses = [record["val_loss"] for record in map(json.loads, lines) if "val_loss" in record]
     assert len(losses) == 3 and losses[-1] < losses[0] - 0.05
 
-    shutil.rmtree(tmp_path / "theirs")
     best = tmp_path / "tuned" / "best.pt"
     assert len(run("sample.py", f"--ckpt={best}", "--max_tokens=9", "--prompt=def ").stdout) > len("def ")
     tuned, extra = GPT.load_checkpoint(best)
