@@ -470,18 +470,17 @@ def open_run(config: Config, world: World) -> Run:
                 f"{source} has another tokenizer than the dataset {config.dataset} ({data.tokenizer.name}): without "
                 "its meta.json, that would be prepared anew with the checkpoint's"
             )
-        sequence_len = min(config.sequence_len, model.config.sequence_len)  # a run may read less than its model can
-        if resume:
-            began = saved["train_config"]
+        began = saved["train_config"] if resume else asdict(config)
+        if resume and began["init_from"] == "scratch":  # else the shape came with the weights, and none is asked for
             asked = config.model_config(config.vocab_size or data.tokenizer.vocab_size)
-            changed = [k for k, v in asdict(asked).items() if v != getattr(model.config, k)]
-            if changed and began["init_from"] == "scratch":
+            if changed := [k for k, v in asdict(asked).items() if v != getattr(model.config, k)]:
                 was = ", ".join(f"{k}={getattr(model.config, k)}" for k in changed)
                 raise UserError(
                     f"{source} has {was}: a resumed run keeps its architecture; give a new one another --out_dir"
                 )
-            sequence_len, config.init_from = began["sequence_len"], began["init_from"]
-        config = dataclasses.replace(config, **asdict(model.config) | {"sequence_len": sequence_len})
+        shape = asdict(model.config)
+        shape["sequence_len"] = min(began["sequence_len"], model.config.sequence_len)  # it may read less than it can
+        config = dataclasses.replace(config, **shape, init_from=began["init_from"])
     check_dataset(data, config.dataset, config.model_config(model.config.vocab_size))
     model.activation_checkpointing = config.activation_checkpointing
     model, forward = share(model.train(), config, world)
