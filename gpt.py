@@ -394,6 +394,47 @@ def penalize(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
     return torch.where(seen, torch.where(logits < 0, logits * penalty, logits / penalty), logits)
 
 
+class Lookup:
+    """Decode that reads ahead (prompt lookup decoding, https://github.com/apoorvumang/prompt-lookup-decoding).
+
+    What followed the last tokens where they came before is guessed to follow again. The newest token and n guesses are
+    read in one forward, for little more than the price of one; as long as what is then drawn is what was guessed, the
+    next logits are there already. What was guessed wrong is forgotten. In place of `GPT._decode`, for one row.
+    """
+
+    def __init__(self, model: "GPT", kv_cache: KVCache, n: int) -> None:
+        self.model, self.n = model, n
+        self.length = int(kv_cache.lengths)  # what lies past it in the cache are guesses
+        self.guesses: list[int] = []
+        self.logits: list[Tensor] = []  # after each of them, (1, V)
+
+    def __call__(self, ids: Tensor, kv_cache: KVCache, keep: Tensor) -> Tensor:
+        self.length += 1
+        if self.guesses and self.guesses.pop(0) == ids:
+            return self.logits.pop(0)
+        kv_cache.truncate(self.length - 1)
+        room = min(self.model.config.sequence_len, kv_cache.max_len) - self.length
+        guesses = self.guess(torch.cat((kv_cache.ids[0, : self.length - 1], ids)))[: max(room, 0)]
+        self.guesses = guesses.tolist()
+        if not self.guesses:
+            logits = self.model._decode(ids, kv_cache, keep)
+            self.length = int(kv_cache.lengths)
+            return logits
+        x = self.model.hidden(torch.cat((ids, guesses))[None], kv_cache)  # (1, 1 + n, C)
+        first, *self.logits = self.model.logits(x[0]).split(1)
+        return first
+
+    def guess(self, text: Tensor) -> Tensor:
+        """What came n tokens on from where the last three, or two, of text (S,) were last; it may run into itself."""
+        for ngram in (3, 2):
+            earlier = text[:-1].unfold(0, ngram, 1) if len(text) > ngram else text[:0, None]  # (S - ngram, ngram)
+            found = (earlier == text[-ngram:]).all(dim=-1).nonzero()  # (matches, 1)
+            if len(found):
+                start = int(found[-1]) + ngram
+                return text[start + torch.arange(self.n, device=text.device) % (len(text) - start)]
+        return text[:0]
+
+
 def _only_row(steps: Generator[list[int | None], None, list[str]]) -> Generator[int, None, str]:
     """The one row of a batch of one."""
     try:
@@ -526,6 +567,8 @@ class HeadLoss(torch.autograd.Function):
 # -----------------------------------------------------------------------------
 # The model
 
+PREFILL_AT_A_TIME = 1024  # tokens of each row
+
 
 class GPT(nn.Module):
     def __init__(self, config: GPTConfig) -> None:
@@ -643,6 +686,7 @@ class GPT(nn.Module):
         seed: int = 42,
         suppress_tokens: Sequence[int] = (),
         kv_cache: KVCache | None = None,
+        lookup: int = 0,
     ) -> Generator[int, None, str]:
         """Go on from tokens: yields one id at a time, and returns why it ended, 'length' or 'stop'.
 
@@ -654,12 +698,13 @@ class GPT(nn.Module):
         anew and it goes on from there; of a longer prompt the last sequence_len tokens are read.
 
         With a kv_cache, tokens are what comes after what it holds, and all that is said stays in it: the next turn of
-        a conversation reads only what is new. ValueError for an empty prompt, an id outside the vocabulary, a setting
-        out of its range, or a cache that is too small or another model's.
+        a conversation reads only what is new. With lookup=N the next N tokens are guessed from what came before and
+        read at once (`Lookup`): the same tokens, sooner where the text repeats. ValueError for an empty prompt, an id
+        outside the vocabulary, a setting out of its range, or a cache that is too small or another model's.
         """
         filters = (temperature, top_k, top_p, min_p)
         steps = self.generate_batch(
-            [tokens], max_tokens, 1, *filters, repetition_penalty, stop_tokens, seed, suppress_tokens, kv_cache
+            [tokens], max_tokens, 1, *filters, repetition_penalty, stop_tokens, seed, suppress_tokens, kv_cache, lookup
         )
         return _only_row(steps)
 
@@ -677,11 +722,13 @@ class GPT(nn.Module):
         seed: int = 42,
         suppress_tokens: Sequence[int] = (),
         kv_cache: KVCache | None = None,
+        lookup: int = 0,
     ) -> Generator[list[int | None], None, list[str]]:
         """`generate` for prompts of any lengths at once, num_samples rows for each, next to each other.
 
         Yields a list per step, an id for each row, or None for a row that has ended; returns the list of reasons.
         A row's greedy tokens are what it would get alone. A kv_cache has a row for each prompt, and num_samples is 1.
+        Only one row can look ahead by lookup.
         """
         if not prompts or not all(len(prompt) for prompt in prompts):
             raise ValueError("the prompt is empty: generation needs at least one token to go on from")
@@ -696,6 +743,7 @@ class GPT(nn.Module):
             "top_p": (not top_p or 0 < top_p <= 1, top_p, "in (0, 1], or 0 for no limit"),
             "min_p": (not min_p or 0 < min_p < 1, min_p, "in (0, 1), or 0 for no limit"),
             "repetition_penalty": (repetition_penalty > 0, repetition_penalty, "above 0"),
+            "lookup": (lookup >= 0, lookup, "at least 0"),
             "seed": (-(2**63) <= seed < 2**63, seed, "an integer of 64 bits"),
         }
         for name, (ok, value, rule) in limits.items():
@@ -703,6 +751,8 @@ class GPT(nn.Module):
                 raise ValueError(f"{name} must be {rule}, not {value}")
         if len(set(suppress_tokens)) == self.config.vocab_size:
             raise ValueError("suppress_tokens leaves no token to draw")
+        if lookup and len(prompts) * num_samples > 1:
+            raise ValueError(f"lookup reads ahead in one row: it cannot in {len(prompts) * num_samples}")
         longest = max(map(len, prompts))
         if kv_cache is not None:
             self._check_cache(kv_cache, len(prompts))
@@ -731,10 +781,12 @@ class GPT(nn.Module):
                     seen[b, texts[b // num_samples]] = True
                 reasons, running = ["length"] * B, set(range(B))
                 keep = torch.ones(B, dtype=torch.bool)  # whose tokens stay: up to and with a row's stop token
+                ahead = Lookup(self, cache, lookup) if lookup else None
+                decode = ahead or self._decode
 
                 for _ in range(max_tokens):
                     if ids is not None:
-                        logits, ids = self._decode(ids, cache, keep), None
+                        logits, ids = decode(ids, cache, keep), None
                         if kv_cache is not None:
                             keep = torch.tensor([b in running for b in range(B)])
                     if repetition_penalty != 1:
@@ -754,17 +806,20 @@ class GPT(nn.Module):
             finally:  # also when the caller walks away
                 try:
                     if kv_cache is not None and ids is not None:
-                        self._decode(ids, cache, keep)
+                        decode(ids, cache, keep)
+                        if ahead:
+                            cache.truncate(ahead.length)
                 finally:
                     self.train(was_training)
 
         return steps()
 
     def _prefill(self, prompts: Sequence[Sequence[int]], kv_cache: KVCache) -> Tensor:
-        """Read prompts of any lengths after what the cache holds, in one forward; returns the last logits, (B, V).
+        """Read prompts of any lengths after what the cache holds; returns the last logits, (B, V).
 
         If that is more than sequence_len, the last sequence_len tokens of each row are read from the start. Shorter
         prompts are padded on the right: causality keeps the padding away from real tokens, and then it is forgotten.
+        Long ones are read in chunks, so that what a layer needs stays small.
         """
         window = self.config.sequence_len
         if int(kv_cache.lengths.max()) + max(map(len, prompts)) > window:
@@ -774,9 +829,13 @@ class GPT(nn.Module):
         new = torch.tensor([len(prompt) for prompt in prompts])
         idx = nn.utils.rnn.pad_sequence([torch.tensor(prompt) for prompt in prompts], batch_first=True)  # (B, T)
         lengths = kv_cache.lengths + new
-        x = self.hidden(idx.to(self.device), kv_cache)  # (B, T, C)
+        last = torch.empty(len(prompts), self.config.n_embd, device=self.device, dtype=self.dtype)  # (B, C)
+        for start in range(0, idx.size(1), PREFILL_AT_A_TIME):
+            x = self.hidden(idx[:, start : start + PREFILL_AT_A_TIME].to(self.device), kv_cache)  # (B, <= T, C)
+            [ends] = ((start < new) & (new <= start + x.size(1))).nonzero(as_tuple=True)  # the rows that end in here
+            last[ends] = x[ends, new[ends] - start - 1]
         kv_cache.truncate(lengths)
-        return self.logits(x[torch.arange(len(prompts)), new - 1])
+        return self.logits(last)
 
     def _decode(self, ids: Tensor, kv_cache: KVCache, keep: Tensor) -> Tensor:
         """Read one more token for each row, (B,); returns the logits of what comes after, (B, V).

@@ -40,6 +40,7 @@ class Config:
     repetition_penalty: float = 1.0  # above 1, what was said becomes less likely
     stop: tuple[str, ...] = ()  # end before this text; may be given several times
     stop_on_repeat: int = 0  # end when the last N tokens repeat the N before them; 0 for never
+    lookup: int = 0  # read so many tokens ahead, guessed from what came before: the same text, sooner if it repeats
     seed: int = 42  # the same seed gives the same text
     json: bool = False  # print an object for each sample: prompt, text, tokens, reason, seconds, tokens_per_second
     out_dir: str = "out"  # take the newest best.pt in this folder or below it
@@ -319,7 +320,7 @@ def converse(config: Config, model: GPT, tokenizer: Tokenizer, settings: dict[st
 def main() -> None:
     config = configurator.parse(Config)
     model, tokenizer, source = load(config)
-    names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")
+    names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "lookup", "seed")
     settings = {name: getattr(config, name) for name in names}
     settings |= {"stop_tokens": tokenizer.eos_tokens, "suppress_tokens": tokenizer.gaps(model.config.vocab_size)}
     (converse if config.interactive else sample_once)(config, model, tokenizer, settings, source)

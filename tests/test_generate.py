@@ -4,6 +4,7 @@ from conftest import make_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import gpt
 from gpt import KVCache
 
 
@@ -315,3 +316,63 @@ def test_expanded_rows_equal_separate_runs_with_the_same_draws(monkeypatch):
     for b in range(3):
         monkeypatch.setattr(torch, "multinomial", drawing([b]))
         assert list(model.generate([1, 2, 3], 40, temperature=1.2)) == [row[b] for row in rows]
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    lengths=st.lists(st.integers(1, 60), min_size=1, max_size=4),
+    past=st.integers(0, 20),
+    chunk=st.integers(1, 40),
+    seed=st.integers(0, 99),
+)
+def test_a_prompt_in_chunks_is_read_as_in_one(lengths, past, chunk, seed):
+    model = make_model(seed=seed, sequence_len=48)
+    prompts = [torch.randint(61, (n,)).tolist() for n in lengths]
+    caches = [KVCache(model.config, len(prompts), 48, dtype=model.dtype) for _ in range(2)]
+    for cache in caches:
+        model._prefill([[b, *range(b, past)] for b in range(len(prompts))], cache)
+    with pytest.MonkeyPatch.context() as patch:
+        whole = model._prefill(prompts, caches[0])
+        patch.setattr(gpt, "PREFILL_AT_A_TIME", chunk)
+        torch.testing.assert_close(model._prefill(prompts, caches[1]), whole)
+    assert caches[0].tokens() == caches[1].tokens()
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    turns=st.lists(st.lists(st.integers(0, 3), min_size=1, max_size=20), min_size=1, max_size=3),
+    n=st.integers(1, 50),
+    temperature=st.sampled_from([0, 0.3, 1.0]),
+    spoken=st.integers(0, 60),
+    max_len=st.integers(32, 40),
+    seed=st.integers(0, 99),
+)
+def test_looking_ahead_changes_nothing(turns, n, temperature, spoken, max_len, seed):
+    """Neither what is said nor what a cache holds after it, also past a full window and when the caller walks away."""
+    model = make_model(seed=seed, sequence_len=32)
+    said = []
+    for lookup in (0, n):
+        cache = KVCache(model.config, 1, max_len, dtype=model.dtype)
+        said.append([])
+        for turn in turns:
+            steps = model.generate(turn, 50, temperature, seed=seed, stop_tokens=[9], kv_cache=cache, lookup=lookup)
+            said[-1].append([token for token, _ in zip(steps, range(spoken), strict=False)])
+            steps.close()
+            said[-1].append(cache.tokens())
+    assert said[0] == said[1]
+
+
+def test_looking_ahead_reads_what_repeats_at_once():
+    model = make_model(sequence_len=200, n_layer=1)
+    torch.nn.init.zeros_(model.h[0].attn.c_proj.weight)  # the next token is a function of the last: it soon repeats
+    forwards = []
+    model.norm.register_forward_hook(lambda *_: forwards.append(1))
+    counts, texts = [], []
+    for lookup in (0, 8):
+        texts.append(list(model.generate([1], 150, temperature=0, lookup=lookup)))
+        counts.append(len(forwards))
+        forwards.clear()
+    assert texts[0] == texts[1]
+    assert counts[0] == 150 and counts[1] < 60
+    with pytest.raises(ValueError, match="lookup"):
+        model.generate_batch([[1], [2]], 5, lookup=3)
