@@ -1,8 +1,9 @@
-# A pretrained model goes on with text of yours, whatever its size or family; its shape comes with it:
+# A pretrained model goes on with text of yours, whatever its size or family; its shape and tokenizer come with it:
 #   python hf.py import HuggingFaceTB/SmolLM2-135M out/smollm2
-#   python train.py config/finetune.py --init_from=out/smollm2/best.pt --dataset=text
-# The dataset has to be in the model's own tokens. Rates are a twentieth and less of those from scratch, since the
-# weights are nearly right; they rise while Adam and Muon gather what a gradient is like, then fall to zero.
+#   python data/text/prepare.py --input my_texts/ --tokenizer out/smollm2/best.pt
+#   python train.py config/finetune.py --init_from=out/smollm2/best.pt
+# Rates are a twentieth and less of those from scratch, since the weights are nearly right; they rise while Adam and Muon
+# gather what a gradient is like, then fall to zero.
 out_dir = "out/finetune"
 dataset = "text"
 
