@@ -2,8 +2,8 @@
 #   python hf.py import HuggingFaceTB/SmolLM2-135M out/smollm2
 #   python data/text/prepare.py --input my_texts/ --tokenizer out/smollm2/best.pt
 #   python train.py config/finetune.py --init_from=out/smollm2/best.pt
-# Rates are a twentieth and less of those from scratch, since the weights are nearly right; they rise while Adam and Muon
-# gather what a gradient is like, then fall to zero.
+# Rates are a twentieth and less of those from scratch, since the weights are nearly right; they rise while Adam and
+# Muon gather what a gradient is like, then fall to zero.
 out_dir = "out/finetune"
 dataset = "text"
 
