@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 import configurator
+import hf
 from configurator import UserError
 from gpt import GPT, GPTConfig, KVCache, pick_device
 
@@ -44,48 +45,11 @@ class Config:
 
 
 def as_transformers(model: GPT) -> Any:
-    """The same weights in Hugging Face's NanoChatForCausalLM, written independently of ours.
+    """The same weights in Hugging Face's model of that architecture, written independently of ours."""
+    from transformers import AutoConfig, AutoModelForCausalLM
 
-    There a head's channel i turns with channel i + D/2, here 2i with 2i + 1; and there the angle has the other sign,
-    which swaps the two.
-    """
-    from transformers import NanoChatConfig, NanoChatForCausalLM
-
-    c = model.config
-    theirs: Any = NanoChatForCausalLM(
-        NanoChatConfig(
-            vocab_size=c.vocab_size,
-            hidden_size=c.n_embd,
-            intermediate_size=4 * c.n_embd,
-            num_hidden_layers=c.n_layer,
-            num_attention_heads=c.n_head,
-            num_key_value_heads=c.n_kv_head,
-            max_position_embeddings=c.sequence_len,
-            rms_norm_eps=c.norm_eps,
-            final_logit_softcapping=c.softcap,
-            rope_parameters={"rope_type": "default", "rope_theta": c.rope_base},
-            eos_token_id=None,
-            pad_token_id=0,
-        )
-    )
-
-    def halves(weight: torch.Tensor) -> torch.Tensor:
-        pairs = weight.view(-1, c.head_dim // 2, 2, c.n_embd)  # (heads, D/2, 2, C)
-        return pairs.flip(2).transpose(1, 2).reshape(weight.shape)  # (heads, 2, D/2, C)
-
-    ours = model.state_dict()
-    names = {
-        "self_attn.v_proj": "attn.c_v",
-        "self_attn.o_proj": "attn.c_proj",
-        "mlp.fc1": "mlp.c_fc",
-        "mlp.fc2": "mlp.c_proj",
-    }
-    weights = {"model.embed_tokens.weight": ours["wte.weight"], "lm_head.weight": ours["lm_head.weight"]}
-    for i in range(c.n_layer):
-        for name in ("q", "k"):
-            weights[f"model.layers.{i}.self_attn.{name}_proj.weight"] = halves(ours[f"h.{i}.attn.c_{name}.weight"])
-        for their_name, our_name in names.items():
-            weights[f"model.layers.{i}.{their_name}.weight"] = ours[f"h.{i}.{our_name}.weight"]
+    config, weights = hf.export(model)
+    theirs = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config, eos_token_id=None, pad_token_id=0))
     theirs.load_state_dict(weights)
     return theirs.to(model.device, model.dtype).eval()
 

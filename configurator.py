@@ -167,6 +167,8 @@ def _evaluate(node: ast.expr, names: dict[str, Any]) -> Any:
             raise ValueError(f"{name!r} is not assigned above")
         case ast.Tuple(elts=items) | ast.List(elts=items):
             return tuple(_evaluate(item, names) for item in items)
+        case ast.Dict(keys=keys, values=items) if all(isinstance(key, ast.Constant) for key in keys):
+            return {_evaluate(k, names): _evaluate(v, names) for k, v in zip(keys, items, strict=True)}  # type: ignore[arg-type]
         case ast.UnaryOp(op=op, operand=a) if type(op) in OPERATORS:
             operands = [_evaluate(a, names)]
         case ast.BinOp(op=op, left=a, right=b) if type(op) in OPERATORS:
@@ -181,7 +183,9 @@ def _evaluate(node: ast.expr, names: dict[str, Any]) -> Any:
 
 
 def _sensible(value: Any) -> Any:
-    """The value; ValueError for a number that is complex, infinite, not a number, or beyond 2^1000."""
+    """The value; ValueError for a number in it that is complex, infinite, not a number, or beyond 2^1000."""
+    for item in value.values() if type(value) is dict else ():
+        _sensible(item)
     if isinstance(value, complex) or (isinstance(value, int | float) and not abs(value) <= 2**1000):
         raise ValueError("this is not a real number of a sensible size")
     return value

@@ -1,6 +1,6 @@
 """A whole GPT in one file: the model, its cache, sampling, checkpoints and optimizers.
 
-The architecture is the one of nanochat (https://github.com/karpathy/nanochat), which Hugging Face ships as
+The architecture is by default the one of nanochat (https://github.com/karpathy/nanochat), which Hugging Face ships as
 `NanoChatForCausalLM`, read from bottom to top:
 - rotary positions (RoFormer, https://arxiv.org/abs/2104.09864), no position embeddings
 - grouped-query attention (https://arxiv.org/abs/2305.13245) over normed queries and keys
@@ -9,9 +9,12 @@ The architecture is the one of nanochat (https://github.com/karpathy/nanochat), 
 - an MLP with ReLU squared (Primer, https://arxiv.org/abs/2109.08668), no biases, an untied head
 - logits softcapped in float32 (Gemma 2, https://arxiv.org/abs/2408.00118)
 - Muon for the matrices (https://kellerjordan.github.io/posts/muon), AdamW for the rest
+Switches in the config make it Llama (https://arxiv.org/abs/2407.21783), Mistral or Qwen (https://arxiv.org/abs/2505.09388):
+heads of any width, a gated MLP (SwiGLU, https://arxiv.org/abs/2002.05202), gains in the norms, biases of queries, keys
+and values, a tied head, and rotary positions stretched beyond the context of the first training.
 
 Shapes in the comments: B rows, T new tokens, S tokens that can be attended to, C = n_embd, H query heads of D channels,
-G key/value heads, V = vocab_size. The file needs torch and nothing else, and knows token ids, never text.
+G key/value heads, M = n_hidden, V = vocab_size. The file needs torch and nothing else, and knows token ids, never text.
 """
 
 import math
@@ -30,6 +33,11 @@ from torch import Tensor
 Device = torch.device | str | None
 Path = str | os.PathLike
 
+ROPE_SCALINGS = {  # by rope_type, the numbers that go with it; the names are Hugging Face's
+    "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+}
+
 
 @dataclass
 class GPTConfig:
@@ -39,35 +47,73 @@ class GPTConfig:
     n_head: int = 12  # query heads
     n_kv_head: int | None = None  # key/value heads; fewer than n_head is GQA, None means n_head
     n_embd: int = 768  # width of the residual stream
+    head_dim: int | None = None  # channels of a head; None means n_embd // n_head
+    n_hidden: int | None = None  # width of the MLP; None means 4 * n_embd
+    mlp: str = "relu2"  # relu2 (two matrices) or swiglu (three, one of which is the gate)
+    qk_norm: bool = True  # norm queries and keys
+    embd_norm: bool = True  # norm the embedding
+    norm_weight: bool = False  # gains in the norms, all of them
+    qkv_bias: bool = False  # biases of queries, keys and values
+    tie_embd: bool = False  # the embedding is the head too
     dropout: float = 0.0  # chance that an activation is zeroed in training
     softcap: float = 15.0  # bound on the logits; 0 switches it off
     rope_base: float = 10_000.0  # base of the rotary wavelengths
+    rope_scaling: dict | None = None  # {"rope_type": "linear", "factor": 2.0}, or "llama3" with all that it takes
     norm_eps: float = 1e-6  # added to the mean square that RMSNorm divides by
 
     def __post_init__(self) -> None:
         if self.n_kv_head is None:
             self.n_kv_head = self.n_head
-        for name in ("sequence_len", "vocab_size", "n_layer", "n_head", "n_kv_head", "n_embd"):
-            if getattr(self, name) < 1:
+        if self.n_hidden is None:
+            self.n_hidden = 4 * self.n_embd
+        for name in ("sequence_len", "vocab_size", "n_layer", "n_head", "n_kv_head", "n_embd", "head_dim", "n_hidden"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
-        if self.n_embd % self.n_head:
-            raise ValueError(f"n_embd {self.n_embd} is not divisible by n_head {self.n_head}")
+        if self.head_dim is None:
+            if self.n_embd % self.n_head:
+                raise ValueError(f"without head_dim, n_embd {self.n_embd} must be divisible by n_head {self.n_head}")
+            self.head_dim = self.n_embd // self.n_head
         if self.n_head % self.n_kv_head:
             raise ValueError(f"n_head {self.n_head} is not divisible by n_kv_head {self.n_kv_head}")
         if self.head_dim % 2:
             raise ValueError(
-                f"rotary positions turn pairs of channels: n_embd {self.n_embd} / n_head {self.n_head} must be even"
+                f"rotary positions turn pairs of channels: head_dim {self.head_dim} must be even "
+                f"(n_embd {self.n_embd}, n_head {self.n_head})"
             )
+        if self.mlp not in ("relu2", "swiglu"):
+            raise ValueError(f"mlp must be relu2 or swiglu, not {self.mlp!r}")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout must be in [0, 1), not {self.dropout}")
         if self.softcap < 0 or self.norm_eps < 0:
             raise ValueError(f"softcap and norm_eps must not be negative, but are {self.softcap} and {self.norm_eps}")
         if self.rope_base <= 0:
             raise ValueError(f"rope_base must be positive, but is {self.rope_base}")
+        if self.rope_scaling is not None:
+            check_rope_scaling(self.rope_scaling)
 
     @property
-    def head_dim(self) -> int:
-        return self.n_embd // self.n_head
+    def heads(self) -> tuple[int, int, int]:
+        """n_head, n_kv_head and head_dim: (H, G, D)."""
+        assert self.n_kv_head and self.head_dim  # __post_init__ has seen to it
+        return self.n_head, self.n_kv_head, self.head_dim
+
+
+def check_rope_scaling(scaling: dict) -> None:
+    rope_type = scaling.get("rope_type")
+    numbers = ROPE_SCALINGS.get(str(rope_type))
+    if numbers is None:
+        raise ValueError(f"rope_scaling needs a rope_type, one of {', '.join(ROPE_SCALINGS)}, not {rope_type!r}")
+    if set(scaling) != {"rope_type", *numbers}:
+        given = ", ".join(sorted(set(scaling) - {"rope_type"}))
+        raise ValueError(
+            f"rope_scaling of rope_type {rope_type!r} takes {', '.join(numbers)}, not {given or 'nothing'}"
+        )
+    for name in numbers:
+        if type(scaling[name]) not in (int, float) or not 0 < scaling[name] < math.inf:
+            raise ValueError(f"rope_scaling: {name} must be a positive number, not {scaling[name]!r}")
+    low, high = scaling.get("low_freq_factor", 0), scaling.get("high_freq_factor", 1)
+    if low >= high:
+        raise ValueError(f"rope_scaling: high_freq_factor {high} must be above low_freq_factor {low}")
 
 
 # -----------------------------------------------------------------------------
@@ -85,7 +131,8 @@ class KVCache:
     def __init__(
         self, config: GPTConfig, batch_size: int, max_len: int, device: Device = None, dtype: torch.dtype | None = None
     ) -> None:
-        shape = (config.n_layer, batch_size, config.n_kv_head or config.n_head, max_len, config.head_dim)
+        _, G, D = config.heads
+        shape = (config.n_layer, batch_size, G, max_len, D)
         self.k = torch.zeros(shape, device=device, dtype=dtype)  # (n_layer, B, G, max_len, D)
         self.v = torch.zeros(shape, device=device, dtype=dtype)
         self.ids = torch.zeros(batch_size, max_len, device=device, dtype=torch.long)
@@ -188,10 +235,29 @@ def rope(positions: Tensor, config: GPTConfig, dtype: torch.dtype) -> Tensor:
     then depends on how far apart they are, not on where. Computed anew each time, in at least float32: no table to
     move along with the model, none for `.to(bfloat16)` to round.
     """
+    _, _, D = config.heads
     real = torch.promote_types(dtype, torch.float32)
-    exponents = torch.arange(0, config.head_dim, 2, device=positions.device, dtype=real) / -config.head_dim
-    angles = positions[:, :, None, None].to(real) * config.rope_base**exponents
+    frequencies = config.rope_base ** (torch.arange(0, D, 2, device=positions.device, dtype=real) / -D)  # (D/2,)
+    if config.rope_scaling:
+        frequencies = stretch(frequencies, config.rope_scaling)
+    angles = positions[:, :, None, None].to(real) * frequencies
     return torch.polar(torch.ones_like(angles), angles)
+
+
+def stretch(frequencies: Tensor, scaling: dict) -> Tensor:
+    """The frequencies (D/2,) that make a context `factor` times as long look like the one of the first training.
+
+    'linear' divides all of them (https://arxiv.org/abs/2306.15595). 'llama3' spares those that tell near tokens apart:
+    with high_freq_factor or more turns in the original context they stay, with low_freq_factor or fewer they are
+    divided, and it is a blend in between.
+    """
+    factor = scaling["factor"]
+    if scaling["rope_type"] == "linear":
+        return frequencies / factor
+    low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+    turns = frequencies * scaling["original_max_position_embeddings"] / (2 * math.pi)
+    kept = ((turns - low) / (high - low)).clamp(0, 1)
+    return frequencies * (kept + (1 - kept) / factor)
 
 
 def rotate(x: Tensor, rotations: Tensor) -> Tensor:
@@ -200,19 +266,22 @@ def rotate(x: Tensor, rotations: Tensor) -> Tensor:
     return torch.view_as_real(torch.view_as_complex(pairs) * rotations).flatten(-2).to(x.dtype)
 
 
+def rms_norm(channels: int, config: GPTConfig) -> nn.Module:
+    return nn.RMSNorm(channels, eps=config.norm_eps, elementwise_affine=config.norm_weight)
+
+
 class Attention(nn.Module):
     def __init__(self, config: GPTConfig, layer: int) -> None:
         super().__init__()
         self.layer = layer
-        self.n_head, self.n_kv_head = config.n_head, config.n_kv_head or config.n_head
-        self.head_dim = config.head_dim
+        self.n_head, self.n_kv_head, self.head_dim = config.heads
         self.dropout = config.dropout
-        self.c_q = nn.Linear(config.n_embd, self.n_head * self.head_dim, bias=False)
-        self.c_k = nn.Linear(config.n_embd, self.n_kv_head * self.head_dim, bias=False)
-        self.c_v = nn.Linear(config.n_embd, self.n_kv_head * self.head_dim, bias=False)
+        self.c_q = nn.Linear(config.n_embd, self.n_head * self.head_dim, bias=config.qkv_bias)
+        self.c_k = nn.Linear(config.n_embd, self.n_kv_head * self.head_dim, bias=config.qkv_bias)
+        self.c_v = nn.Linear(config.n_embd, self.n_kv_head * self.head_dim, bias=config.qkv_bias)
         self.c_proj = nn.Linear(self.n_head * self.head_dim, config.n_embd, bias=False)
-        self.q_norm = nn.RMSNorm(self.head_dim, eps=config.norm_eps, elementwise_affine=False)
-        self.k_norm = nn.RMSNorm(self.head_dim, eps=config.norm_eps, elementwise_affine=False)
+        self.q_norm = rms_norm(self.head_dim, config) if config.qk_norm else nn.Identity()
+        self.k_norm = rms_norm(self.head_dim, config) if config.qk_norm else nn.Identity()
 
     def forward(self, x: Tensor, rotations: Tensor, mask: Tensor | None, kv_cache: KVCache | None) -> Tensor:
         B, T, _ = x.shape
@@ -234,27 +303,37 @@ class Attention(nn.Module):
             is_causal=mask is None and T > 1,
             enable_gqa=self.n_kv_head < self.n_head,
         )
-        return self.c_proj(y.transpose(1, 2).reshape(B, T, -1))  # (B, H, T, D) -> (B, T, C)
+        return self.c_proj(y.transpose(1, 2).reshape(B, T, -1))  # (B, H, T, D) -> (B, T, H * D) -> (B, T, C)
 
 
 class MLP(nn.Module):
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
-        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=False)
-        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=False)
+        n_hidden = config.n_hidden or 4 * config.n_embd
+        self.c_fc = nn.Linear(config.n_embd, n_hidden, bias=False)
+        self.c_proj = nn.Linear(n_hidden, config.n_embd, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = F.relu(self.c_fc(x))  # (B, T, 4C)
+        x = F.relu(self.c_fc(x))  # (B, T, M)
         return self.c_proj(x * x)  # (B, T, C); in the backward pass, x.square() takes twice the time
+
+
+class SwiGLU(MLP):
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__(config)
+        self.c_gate = nn.Linear(config.n_embd, self.c_fc.out_features, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.c_proj(F.silu(self.c_gate(x)) * self.c_fc(x))  # (B, T, M) -> (B, T, C)
 
 
 class Block(nn.Module):
     def __init__(self, config: GPTConfig, layer: int) -> None:
         super().__init__()
-        self.attn_norm = nn.RMSNorm(config.n_embd, eps=config.norm_eps, elementwise_affine=False)
+        self.attn_norm = rms_norm(config.n_embd, config)
         self.attn = Attention(config, layer)
-        self.mlp_norm = nn.RMSNorm(config.n_embd, eps=config.norm_eps, elementwise_affine=False)
-        self.mlp = MLP(config)
+        self.mlp_norm = rms_norm(config.n_embd, config)
+        self.mlp = {"relu2": MLP, "swiglu": SwiGLU}[config.mlp](config)
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x: Tensor, rotations: Tensor, mask: Tensor | None, kv_cache: KVCache | None) -> Tensor:
@@ -496,11 +575,11 @@ class GPT(nn.Module):
         super().__init__()
         self.config = config
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
-        self.embd_norm = nn.RMSNorm(config.n_embd, eps=config.norm_eps, elementwise_affine=False)
+        self.embd_norm = rms_norm(config.n_embd, config) if config.embd_norm else nn.Identity()
         self.dropout = nn.Dropout(config.dropout)
         self.h = nn.ModuleList([Block(config, layer) for layer in range(config.n_layer)])
-        self.norm = nn.RMSNorm(config.n_embd, eps=config.norm_eps, elementwise_affine=False)
-        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        self.norm = rms_norm(config.n_embd, config)
+        self.lm_head = None if config.tie_embd else nn.Linear(config.n_embd, config.vocab_size, bias=False)
         self.activation_checkpointing = False  # True: training keeps only what goes into a block, and computes it twice
         self.init_weights()
 
@@ -509,14 +588,21 @@ class GPT(nn.Module):
         """Each block starts as the identity, and the head as nearly nothing: the first loss is ln(vocab_size)."""
         bound = math.sqrt(3 / self.config.n_embd)  # uniform in +-bound has a standard deviation of 1 / sqrt(n_embd)
         for name, weight in self.named_parameters():
-            if name == "wte.weight":
-                nn.init.normal_(weight, std=1.0)
-            elif name == "lm_head.weight":
+            if weight is self.head_weight:
                 nn.init.normal_(weight, std=0.001)
-            elif name.endswith("c_proj.weight"):
+            elif name == "wte.weight":
+                nn.init.normal_(weight, std=1.0)
+            elif name.endswith("norm.weight"):
+                nn.init.ones_(weight)
+            elif name.endswith(("c_proj.weight", "bias")):
                 nn.init.zeros_(weight)
             else:
                 nn.init.uniform_(weight, -bound, bound)
+
+    @property
+    def head_weight(self) -> Tensor:
+        """The matrix of the head, (V, C): with tie_embd, the embedding's."""
+        return self.wte.weight if self.lm_head is None else self.lm_head.weight
 
     @property
     def device(self) -> torch.device:
@@ -555,7 +641,7 @@ class GPT(nn.Module):
 
     def logits(self, x: Tensor) -> Tensor:
         """The head: (..., C) to (..., V), in at least float32, within +-softcap."""
-        return softcapped(self.lm_head(x), self.config.softcap)
+        return softcapped(F.linear(x, self.head_weight), self.config.softcap)
 
     def forward(
         self,
@@ -573,7 +659,7 @@ class GPT(nn.Module):
         if targets is None:
             return self.logits(x)
         if loss_reduction == "mean":
-            return HeadLoss.apply(x.flatten(0, 1), self.lm_head.weight, targets.flatten(), self.config.softcap)
+            return HeadLoss.apply(x.flatten(0, 1), self.head_weight, targets.flatten(), self.config.softcap)
         logits = self.logits(x).flatten(0, 1)  # (B*T, V)
         return F.cross_entropy(logits, targets.flatten(), ignore_index=-1, reduction=loss_reduction)
 
@@ -823,14 +909,19 @@ class GPT(nn.Module):
     ) -> list[torch.optim.Optimizer]:
         """[Muon for the blocks' matrices, AdamW for the rest]: each parameter is in exactly one group.
 
-        learning_rate, weight_decay and momentum are Muon's. Every group remembers its rate as `initial_lr`, for a
-        schedule to scale.
+        learning_rate, weight_decay and momentum are Muon's. Gains, biases and a tied embedding move at head_lr. Every
+        group remembers its rate as `initial_lr`, for a schedule to scale.
         """
         matrices: dict[torch.Size, list[nn.Parameter]] = {}
         for p in self.h.parameters():
-            matrices.setdefault(p.shape, []).append(p)
+            if p.ndim == 2:
+                matrices.setdefault(p.shape, []).append(p)
         stacks = [dict(params=params) for params in matrices.values()]
-        tables = [dict(params=[self.wte.weight], lr=embd_lr), dict(params=[self.lm_head.weight], lr=head_lr)]
+        rates = {self.wte.weight: embd_lr, self.head_weight: head_lr}  # one and the same, if tied
+        tables = [dict(params=[table], lr=lr) for table, lr in rates.items()]
+        vectors = [p for p in self.parameters() if p.ndim == 1]
+        if vectors:
+            tables.append(dict(params=vectors, lr=head_lr))
         optimizers = [
             Muon(stacks, lr=learning_rate, momentum=momentum, weight_decay=weight_decay),
             torch.optim.AdamW(tables, betas=betas, eps=1e-10, weight_decay=0.0, fused=True),
@@ -843,10 +934,13 @@ class GPT(nn.Module):
     def flops_per_token(self) -> int:
         """Of a training step, forward and backward, at sequence_len: PaLM's formula, https://arxiv.org/abs/2204.02311.
 
-        Six for each weight that multiplies (so not the embedding), and 12 T C a layer for the attention scores.
+        Six for each weight that multiplies (so not an embedding that is not the head too), and 12 T H D a layer for
+        the attention scores.
         """
         c = self.config
-        return 6 * (self.num_params() - self.wte.weight.numel()) + 12 * c.n_layer * c.n_embd * c.sequence_len
+        H, _, D = c.heads
+        looked_up = 0 if c.tie_embd else self.wte.weight.numel()
+        return 6 * (self.num_params() - looked_up) + 12 * c.n_layer * H * D * c.sequence_len
 
     def estimate_mfu(self, tokens_per_second: float, peak_flops: float) -> float:
         """Model FLOPs utilization of training: the share of the device's peak_flops (per second) that is put to use."""

@@ -1,13 +1,17 @@
 """Text to token ids and back.
 
 A Tokenizer wraps a `tiktoken.Encoding`, and is a plain dict of JSON types to whoever stores it: the dict holds every
-token's bytes, so that a checkpoint needs neither the dataset nor the network to be sampled from.
+token's bytes, so that a checkpoint needs neither the dataset nor the network to be sampled from. A PretrainedTokenizer
+is the same for what comes with an open model: there the dict holds its tokenizer.json and its chat template.
 """
 
 import base64
 import codecs
-from collections.abc import Iterable
-from typing import Any
+import json
+import re
+from collections.abc import Iterable, Sequence
+from datetime import datetime
+from typing import Any, NoReturn
 
 import tiktoken
 
@@ -19,8 +23,17 @@ BPE_PATTERN = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,2}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s
 
 
 class Tokenizer:
+    """Text to ids and back, by a `tiktoken.Encoding`.
+
+    `ids` are those that stand for a token; `eot` stands between documents, and each of `eos_tokens` ends a text.
+    """
+
     def __init__(self, encoding: tiktoken.Encoding) -> None:
         self.encoding = encoding
+        self.name = encoding.name
+        self.ids = {*encoding._mergeable_ranks.values(), *encoding._special_tokens.values()}
+        self.eot = encoding.eot_token
+        self.eos_tokens = [self.eot]
 
     @classmethod
     def from_spec(cls, spec: str, documents: Iterable[str] = ()) -> "Tokenizer":
@@ -70,6 +83,8 @@ class Tokenizer:
     def from_dict(cls, d: dict[str, Any]) -> "Tokenizer":
         """What `to_dict` gave, as a Tokenizer. ValueError if it is something else."""
         try:
+            if d["kind"] == "tokenizers":
+                return PretrainedTokenizer(**{key: value for key, value in d.items() if key != "kind"})
             if d["kind"] != "tiktoken":
                 raise ValueError(d["kind"])
             ranks = {base64.b64decode(token): i for i, token in enumerate(d["tokens"]) if token is not None}
@@ -86,38 +101,44 @@ class Tokenizer:
             raise ValueError("this is not the dict of a tokenizer") from e
 
     @property
-    def name(self) -> str:
-        return self.encoding.name
-
-    @property
     def vocab_size(self) -> int:
-        return self.encoding.n_vocab
+        return max(self.ids) + 1
 
-    @property
-    def eot(self) -> int:
-        """The id of <|endoftext|>, which stands between documents."""
-        return self.encoding.eot_token
+    def gaps(self, vocab_size: int) -> list[int]:
+        """The ids below vocab_size that stand for no token: a model's vocabulary may be padded, or have holes."""
+        return [i for i in range(vocab_size) if i not in self.ids]
 
     def encode(self, text: str) -> list[int]:
         """Token ids of text. Whatever looks like a special token is text too."""
         return self.encoding.encode_ordinary(text)
 
+    def encode_prompt(self, text: str) -> list[int]:
+        """Token ids of text to go on from: after a token that begins it, where the model's own tokenizer puts one."""
+        return self.encode(text)
+
+    def encode_chat(self, messages: Sequence[dict[str, str]]) -> list[int]:
+        """Token ids of a conversation, up to where the model answers.
+
+        messages are {"role": "system", "user" or "assistant", "content": text}. What they say is text, even where it
+        looks like a special token: only the chat template makes those. ValueError if there is no template, or if it
+        does not take these messages.
+        """
+        raise ValueError(f"the tokenizer {self.name} has no chat template")
+
     def decode(self, ids: Iterable[int]) -> str:
-        """Text of ids; bytes that are not UTF-8 become U+FFFD. ValueError for an id that there is not."""
-        return b"".join(map(self.token_bytes, ids)).decode("utf-8", errors="replace")
+        """Text of ids, special tokens included; what is not UTF-8 becomes U+FFFD. ValueError for an id that is none."""
+        decoder = self.decoder()
+        return "".join([*map(decoder.decode, ids), decoder.flush()])
 
     def token_bytes(self, token: int) -> bytes:
+        """The bytes that a token stands for within a text."""
         try:
             return self.encoding.decode_single_token_bytes(token)
         except (KeyError, OverflowError) as e:
             raise ValueError(f"token id {token} is not in the vocabulary of {self.vocab_size}") from e
 
-    def gaps(self, vocab_size: int) -> list[int]:
-        """The ids below vocab_size that stand for no token: a model's vocabulary may be padded, or have holes."""
-        ids = {*self.encoding._mergeable_ranks.values(), *self.encoding._special_tokens.values()}
-        return [i for i in range(vocab_size) if i not in ids]
-
-    def decoder(self) -> "StreamDecoder":
+    def decoder(self, continues: bool = False) -> "StreamDecoder":
+        """Ids to text, one at a time. continues: the ids follow others, so a space at their beginning is one."""
         return StreamDecoder(self)
 
 
@@ -147,3 +168,197 @@ def train_bpe(documents: Iterable[str], size: int) -> list[bytes]:
     # As many documents are in memory at a time
     trainer.train_from_iterator(iter(documents), size, buffer_size=64, pattern=BPE_PATTERN)
     return [token for token, _ in sorted(trainer.get_mergeable_ranks(), key=lambda pair: pair[1])]
+
+
+# -----------------------------------------------------------------------------
+# What comes with an open model
+
+# How tokenizer.json writes bytes as characters (GPT-2's): those that can be seen stand for themselves, the others for
+# the characters from 256 on.
+_visible = {*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)}
+_others = iter(range(256, 512))
+BYTE_LEVEL = {chr(byte if byte in _visible else next(_others)): byte for byte in range(256)}
+
+# The other way, SentencePiece's: ▁ is a space, and a character without a token of its own is bytes, <0xE2> and so on.
+SENTENCEPIECE = [
+    {"type": "Replace", "pattern": {"String": "▁"}, "content": " "},
+    {"type": "ByteFallback"},
+    {"type": "Fuse"},
+]
+STRIP = {"type": "Strip", "content": " ", "start": 1, "stop": 0}  # the space that encoding puts before a text
+BYTE_TOKEN = re.compile("<0x([0-9A-Fa-f]{2})>")
+
+
+class PretrainedTokenizer(Tokenizer):
+    """The tokenizer of an open model: the `tokenizers` library on its tokenizer.json, and what is said beside it.
+
+    special_tokens are texts by name, {"bos_token": "<s>", ...}; eos_tokens are ids that end a text besides eos_token;
+    chat_template is Jinja, or empty. ValueError if these are no tokenizer, or one that decodes in a way of its own.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        tokenizer_json: str,
+        special_tokens: dict[str, str],
+        eos_tokens: Sequence[int] = (),
+        chat_template: str = "",
+    ) -> None:
+        try:
+            import tokenizers
+        except ImportError as e:
+            raise ImportError("an open model's tokenizer needs the extra 'hf': pip install tokenizers") from e
+        try:
+            self.backend = tokenizers.Tokenizer.from_str(tokenizer_json)
+        except Exception as e:  # the library has no narrower class
+            raise ValueError(f"this is not a tokenizer.json: {e}") from e
+        self.backend.no_truncation()
+        self.backend.no_padding()
+        self.name, self.tokenizer_json, self.chat_template = name, tokenizer_json, chat_template
+        self.special_tokens = special_tokens
+
+        vocabulary = self.backend.get_vocab(with_added_tokens=True)
+        self.tokens = {i: text for text, i in vocabulary.items()}
+        self.ids = set(self.tokens)
+        bos, eos = (special_tokens.get(key, "") for key in ("bos_token", "eos_token"))
+        for text in filter(None, (bos, eos)):
+            if text not in vocabulary:
+                raise ValueError(f"the special token {text!r} is not in the tokenizer's vocabulary")
+        self.eos_tokens = [i for i in dict.fromkeys([vocabulary.get(eos), *eos_tokens]) if i in self.ids]
+        ends = [*self.eos_tokens, *([vocabulary[bos]] if bos else [])]
+        if not ends:
+            raise ValueError("the tokenizer has neither an eos_token nor a bos_token to stand between documents")
+        self.eot = ends[0]
+
+        decoder = json.loads(tokenizer_json).get("decoder") or {}
+        steps = decoder.get("decoders", [decoder])
+        self.byte_level = [step.get("type") for step in steps] == ["ByteLevel"]
+        if not self.byte_level and steps not in (SENTENCEPIECE, [*SENTENCEPIECE, STRIP]):
+            raise ValueError(f"the tokenizer's decoder is neither ByteLevel nor SentencePiece's: {json.dumps(decoder)}")
+        self.strips = STRIP in steps
+        bytes_of = {} if self.byte_level else {i: BYTE_TOKEN.fullmatch(text) for i, text in self.tokens.items()}
+        self.byte_tokens = {i: bytes.fromhex(match[1]) for i, match in bytes_of.items() if match}
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "kind": "tokenizers",
+            "name": self.name,
+            "tokenizer_json": self.tokenizer_json,
+            "special_tokens": self.special_tokens,
+            "eos_tokens": self.eos_tokens,
+            "chat_template": self.chat_template,
+        }
+
+    def encode(self, text: str) -> list[int]:
+        return self._encode(text)
+
+    def encode_prompt(self, text: str) -> list[int]:
+        return self._encode(text, add_special_tokens=True)
+
+    def _encode(self, text: str, add_special_tokens: bool = False, read_special_tokens: bool = False) -> list[int]:
+        """add_special_tokens: those around a text; read_special_tokens: where the text has one, it is one."""
+        self.backend.encode_special_tokens = not read_special_tokens
+        text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")  # a lone surrogate has no UTF-8
+        return self.backend.encode(text, add_special_tokens=add_special_tokens).ids
+
+    def encode_chat(self, messages: Sequence[dict[str, str]]) -> list[int]:
+        if not self.chat_template:
+            return super().encode_chat(messages)
+        # What looks like a special token in a message is put between two characters that no text has, and these outlive
+        # the template. One alone is left where the template cuts a message, for example after its thoughts.
+        special = [token.content for token in self.backend.get_added_tokens_decoder().values() if token.special]
+        pattern = "|".join(map(re.escape, sorted(special, key=len, reverse=True))) or "(?!)"
+        marked = []
+        for message in messages:
+            content = re.sub("[\ufdd0\ufdd1]", "", message["content"])
+            marked.append(message | {"content": re.sub(pattern, "\ufdd0\\g<0>\ufdd1", content)})
+        pieces = re.split(f"\ufdd0({pattern})\ufdd1|[\ufdd0\ufdd1]", self.render_chat(marked))
+        ids = []
+        for i, piece in enumerate(pieces):  # by turns what the template wrote, and what looks like a special token
+            if piece:
+                ids += self._encode(piece, read_special_tokens=i % 2 == 0)
+        return ids
+
+    def render_chat(self, messages: Sequence[dict[str, str]]) -> str:
+        """The conversation as text, by the chat template, up to where the model answers. ValueError if it cannot be."""
+        environment = chat_environment()
+        values = dict(messages=messages, tools=None, documents=None, add_generation_prompt=True)
+        try:
+            return environment.from_string(self.chat_template).render(**values, **self.special_tokens)
+        except Exception as e:  # a template is a program, and fails in any way
+            raise ValueError(f"the chat template does not take this conversation: {e}") from e
+
+    def token_bytes(self, token: int) -> bytes:
+        if token not in self.tokens:
+            raise ValueError(f"token id {token} is not in the vocabulary of {self.vocab_size}")
+        text = self.tokens[token]
+        if self.byte_level:
+            return bytes(map(BYTE_LEVEL.__getitem__, text)) if BYTE_LEVEL.keys() >= set(text) else text.encode()
+        return self.byte_tokens.get(token) or text.replace("▁", " ").encode()
+
+    def decoder(self, continues: bool = False) -> StreamDecoder:
+        return StreamDecoder(self) if self.byte_level else SentencePieceDecoder(self, self.strips and not continues)
+
+
+class SentencePieceDecoder(StreamDecoder):
+    """StreamDecoder for tokens some of which are single bytes.
+
+    As in the `tokenizers` library, a run of such tokens is text if all of it is UTF-8, else U+FFFD for each byte. So a
+    run comes out once it has ended. strip: the first space is the one that encoding put before the text.
+    """
+
+    def __init__(self, tokenizer: PretrainedTokenizer, strip: bool) -> None:
+        self.tokenizer, self.byte_tokens, self.strip = tokenizer, tokenizer.byte_tokens, strip
+        self.run = b""
+
+    def decode(self, token: int) -> str:
+        if token in self.byte_tokens:
+            self.run += self.byte_tokens[token]
+            return ""
+        return self._release(self.tokenizer.token_bytes(token).decode())
+
+    def flush(self) -> str:
+        return self._release("")
+
+    def _release(self, text: str) -> str:
+        try:
+            text = self.run.decode() + text
+        except UnicodeDecodeError:
+            text = "\ufffd" * len(self.run) + text
+        self.run = b""
+        if text and self.strip:
+            text, self.strip = text.removeprefix(" "), False
+        return text
+
+
+def chat_environment() -> Any:
+    """Where chat templates run: a sandbox, with what `transformers` gives them."""
+    try:
+        from jinja2 import nodes
+        from jinja2.ext import Extension, loopcontrols
+        from jinja2.sandbox import ImmutableSandboxedEnvironment
+    except ImportError as e:
+        raise ImportError("a chat template needs the extra 'hf': pip install jinja2") from e
+
+    class Generation(Extension):
+        """{% generation %} ... {% endgeneration %} stands around what a model has said, and changes nothing here."""
+
+        tags = {"generation"}  # noqa: RUF012
+
+        def parse(self, parser: Any) -> list[nodes.Node]:
+            next(parser.stream)
+            return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+    def raise_exception(message: str) -> NoReturn:
+        raise ValueError(message)
+
+    def tojson(value: Any, ensure_ascii: bool = False, **how: Any) -> str:
+        return json.dumps(value, ensure_ascii=ensure_ascii, **how)  # Jinja's own writes < as HTML must
+
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, Generation]
+    )
+    environment.filters["tojson"] = tojson
+    environment.globals["raise_exception"] = raise_exception
+    environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
+    return environment

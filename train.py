@@ -36,7 +36,7 @@ ROOT = Path(__file__).resolve().parent
 class Config(GPTConfig):
     vocab_size: int = 0  # number of token ids; 0 means as many as the tokenizer has
     out_dir: str = "out"  # where checkpoints, metrics.jsonl and loss.png go
-    init_from: str = "scratch"  # scratch, resume (from out_dir/ckpt.pt), or a checkpoint to fine-tune in its own shape
+    init_from: str = "scratch"  # scratch, resume (from out_dir), or what to fine-tune: a checkpoint, hf:NAME_OR_DIR
     dataset: str = "stdlib"  # the folder in data/, prepared if it is missing, or the path of another
     tokenizer: str = "bytes"  # what a missing dataset is prepared with: bytes, bpe:N, gpt2, ...
     batch_size: int = 12  # sequences in one forward
@@ -257,11 +257,19 @@ def check_dataset(data: common.Dataset, name: str, config: GPTConfig) -> None:
         raise UserError(f"data/{name} has token id {data.max_token}, outside the vocabulary of {config.vocab_size}")
 
 
-def load_checkpoint(path: Path, device: torch.device | str = "cpu") -> tuple[GPT, dict[str, Any]]:
+def load_checkpoint(source: str, device: torch.device | str = "cpu") -> tuple[GPT, dict[str, Any]]:
+    """The model of a checkpoint or of hf:NAME_OR_DIR, in float32, where small steps count, and what is kept with it."""
     try:
-        return GPT.load_checkpoint(path, device)
+        if source.startswith("hf:"):
+            import hf
+
+            model, tokenizer = hf.load(source.removeprefix("hf:"), device, torch.float32)
+            return model, {"tokenizer": tokenizer.to_dict()}
+        return GPT.load_checkpoint(source, device, torch.float32)
+    except (ValueError, ImportError) as e:
+        raise UserError(str(e)) from e
     except OSError as e:
-        raise UserError(f"cannot read the checkpoint {path}: {e.strerror}") from e
+        raise UserError(f"cannot read the checkpoint {source}: {e.strerror or e}") from e
     except RuntimeError as e:
         raise RunError(str(e)) from e
 
@@ -435,7 +443,7 @@ def was_restarted(config: Config) -> bool:
     path = Path(config.out_dir) / "ckpt.pt"
     if not restarts() or not path.exists():
         return False
-    return schedule(load_checkpoint(path, "meta")[1].get("train_config", {})) == schedule(asdict(config))
+    return schedule(load_checkpoint(str(path), "meta")[1].get("train_config", {})) == schedule(asdict(config))
 
 
 def schedule(config: dict[str, Any]) -> dict[str, Any]:
@@ -446,29 +454,34 @@ def schedule(config: dict[str, Any]) -> dict[str, Any]:
 def open_run(config: Config, world: World) -> Run:
     """A new run, one as it was when it was stopped, or one that starts from a checkpoint's weights, in their shape."""
     resume = config.init_from == "resume" or was_restarted(config)
-    path = Path(config.out_dir) / "ckpt.pt" if resume else Path(config.init_from)
+    source = str(Path(config.out_dir) / "ckpt.pt") if resume else config.init_from
     torch.manual_seed(config.seed)
-    if config.init_from == "scratch" and not resume:
+    if source == "scratch":
         data = open_dataset(config, world)
         model = GPT(config.model_config(config.vocab_size or data.tokenizer.vocab_size))
         saved: dict[str, Any] = {}
     else:
-        model, saved = load_checkpoint(path)
+        model, saved = load_checkpoint(source)
+        if resume and not {"step", "best", "id", "optimizers", "train_config"} <= saved.keys():
+            raise RunError(f"{source} has no state to resume from: to start from its weights, say --init_from={source}")
         data = open_dataset(config, world, saved.get("tokenizer"))
         if saved.get("tokenizer") != data.tokenizer.to_dict():
             raise UserError(
-                f"{path} has another tokenizer than the dataset {config.dataset} ({data.tokenizer.name}): without its "
-                "meta.json, that would be prepared anew with the checkpoint's"
+                f"{source} has another tokenizer than the dataset {config.dataset} ({data.tokenizer.name}): without "
+                "its meta.json, that would be prepared anew with the checkpoint's"
             )
-        if resume:
+        began = saved["train_config"] if resume else asdict(config)
+        if resume and began["init_from"] == "scratch":  # else the shape came with the weights, and none is asked for
             asked = config.model_config(config.vocab_size or data.tokenizer.vocab_size)
             if changed := [k for k, v in asdict(asked).items() if v != getattr(model.config, k)]:
                 was = ", ".join(f"{k}={getattr(model.config, k)}" for k in changed)
                 raise UserError(
-                    f"{path} has {was}: a resumed run keeps its architecture; give a new one another --out_dir"
+                    f"{source} has {was}: a resumed run keeps its architecture; give a new one another --out_dir"
                 )
-        config = dataclasses.replace(config, **asdict(model.config))
-    check_dataset(data, config.dataset, model.config)
+        shape = asdict(model.config)
+        shape["sequence_len"] = min(began["sequence_len"], model.config.sequence_len)  # it may read less than it can
+        config = dataclasses.replace(config, **shape, init_from=began["init_from"])
+    check_dataset(data, config.dataset, config.model_config(model.config.vocab_size))
     model.activation_checkpointing = config.activation_checkpointing
     model, forward = share(model.train(), config, world)
     rates = (config.learning_rate, config.embd_lr, config.head_lr)
@@ -477,14 +490,9 @@ def open_run(config: Config, world: World) -> Run:
     )
     run = Run(config, world, data, model, forward, optimizers, id=secrets.token_hex(4))
     if resume:
-        try:
-            run.step, run.best, run.id = saved["step"], saved["best"], saved["id"]
-            for optimizer, state in zip(optimizers, saved["optimizers"], strict=True):
-                restore(optimizer, state)
-        except KeyError as e:
-            raise RunError(
-                f"{path} has no state to resume from: to start from its weights, say --init_from={path}"
-            ) from e
+        run.step, run.best, run.id = saved["step"], saved["best"], saved["id"]
+        for optimizer, state in zip(optimizers, saved["optimizers"], strict=True):
+            restore(optimizer, state)
         before, now = schedule(saved["train_config"]), schedule(asdict(config))
         changes = [f"; {k} is {v}, was {before[k]}" for k, v in now.items() if v != before.get(k, v)]
         world.say(f"resumed at step {run.step}" + "".join(changes))

@@ -24,6 +24,11 @@ def make_model(dtype: torch.dtype = torch.float64, seed: int = 0, **config) -> G
     return model.to(dtype)
 
 
+# Where ours is another architecture, as far from the default as can be
+LLAMA = dict(mlp="swiglu", n_hidden=40, head_dim=10, qk_norm=False, embd_norm=False, norm_weight=True, softcap=0.0)
+QWEN = LLAMA | dict(qk_norm=True, qkv_bias=True, tie_embd=True, rope_scaling={"rope_type": "linear", "factor": 3.0})
+
+
 # Scripts run in processes of their own, forked from one that has imported PyTorch already: that is most of their time.
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(["torch", "torch._dynamo", "numpy", "tiktoken", "matplotlib.pyplot", "gpt"])
@@ -98,6 +103,17 @@ def dataset(tmp_path_factory) -> Path:
     for i in range(20):
         (text / f"{i:02}.txt").write_text("".join(f"def f{j}(x):\n    return x + {i * j}\n\n" for j in range(40)))
     run("data/text/prepare.py", "--input", text, "--out_dir", folder)
+    return folder
+
+
+def write_prepare(folder: Path, texts: Path) -> Path:
+    """A dataset of the files in texts that is still to be prepared."""
+    folder.mkdir()
+    (folder / "prepare.py").write_text(
+        f"import sys\nfrom pathlib import Path\nsys.path.insert(0, {str(ROOT / 'data')!r})\nimport common\n"
+        f"documents = [common.Document(path) for path in sorted(Path({str(texts)!r}).iterdir())]\n"
+        f"common.main(Path({str(folder)!r}), lambda _: documents, 0.2, 'others')\n"
+    )
     return folder
 
 

@@ -2,7 +2,7 @@ import itertools
 
 import pytest
 import torch
-from conftest import make_model
+from conftest import LLAMA, QWEN, make_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.profiler import ProfilerActivity, profile
@@ -15,9 +15,14 @@ def cache_for(model, batch_size, max_len=None) -> KVCache:
 
 
 @settings(max_examples=40, deadline=None)
-@given(cuts=st.lists(st.integers(1, 31)), n_kv_head=st.sampled_from([1, 2, 4]), seed=st.integers(0, 99))
-def test_any_way_to_cut_a_sequence_gives_the_uncached_logits(cuts, n_kv_head, seed):
-    model = make_model(seed=seed, n_kv_head=n_kv_head)
+@given(
+    cuts=st.lists(st.integers(1, 31)),
+    n_kv_head=st.sampled_from([1, 2, 4]),
+    switches=st.sampled_from([{}, LLAMA, QWEN]),
+    seed=st.integers(0, 99),
+)
+def test_any_way_to_cut_a_sequence_gives_the_uncached_logits(cuts, n_kv_head, switches, seed):
+    model = make_model(seed=seed, n_kv_head=n_kv_head, **switches)
     idx = torch.randint(61, (2, 32))
     cache, parts = cache_for(model, 2), []
     edges = [0, *sorted(set(cuts)), 32]

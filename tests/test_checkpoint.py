@@ -3,7 +3,7 @@ import random
 
 import pytest
 import torch
-from conftest import make_model
+from conftest import LLAMA, QWEN, make_model
 
 from gpt import GPT
 
@@ -24,6 +24,25 @@ def test_a_model_saved_and_loaded_is_the_same(tmp_path):
     assert not loaded.training and all(p.requires_grad for p in loaded.parameters())
     assert torch.equal(loaded(idx), model(idx))
     assert list(loaded.generate([1, 2, 3], 40)) == before
+
+
+@pytest.mark.parametrize("switches", [LLAMA, QWEN])
+def test_switches_are_saved(switches, tmp_path):
+    model = make_model(**switches)
+    model.save(tmp_path / "m.pt")
+    loaded, idx = GPT.load(tmp_path / "m.pt"), torch.randint(61, (2, 20))
+    assert loaded.config == model.config and torch.equal(loaded(idx), model(idx))
+
+
+def test_a_checkpoint_from_before_the_switches(tmp_path):
+    model = make_model(torch.float32)
+    model.save(tmp_path / "m.pt")
+    state = torch.load(tmp_path / "m.pt", weights_only=True)
+    keys = "sequence_len vocab_size n_layer n_head n_kv_head n_embd dropout softcap rope_base norm_eps"
+    state["config"] = {key: state["config"][key] for key in keys.split()}
+    torch.save(state, tmp_path / "old.pt")
+    loaded, idx = GPT.load(tmp_path / "old.pt"), torch.randint(61, (2, 20))
+    assert loaded.config == model.config and torch.equal(loaded(idx), model(idx))
 
 
 def test_load_in_another_dtype(tmp_path):

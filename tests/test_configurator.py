@@ -24,6 +24,7 @@ class Config(Base):
     compile: bool = False  # torch.compile
     top_p: float | None = None  # nucleus
     stop: tuple[str, ...] = ()  # where to end
+    scaling: dict | None = None  # {"factor": 2.0}
 
     def __post_init__(self):
         if self.n_layer > 1000:
@@ -74,6 +75,8 @@ def test_defaults_files_and_flags_apply_from_left_to_right(file):
         (["--stop=a", "--stop", "b c"], Config(stop=("a", "b c"))),
         (["--top_p=0.5"], Config(top_p=0.5)),
         (["--top_p=1"], Config(top_p=1.0)),
+        (["--scaling={'a': 'b', \"c\": 2.5, 'd': -1}"], Config(scaling={"a": "b", "c": 2.5, "d": -1})),
+        (["--scaling={}", "--scaling", "None"], Config()),
     ],
 )
 def test_flags(argv, expected):
@@ -91,9 +94,17 @@ learning_rate = -(6e-4 / n_kv_head)
 compile = True
 top_p = None
 stop = ("a", "b")
+scaling = {"kind": "linear", "factor": 2.0 * n_layer}
 '''
     config = parse(Config, [file(text)])
-    assert config == Config(n_layer=6, n_kv_head=3, learning_rate=-(6e-4 / 3), compile=True, stop=("a", "b"))
+    assert config == Config(
+        n_layer=6,
+        n_kv_head=3,
+        learning_rate=-(6e-4 / 3),
+        compile=True,
+        stop=("a", "b"),
+        scaling={"kind": "linear", "factor": 12.0},
+    )
 
 
 def test_flags_add_up_but_the_last_word_wins(file):
@@ -135,6 +146,12 @@ def test_flags_add_up_but_the_last_word_wins(file):
         ("stop = ('a', 1)", ("must be a tuple of str",)),
         ("n_layer = [1 for _ in (1,)]", ("neither",)),
         ("n_layer = f'{1}'", ("neither",)),
+        ("scaling = {'a': open('x')}", ("open('x')", "neither")),
+        ("scaling = {'a': 1, **scaling}", ("neither",)),
+        ("scaling = {x: 1}", ("neither",)),
+        ("scaling = {'a': 1e999}", ("sensible size",)),
+        ("scaling = 2", ("must be dict or None",)),
+        ("n_layer = {'a': 1}", ("must be int",)),
         ("n_layer = 1 if 1 else 2", ("neither",)),
         ("\0", ()),
     ],

@@ -6,13 +6,21 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, make_model
+from conftest import LLAMA, QWEN, ROOT, make_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import gpt
 from bench import as_transformers
 from gpt import GPT, GPTConfig, rope, rotate
+
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
 
 
 @pytest.mark.parametrize("n_kv_head", [None, 1, 2, 4])
@@ -28,11 +36,12 @@ def test_logits_equal_transformers(n_kv_head, softcap, rope_base):
     assert (ours - theirs).abs().max() < 1e-5
 
 
-def test_a_fresh_model_knows_nothing_and_each_block_is_the_identity():
-    config = GPTConfig(sequence_len=64, vocab_size=1000, n_layer=4, n_head=4, n_embd=64)
+@pytest.mark.parametrize("switches", [{}, LLAMA, QWEN])
+def test_a_fresh_model_knows_nothing_and_each_block_is_the_identity(switches):
+    config = GPTConfig(sequence_len=64, vocab_size=1000, n_layer=4, n_head=4, n_embd=64, **switches)
     model = GPT(config)
     idx = torch.randint(1000, (8, 64))
-    assert model(idx, idx).item() == pytest.approx(math.log(1000), rel=0.01)
+    assert model(idx, idx).item() == pytest.approx(math.log(1000), rel=0.02)
     assert torch.equal(model.hidden(idx), model.norm(model.embd_norm(model.wte(idx))))
 
 
@@ -57,14 +66,15 @@ def test_loss_reductions_and_ignored_targets():
     softcap=st.sampled_from([0.0, 1.5, 15.0]),
     ignored=st.floats(0, 0.9),
     frozen=st.sampled_from(["", "body", "head"]),
+    tie_embd=st.booleans(),
     seed=st.integers(0, 99),
 )
-def test_the_loss_in_chunks_is_that_of_all_logits(rows, softcap, ignored, frozen, seed):
+def test_the_loss_in_chunks_is_that_of_all_logits(rows, softcap, ignored, frozen, tie_embd, seed):
     """And so is every gradient; rows is how many of the 2 * 16 rows of logits there are at a time."""
-    model = make_model(seed=seed, softcap=softcap)
+    model = make_model(seed=seed, softcap=softcap, tie_embd=tie_embd)
     if frozen:
         model.requires_grad_(frozen == "head")
-        model.lm_head.requires_grad_(frozen == "body")
+        model.head_weight.requires_grad_(frozen == "body")
     idx, targets = torch.randint(61, (2, 2, 16))
     targets[torch.rand(2, 16) < ignored] = -1
     targets[0, 0] = 7
@@ -160,6 +170,19 @@ def test_dropout_acts_in_training_only():
     assert torch.equal(model(idx), model(idx))
 
 
+def test_stretched_positions_keep_the_fast_pairs_and_slow_the_others_down():
+    """Of an original context of 64 tokens, pairs that turn 4 times or more stay as they are, from one turn on all is
+    slowed down, and in between the slower a pair is, the more."""
+    config = GPTConfig(n_head=1, n_embd=64, rope_scaling=LLAMA3)
+    plain, slow = (
+        rope(torch.tensor([[1]]), c, torch.float64).angle()[0, 0, 0] for c in (GPTConfig(n_head=1, n_embd=64), config)
+    )
+    turns, ratio = plain * 64 / (2 * math.pi), plain / slow
+    assert (ratio[turns >= 4] == 1).all() and torch.allclose(ratio[turns <= 1], torch.tensor(8.0, dtype=torch.float64))
+    between = ratio[(turns < 4) & (turns > 1)]
+    assert len(between) > 3 and (between.diff() > 0).all() and 1 < between[0] < between[-1] < 8
+
+
 @pytest.mark.parametrize(
     "shape, words",
     [
@@ -169,6 +192,18 @@ def test_dropout_acts_in_training_only():
         (dict(n_layer=0), ("n_layer", "0")),
         (dict(dropout=1.0), ("dropout", "1.0")),
         (dict(softcap=-1.0), ("softcap", "-1.0")),
+        (dict(head_dim=7), ("7", "even")),
+        (dict(head_dim=0), ("head_dim", "0")),
+        (dict(n_hidden=0), ("n_hidden", "0")),
+        (dict(mlp="gelu"), ("relu2", "swiglu", "'gelu'")),
+        (dict(rope_scaling={}), ("linear", "llama3", "None")),
+        (dict(rope_scaling={"rope_type": "yarn", "factor": 2.0}), ("linear", "llama3", "'yarn'")),
+        (dict(rope_scaling={"rope_type": "linear"}), ("factor", "nothing")),
+        (dict(rope_scaling={"rope_type": "linear", "factor": 2.0, "beta": 1}), ("factor", "beta")),
+        (dict(rope_scaling={"rope_type": "linear", "factor": 0}), ("factor", "0")),
+        (dict(rope_scaling={"rope_type": "linear", "factor": "2"}), ("factor", "'2'")),
+        (dict(rope_scaling={"rope_type": "llama3", "factor": 2.0}), ("low_freq_factor",)),
+        (dict(rope_scaling=LLAMA3 | {"low_freq_factor": 4.0}), ("low_freq_factor 4.0", "high_freq_factor 4.0")),
     ],
 )
 def test_impossible_shapes_say_both_numbers(shape, words):
@@ -188,6 +223,14 @@ def test_num_params_flops_and_mfu():
     block = 16 * 16 * 2 + 16 * 8 * 2 + 2 * 16 * 64
     assert model.num_params() == 2 * block + 2 * 50 * 16
     assert model.flops_per_token() == 6 * (2 * block + 50 * 16) + 12 * 2 * 16 * 8
+    same = dict(sequence_len=8, vocab_size=50, n_layer=2, n_head=2, n_kv_head=1, n_embd=16)
+    model_2 = GPT(
+        GPTConfig(**same, head_dim=6, n_hidden=20, mlp="swiglu", norm_weight=True, qkv_bias=True, tie_embd=True)
+    )
+    gains, biases = 2 * (16 + 16 + 6 + 6) + 16 + 16, 2 * (12 + 6 + 6)
+    assert model_2.num_params() == 2 * (2 * 16 * 12 + 2 * 16 * 6 + 3 * 16 * 20) + 50 * 16 + gains + biases
+    assert model_2.flops_per_token() == 6 * model_2.num_params() + 12 * 2 * 12 * 8
+    assert len([name for name in model_2.state_dict() if "wte" in name or "lm_head" in name]) == 1
     assert model.estimate_mfu(1000, model.flops_per_token() * 2000) == pytest.approx(0.5)
 
 

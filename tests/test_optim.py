@@ -1,12 +1,13 @@
 import pytest
 import torch
-from conftest import make_model
+from conftest import LLAMA, QWEN, make_model
 
 from gpt import Muon, orthogonalize
 
 
-def test_every_parameter_is_in_exactly_one_group():
-    model = make_model()
+@pytest.mark.parametrize("switches", [{}, LLAMA, QWEN])
+def test_every_parameter_is_in_exactly_one_group(switches):
+    model = make_model(**switches)
     grouped = [p for o in model.configure_optimizers() for group in o.param_groups for p in group["params"]]
     assert sorted(map(id, grouped)) == sorted(map(id, model.parameters()))
 
@@ -21,6 +22,13 @@ def test_rates_go_where_they_belong():
     assert all(rates[id(p)] == 0.1 for p in model.h.parameters())
     assert all((g["weight_decay"], g["momentum"]) == (0.4, 0.7) for g in muon.param_groups)
     assert all(g["betas"] == (0.5, 0.6) for g in adamw.param_groups)
+
+
+def test_gains_biases_and_a_tied_embedding_move_at_the_rate_of_the_head():
+    model = make_model(**QWEN)
+    muon, adamw = model.configure_optimizers(0.1, embd_lr=0.2, head_lr=0.3)
+    assert all(p.ndim == 2 for group in muon.param_groups for p in group["params"])
+    assert {group["initial_lr"] for group in adamw.param_groups} == {0.3} and len(adamw.param_groups) == 2
 
 
 @pytest.mark.parametrize("shape", [(3, 16, 16), (2, 8, 40), (2, 40, 8), (1, 1, 5)])
@@ -73,8 +81,9 @@ def test_a_parameter_without_a_gradient_stays():
     assert torch.equal(q, torch.ones(2, 3)) and not torch.equal(p, torch.ones(2, 3))
 
 
-def test_the_model_learns_a_batch_by_heart():
-    model = make_model(torch.float32, sequence_len=16)
+@pytest.mark.parametrize("switches", [{}, LLAMA, QWEN])
+def test_the_model_learns_a_batch_by_heart(switches):
+    model = make_model(torch.float32, sequence_len=16, **switches)
     model.init_weights()
     optimizers = model.configure_optimizers()
     idx = torch.randint(61, (8, 17))

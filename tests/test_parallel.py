@@ -84,6 +84,17 @@ def test_processes_share_one_run(alone, dataset, tmp_path, n, extra):
     assert_same_run(alone, tmp_path)
 
 
+def test_shards_of_another_architecture_with_a_tied_embedding(dataset, tmp_path):
+    """The head's gradient and the embedding's come together in one sharded table; gains are shards too."""
+    flags = [*STEPS, "--max_iters=10", f"--dataset={dataset}", "--tie_embd", "--mlp=swiglu", "--softcap=0"]
+    flags += ["--norm_weight", "--embd_norm=False", "--head_lr=0.02"]
+    for n, extra in ((1, []), (2, ["--shard"])):
+        for done in together(n, *flags, f"--out_dir={tmp_path / str(n)}", *extra):
+            assert done.returncode == 0, done.stderr
+    assert_same_run(tmp_path / "1", tmp_path / "2")
+    assert records(tmp_path / "1")[-1]["val_loss"] < records(tmp_path / "1")[0]["val_loss"] - 0.5
+
+
 def test_a_run_may_be_resumed_by_more_processes_and_in_shards_and_alone_again(alone, dataset, tmp_path):
     """A checkpoint is a whole one, whoever wrote it: one process, two with a shard each, two, and one again."""
     last = alone

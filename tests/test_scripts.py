@@ -8,7 +8,7 @@ import time
 
 import pytest
 import torch
-from conftest import ROOT, SMALL, error, run
+from conftest import ROOT, SMALL, error, run, write_prepare
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import configurator
@@ -164,19 +164,13 @@ def test_a_missing_dataset_is_prepared(tmp_path):
 
 def test_a_dataset_is_prepared_with_the_tokenizer_of_the_checkpoint(dataset, tmp_path):
     """A missing one; one that is there with another tokenizer is an error, before anything is written."""
-    bpe, other = tmp_path / "bpe", tmp_path / "other"
+    bpe, other = tmp_path / "bpe", write_prepare(tmp_path / "other", dataset / "text")
     run("data/text/prepare.py", "--input", dataset / "text", "--out_dir", bpe, "--tokenizer=bpe:300")
     flags = [*SMALL, "--max_iters=2", "--sample_tokens=0"]
     run("train.py", *flags, f"--dataset={bpe}", f"--out_dir={tmp_path / 'a'}")
     flags += [f"--init_from={tmp_path / 'a' / 'best.pt'}", f"--out_dir={tmp_path / 'b'}"]
     line = error("train.py", *flags, f"--dataset={dataset}")
     assert "another tokenizer" in line and not (tmp_path / "b" / "ckpt.pt").exists()
-    other.mkdir()
-    (other / "prepare.py").write_text(
-        f"import sys\nfrom pathlib import Path\nsys.path.insert(0, {str(ROOT / 'data')!r})\nimport common\n"
-        f"documents = [common.Document(path) for path in sorted(Path({str(dataset / 'text')!r}).iterdir())]\n"
-        f"common.main(Path({str(other)!r}), lambda _: documents, 0.2, 'others')\n"
-    )
     run("train.py", *flags, f"--dataset={other}")
     [of_data, of_model] = [
         json.loads((other / "meta.json").read_text()),

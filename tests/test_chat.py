@@ -1,0 +1,206 @@
+"""sample.py with a model that has a chat template, and with one straight from its folder."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, make_model, run
+from test_hf_tokenizer import CHATML, write_folder
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+import configurator
+import hf
+import sample
+from gpt import GPT, KVCache
+from sample import Config
+from tokenizer import Tokenizer
+
+# What was thought is left out of the past, as Qwen 3's template does
+FORGETFUL = CHATML.replace("message['content']", "(message['content'] if loop.last else message['content'][3:])")
+
+
+def checkpoint(path: Path, family: str = "smollm2", sequence_len: int = 512, **said) -> Path:
+    """A checkpoint of a random model, in float64 so that rounding changes no choice, with that tokenizer."""
+    tokenizer = hf.load_tokenizer(write_folder(path.parent / family, family, **said))
+    model = make_model(vocab_size=tokenizer.vocab_size, sequence_len=sequence_len)
+    model.save(path, tokenizer=tokenizer.to_dict(), step=0)
+    return path
+
+
+@pytest.fixture(scope="module")
+def chatty(tmp_path_factory) -> Path:
+    return checkpoint(tmp_path_factory.mktemp("chatty") / "best.pt", chat_template=CHATML)
+
+
+@pytest.fixture
+def here(monkeypatch, capsys):
+    """sample.py in this process, with lines on standard input: its exit status, stdout and stderr."""
+
+    def here(*args, lines: tuple[str, ...] = ()) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["sample.py", *map(str, args)])
+        waiting = iter(lines)
+        monkeypatch.setattr("builtins.input", lambda _: next(waiting, None) or (_ for _ in ()).throw(EOFError))
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as e:
+            configurator.run(sample.main)
+        return e.value.code, *capsys.readouterr()
+
+    return here
+
+
+def answer(model: GPT, tokenizer: Tokenizer, messages: list[dict[str, str]], max_tokens: int) -> str:
+    """What the model says next, from the whole conversation and without a cache across turns."""
+    ids = list(
+        model.generate(tokenizer.encode_chat(messages), max_tokens, temperature=0, stop_tokens=tokenizer.eos_tokens)
+    )
+    return tokenizer.decode([i for i in ids if i not in tokenizer.eos_tokens])
+
+
+@pytest.mark.parametrize("template, sequence_len", [(CHATML, 512), (FORGETFUL, 512), (CHATML, 90)])
+def test_a_conversation_is_what_each_turn_gives_alone_and_reads_only_what_is_new(
+    tmp_path, here, template, sequence_len, monkeypatch
+):
+    path = checkpoint(tmp_path / "best.pt", sequence_len=sequence_len, chat_template=template)
+    model, extra = GPT.load_checkpoint(path)
+    tokenizer = Tokenizer.from_dict(extra["tokenizer"])
+    system, turns = "Answer in one word. " * 4, ("Hello", "What is 2+2?", "And <|im_end|>3?")
+    messages, said, longest = [{"role": "system", "content": system}], "", 0
+    for turn in turns:
+        messages.append({"role": "user", "content": turn})
+        longest = len(tokenizer.encode_chat(messages))
+        messages.append({"role": "assistant", "content": answer(model, tokenizer, messages, 10)})
+        said += messages[-1]["content"] + "\n"
+
+    read = []
+    hidden = GPT.hidden
+    monkeypatch.setattr(GPT, "hidden", lambda self, idx, *rest: read.append(idx.numel()) or hidden(self, idx, *rest))
+    flags = ["--interactive", "--chat", f"--system={system}", "--temperature=0", "--max_tokens=10"]
+    status, out, err = here(f"--ckpt={path}", *flags, lines=turns)
+    assert status == 0 and out == said + "\n"
+    if sequence_len == 512:
+        generated = sum(len(tokenizer.encode(message["content"])) for message in messages[2::2])
+        assert sum(read) <= longest + 2 * (generated + 30), "an answer is read twice at most: as it came, and rendered"
+    else:
+        assert longest > sequence_len and f"the model reads the last {sequence_len}" in err
+
+
+def test_one_message(chatty, here):
+    model, extra = GPT.load_checkpoint(chatty)
+    tokenizer = Tokenizer.from_dict(extra["tokenizer"])
+    messages = [{"role": "user", "content": "Hi"}]
+    flags = [f"--ckpt={chatty}", "--chat", "--prompt=Hi", "--temperature=0", "--max_tokens=20"]
+    said = answer(model, tokenizer, messages, 20)
+    assert here(*flags)[1] == said + "\n"
+    record = json.loads(here(*flags, "--json")[1])
+    assert (record["prompt"], record["text"]) == ("Hi", said)
+    assert here(*flags, "--num_samples=2")[1] == f"{said}\n---\n{said}\n"
+    messages.insert(0, {"role": "system", "content": "Be brief"})
+    assert here(*flags, "--system=Be brief")[1] == answer(model, tokenizer, messages, 20) + "\n"
+
+
+def test_a_cache_keeps_what_the_conversations_have_in_common():
+    model = make_model()
+    for held, tokens, rest in (
+        ([1, 2, 3], [1, 2, 3, 4], [4]),
+        ([1, 2, 3], [1, 2, 4, 5], [4, 5]),
+        ([1, 2, 3], [1, 2, 3], [3]),
+        ([1, 2, 3], [1, 2], [2]),
+        ([], [1, 2], [1, 2]),
+    ):
+        cache = KVCache(model.config, 1, 8, dtype=model.dtype)
+        if held:
+            model(torch.tensor([held]), kv_cache=cache)
+        assert sample.skip_what_is_held(cache, tokens) == rest
+        assert [*cache.tokens()[0], *rest] == tokens
+
+
+def test_each_of_the_tokens_that_end_a_text_ends_it(tmp_path, here):
+    path = checkpoint(tmp_path / "best.pt")
+    model, extra = GPT.load_checkpoint(path)
+    first = next(model.generate(Tokenizer.from_dict(extra["tokenizer"]).encode_prompt("a"), 1, temperature=0))
+    extra["tokenizer"]["eos_tokens"] = [0, first]
+    model.save(path, **extra)
+    status, out, err = here(f"--ckpt={path}", "--prompt=a", "--temperature=0")
+    assert (status, out) == (0, "a\n") and "1 tokens" in err and "stop" in err
+
+
+def test_a_prompt_and_what_follows_it_are_joined_as_the_tokenizer_would(tmp_path, here):
+    """With SentencePiece a word brings its space along: the first one after the prompt keeps it."""
+    path = checkpoint(tmp_path / "best.pt", "metaspace")
+    model, extra = GPT.load_checkpoint(path)
+    tokenizer = Tokenizer.from_dict(extra["tokenizer"])
+    word = next(i for i, text in tokenizer.tokens.items() if text.startswith("▁") and text[1:].isalpha())
+    model.lm_head.weight.data.zero_()
+    model.lm_head.weight.data[word] = model.hidden(torch.tensor([tokenizer.encode_prompt("some")]))[0, -1]
+    model.save(path, **extra)
+    text = tokenizer.decode([*tokenizer.encode_prompt("some"), word])
+    assert text.startswith("<s> some ")
+    assert "<s> " + here(f"--ckpt={path}", "--prompt=some", "--temperature=0", "--max_tokens=1")[1] == text + "\n"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """A small Llama as transformers saves it, with a tokenizer."""
+    path = write_folder(tmp_path_factory.mktemp("llama"), "smollm2", chat_template=CHATML)
+    torch.manual_seed(0)
+    n = hf.load_tokenizer(path).vocab_size
+    sizes = dict(vocab_size=n, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)
+    config = LlamaConfig(**sizes, num_key_value_heads=2, bos_token_id=1, eos_token_id=2, initializer_range=0.3)
+    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(path)
+    return path
+
+
+def test_an_open_model_says_what_it_says_in_transformers(folder, here):
+    auto, theirs = AutoTokenizer.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(folder).float().eval()
+    messages = [{"role": "user", "content": "Hello there"}]
+    ids = auto.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=False)
+    out = theirs.generate(ids, max_new_tokens=20, do_sample=False, pad_token_id=0)[0, ids.size(1) :].tolist()
+    flags = [f"--init_from=hf:{folder}", "--dtype=float32", "--temperature=0", "--max_tokens=20"]
+    said = hf.load_tokenizer(folder).decode(i for i in out if i != 2)
+    assert here(*flags, "--chat", "--prompt=Hello there")[1] == said + "\n"
+
+
+@pytest.mark.parametrize("dtype, expected", [("auto", "bfloat16"), ("float32", "float32"), ("bfloat16", "bfloat16")])
+def test_dtype(folder, chatty, dtype, expected):
+    model, tokenizer, source = sample.load(Config(init_from=f"hf:{folder}", dtype=dtype))
+    assert model.dtype == getattr(torch, expected) and tokenizer.chat_template and str(folder) in source
+    expected = "float64" if dtype == "auto" else dtype
+    assert sample.load(Config(ckpt=str(chatty), dtype=dtype))[0].dtype == getattr(torch, expected)
+
+
+def test_what_is_wrong_is_one_line(chatty, folder, tmp_path, here):
+    refuses = checkpoint(tmp_path / "refuses.pt", chat_template="{{ raise_exception('no system message') }}")
+    plain = tmp_path / "plain.pt"
+    make_model(vocab_size=257).save(plain, tokenizer=Tokenizer.from_spec("bytes").to_dict())
+    (tmp_path / "empty").mkdir()
+    good = f"--ckpt={chatty}"
+    for flags, words in (
+        ([f"--ckpt={plain}", "--chat"], "bytes has no chat template"),
+        ([f"--ckpt={plain}", "--chat", "--interactive"], "bytes has no chat template"),
+        ([f"--ckpt={refuses}", "--chat"], "no system message"),
+        ([good, "--system=x"], "--chat"),
+        ([good, f"--init_from=hf:{folder}"], "--ckpt and --init_from"),
+        (["--init_from=gpt2"], "hf:"),
+        ([good, "--dtype=float16"], "float16"),
+        ([f"--init_from=hf:{tmp_path / 'empty'}"], "config.json"),
+        ([f"--init_from=hf:{tmp_path / 'none'}"], "none"),
+    ):
+        status, _, err = here(*flags)
+        lines = err.splitlines()
+        assert status == 2 and len(lines) == 1 and lines[0].startswith("error: ") and words in lines[0], err
+
+
+def test_nothing_of_this_is_imported_without_being_asked_for(tmp_path):
+    path = tmp_path / "best.pt"
+    make_model(vocab_size=257).save(path, tokenizer=Tokenizer.from_spec("bytes").to_dict())
+    code = f"""
+import sys
+sys.path.insert(0, {str(ROOT)!r})
+sys.argv = ["sample.py", "--ckpt", {str(path)!r}, "--max_tokens=3"]
+import sample
+sample.main()
+assert not {{"hf", "tokenizers", "jinja2", "safetensors"}} & set(sys.modules), set(sys.modules)
+"""
+    run("-c", code, cwd=tmp_path)  # a process of its own, where nothing has been imported

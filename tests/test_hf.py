@@ -1,0 +1,541 @@
+"""Open models: `transformers` is the oracle. Their tokenizers are in test_hf_tokenizer.py."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import fields, replace
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from conftest import ROOT, error, make_model, run, write_prepare
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+import configurator
+import hf
+from gpt import GPT, GPTConfig
+from tokenizer import Tokenizer
+
+transformers.logging.set_verbosity_error()
+transformers.logging.disable_progress_bar()
+
+LLAMA3 = dict(rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0)
+SHAPE = dict(
+    hidden_size=32, intermediate_size=56, num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=400
+)
+MODELS = {
+    "llama": dict(vocab_size=101, num_key_value_heads=4),
+    "llama-gqa-3": dict(
+        vocab_size=131,
+        num_key_value_heads=2,
+        rms_norm_eps=1e-5,
+        rope_parameters=LLAMA3 | dict(original_max_position_embeddings=64, rope_theta=5e5),
+    ),
+    "llama-tied-linear": dict(
+        vocab_size=64,
+        num_key_value_heads=1,
+        tie_word_embeddings=True,
+        head_dim=14,
+        rope_parameters=dict(rope_type="linear", factor=2.5, rope_theta=1e4),
+    ),
+    "mistral": dict(vocab_size=101, num_key_value_heads=4, sliding_window=None),
+    "mistral-gqa": dict(vocab_size=97, num_key_value_heads=2, sliding_window=None, head_dim=12, hidden_size=40),
+    "mistral-odd": dict(
+        vocab_size=63, num_attention_heads=3, num_key_value_heads=1, head_dim=6, sliding_window=None, hidden_size=31
+    ),
+    "qwen2": dict(vocab_size=101, num_key_value_heads=4),
+    "qwen2-tied-gqa": dict(vocab_size=97, num_key_value_heads=2, tie_word_embeddings=True, rms_norm_eps=1e-5),
+    "qwen2-heads": dict(
+        vocab_size=63, num_key_value_heads=1, head_dim=14, rope_parameters=dict(rope_type="default", rope_theta=1e6)
+    ),
+    "qwen3": dict(vocab_size=101, num_key_value_heads=4, head_dim=8),
+    "qwen3-tied-gqa": dict(vocab_size=97, num_key_value_heads=2, head_dim=20, tie_word_embeddings=True),
+    "qwen3-linear": dict(
+        vocab_size=63,
+        num_key_value_heads=1,
+        head_dim=6,
+        rope_parameters=dict(rope_type="linear", factor=4.0, rope_theta=1e6),
+    ),
+    "nanochat": dict(vocab_size=101, num_key_value_heads=4),
+    "nanochat-gqa": dict(vocab_size=97, num_key_value_heads=2, final_logit_softcapping=3.0, rms_norm_eps=1e-5),
+    "nanochat-tied": dict(
+        vocab_size=63, num_key_value_heads=1, tie_word_embeddings=True, final_logit_softcapping=None, head_dim=10
+    ),
+}
+
+
+def make_theirs(name: str = "llama", **keys):
+    """A small model of theirs whose weights, gains and biases are all random."""
+    torch.manual_seed(len(name))
+    config = AutoConfig.for_model(
+        name.split("-")[0], **SHAPE | MODELS[name] | keys, bos_token_id=None, eos_token_id=None, pad_token_id=0
+    )
+    theirs = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    for parameter in theirs.parameters():
+        parameter.data.normal_(1.0 if parameter.ndim == 1 else 0.0, 0.3)
+    return theirs
+
+
+def write(theirs, folder: Path, **how) -> Path:
+    """The folder that they would write, with a tokenizer of bytes."""
+    theirs.save_pretrained(folder, **how)
+    hf.save_tokenizer(Tokenizer.from_spec("bytes"), folder)
+    return folder
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def both(request, tmp_path_factory):
+    theirs = make_theirs(request.param)
+    folder = write(theirs, tmp_path_factory.mktemp(request.param))
+    return theirs, hf.load(folder)[0], folder
+
+
+@torch.no_grad()
+def test_logits_are_those_of_transformers(both):
+    theirs, ours, _ = both
+    for T in (1, 2, 65, 300):
+        idx = torch.randint(ours.config.vocab_size, (2, T))
+        expected = theirs(idx).logits
+        assert expected.std() > 0.5
+        assert (ours(idx) - expected).abs().max() < 1e-4
+
+
+@torch.no_grad()
+def test_greedy_tokens_are_those_of_transformers(both):
+    theirs, ours, _ = both
+    torch.manual_seed(0)
+    prompt = torch.randint(1, ours.config.vocab_size, (1, 9))  # 0 is padding to them
+    expected = theirs.generate(prompt, max_new_tokens=64, do_sample=False)[0, 9:].tolist()
+    assert len(set(expected)) > 3
+    assert list(ours.generate(prompt[0].tolist(), 64, temperature=0)) == expected
+
+
+def test_what_comes_in_goes_out_with_the_same_bits(both, tmp_path):
+    theirs, ours, folder = both
+    _, tokenizer = hf.load(folder)
+    hf.save(ours, tokenizer, tmp_path / "out")
+    before, after = (load_file(f / "model.safetensors") for f in (folder, tmp_path / "out"))
+    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+    config = AutoConfig.from_pretrained(tmp_path / "out")
+    assert config.model_type in (theirs.config.model_type, "llama")  # a Mistral without its window is a Llama
+    for key in (*hf.KEYS, *hf.FAMILIES[config.model_type].keys, "hidden_act", "rope_parameters"):
+        expected = getattr(theirs.config, key, None)
+        if key == "head_dim" and expected is None:
+            expected = config.hidden_size // config.num_attention_heads
+        assert getattr(config, key) == expected, key
+    assert hf.load(tmp_path / "out")[0].config == ours.config
+
+
+# -----------------------------------------------------------------------------
+# Out
+
+
+@pytest.mark.parametrize(
+    "model_type, switches",
+    [
+        ("nanochat", dict()),
+        ("nanochat", dict(n_hidden=40, head_dim=6, softcap=0.0, tie_embd=True)),
+        ("llama", hf.LLAMA | dict(rope_scaling=LLAMA3 | dict(original_max_position_embeddings=20))),
+        ("mistral", hf.LLAMA | dict(n_embd=30, head_dim=10)),  # a LlamaConfig takes no n_embd like this
+        ("qwen2", hf.FAMILIES["qwen2"].switches | dict(n_kv_head=None)),
+        ("qwen3", hf.FAMILIES["qwen3"].switches | dict(rope_base=1e6, head_dim=12)),
+    ],
+)
+@torch.no_grad()
+def test_a_model_of_ours_opens_in_transformers(model_type, switches, tmp_path):
+    ours = make_model(torch.float32, sequence_len=100, vocab_size=257, **switches)
+    for parameter in ours.parameters():
+        parameter *= 0.7
+    tokenizer = Tokenizer.from_spec("bytes")
+    hf.save(ours, tokenizer, tmp_path / "a" / "model")
+    assert [path.name for path in (tmp_path / "a").iterdir()] == ["model"]
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "a" / "model")
+    assert theirs.config.model_type == model_type and theirs.dtype == torch.float32
+    eos = AutoTokenizer.from_pretrained(tmp_path / "a" / "model").eos_token_id
+    assert theirs.config.eos_token_id == eos == tokenizer.eot
+    idx = torch.randint(256, (2, 100))
+    assert (ours(idx) - theirs(idx).logits).abs().max() < 1e-4
+    expected = theirs.generate(idx[:1, :9], max_new_tokens=64, do_sample=False)[0, 9:].tolist()
+    assert len(set(expected)) > 2
+    assert list(ours.generate(idx[0, :9].tolist(), 64, temperature=0, stop_tokens=[tokenizer.eot])) == expected
+    again, _ = hf.load(tmp_path / "a" / "model")
+    assert again.config == ours.config and torch.equal(again(idx), ours(idx))
+
+
+@pytest.mark.parametrize(
+    "switches, words",
+    [
+        (dict(embd_norm=False), ("nanochat", "embd_norm=False")),
+        (hf.LLAMA | dict(softcap=15.0), ("llama", "softcap=15.0")),
+        (hf.LLAMA | dict(mlp="relu2"), ("llama", "mlp='relu2'")),
+        (hf.LLAMA | dict(qk_norm=True, qkv_bias=True), ("qwen2", "qk_norm=True")),
+        (dict(qkv_bias=True), ("nanochat", "qkv_bias=True")),
+    ],
+)
+def test_a_model_that_transformers_has_not_stays_here(switches, words, tmp_path):
+    with pytest.raises(ValueError) as e:
+        hf.save(make_model(torch.float32, **switches), Tokenizer.from_spec("bytes"), tmp_path / "out")
+    assert all(word in str(e.value) for word in words), str(e.value)
+    assert not list(tmp_path.iterdir())
+
+
+def test_every_field_of_our_config_has_its_place_in_theirs():
+    """What is new in GPTConfig has to be thought of in hf.py; dropout is for training alone."""
+    for family in hf.FAMILIES.values():
+        places = [*hf.KEYS.values(), *family.keys.values(), *family.switches, "rope_base", "rope_scaling", "dropout"]
+        assert sorted(places) == sorted(field.name for field in fields(GPTConfig))
+
+
+def test_nothing_is_written_over_and_nothing_half(tmp_path, monkeypatch):
+    model, tokenizer = make_model(torch.float32), Tokenizer.from_spec("bytes")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "thesis.txt").write_text("a")
+    (tmp_path / "file").write_text("b")
+    for name in ("full", "file"):
+        with pytest.raises(FileExistsError, match=name):
+            hf.save(model, tokenizer, tmp_path / name)
+    (tmp_path / "empty").mkdir()
+    hf.save(model, tokenizer, tmp_path / "empty")
+    assert (tmp_path / "empty" / "config.json").exists()
+    unsayable = replace(model.config)
+    unsayable.rope_base = {1j}  # JSON has no such thing: the failure comes after the tokenizer was written
+    monkeypatch.setattr(model, "config", unsayable)
+    with pytest.raises(TypeError):
+        hf.save(model, tokenizer, tmp_path / "new")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "file", "full"]
+
+
+# -----------------------------------------------------------------------------
+# What is refused
+
+
+YARN = dict(rope_type="yarn", factor=4.0, original_max_position_embeddings=64)
+
+
+@pytest.mark.parametrize(
+    "name, keys, words",
+    [
+        ("llama", dict(model_type="gemma2"), ("'gemma2'", "llama, mistral")),
+        ("llama", dict(model_type=None), ("None",)),
+        ("llama", dict(model_type=["llama"]), ("['llama']",)),
+        ("mistral", dict(model_type="mixtral"), ("'mixtral'",)),
+        ("llama", dict(hidden_act="gelu"), ("hidden_act", "'gelu'", "'silu'")),
+        ("llama", dict(attention_bias=True), ("attention_bias",)),
+        ("llama", dict(mlp_bias=True), ("mlp_bias",)),
+        ("llama", dict(sliding_window=64), ("sliding_window", "64")),
+        ("llama", dict(is_causal=False), ("is_causal",)),
+        ("llama", dict(quantization_config={"quant_method": "gptq"}), ("quantization_config", "gptq")),
+        ("llama", dict(auto_map={"AutoModelForCausalLM": "mine.Mine"}), ("auto_map",)),
+        ("llama", dict(partial_rotary_factor=0.5), ("partial_rotary_factor",)),
+        ("llama", dict(rope_scaling=YARN), ("'yarn'",)),
+        ("llama", dict(rope_parameters=YARN), ("'yarn'",)),
+        ("llama", dict(rope_scaling=dict(type="dynamic", factor=2.0)), ("'dynamic'",)),
+        ("llama", dict(rope_parameters=dict(rope_type="default", partial_rotary_factor=0.5)), ("'default'",)),
+        ("llama", dict(rope_parameters=LLAMA3), ("original_max_position_embeddings",)),
+        ("llama", dict(rope_parameters=dict(full_attention=dict(rope_type="default"))), ("'default'",)),
+        ("llama", dict(rope_parameters="linear"), ("'linear'",)),
+        ("llama", dict(layer_types=["full_attention", "sliding_attention"]), ("layer_types", "sliding_attention")),
+        ("llama", dict(hidden_size="32"), ("hidden_size", "'32'")),
+        ("llama", dict(hidden_size=32.5), ("hidden_size", "32.5")),
+        ("llama", dict(num_hidden_layers=0), ("n_layer", "0")),
+        ("llama", dict(num_key_value_heads=3), ("n_head 4", "n_kv_head 3")),
+        ("llama", dict(vocab_size=None), ("vocab_size",)),
+        ("mistral", dict(sliding_window=64), ("sliding_window", "64")),
+        ("qwen2", dict(use_sliding_window=True), ("use_sliding_window",)),
+        ("qwen2", dict(layer_types=["sliding_attention"] * 2), ("layer_types",)),
+        ("qwen3", dict(attention_bias=True), ("attention_bias",)),
+        ("nanochat", dict(hidden_act="gelu"), ("hidden_act", "'gelu'", "'relu2'")),
+        ("nanochat", dict(attention_bias=True), ("attention_bias",)),
+    ],
+)
+def test_what_ours_cannot_be_exactly_is_refused_by_name(name, keys, words):
+    said = AutoConfig.for_model(name, **SHAPE | MODELS[name]).to_dict()
+    hf.to_gpt_config(said)
+    if "rope_scaling" in keys:
+        del said["rope_parameters"]
+    with pytest.raises(ValueError) as e:
+        hf.to_gpt_config(said | keys)
+    assert all(word in str(e.value) for word in words), str(e.value)
+
+
+def test_what_a_config_leaves_out_is_what_transformers_takes_it_for():
+    for model_type in hf.FAMILIES:
+        said = SHAPE | dict(model_type=model_type, vocab_size=64, num_attention_heads=32, hidden_size=4096)
+        said |= dict(sliding_window=None) if model_type == "mistral" else {}
+        theirs = AutoConfig.for_model(**said)
+        ours = hf.to_gpt_config(said)
+        for key, field in (hf.KEYS | hf.FAMILIES[model_type].keys).items():
+            assert getattr(ours, field) == getattr(theirs, key, 128), (model_type, key)
+        assert ours.rope_base == theirs.rope_parameters["rope_theta"] and ours.rope_scaling is None
+    with pytest.raises(ValueError, match="sliding_window is 4096"):
+        hf.to_gpt_config(SHAPE | dict(model_type="mistral", vocab_size=64))
+
+
+@pytest.mark.parametrize(
+    "older",
+    [
+        dict(rope_theta=500000, rope_scaling=None),
+        dict(rope_scaling=dict(type="linear", factor=2.0)),
+        dict(rope_theta=5e5, rope_scaling=LLAMA3 | dict(original_max_position_embeddings=64)),
+        dict(rope_parameters=dict(rope_theta=5e5), rope_theta=7.0),
+        dict(rope_parameters=dict(rope_type="linear", factor=2, partial_rotary_factor=1.0)),
+    ],
+)
+def test_rotary_positions_in_the_keys_of_older_and_newer_configs(older):
+    said = SHAPE | dict(model_type="llama", vocab_size=64) | older
+    theirs = AutoConfig.for_model(**json.loads(json.dumps(said))).rope_parameters
+    ours = hf.to_gpt_config(said)
+    assert ours.rope_base == theirs["rope_theta"]
+    assert (ours.rope_scaling or {"rope_type": "default"}) == {
+        key: value for key, value in theirs.items() if key not in ("rope_theta", "type", "partial_rotary_factor")
+    }
+
+
+# -----------------------------------------------------------------------------
+# What is damaged
+
+
+@pytest.fixture(scope="module")
+def good(tmp_path_factory):
+    """A folder in several shards, and one in a single file."""
+    theirs = make_theirs("llama")
+    folder = tmp_path_factory.mktemp("good")
+    write(theirs, folder / "shards", max_shard_size="20KB")
+    write(theirs, folder / "whole")
+    return folder
+
+
+def test_shards_are_the_same_model(good):
+    assert len(list((good / "shards").glob("model-*.safetensors"))) > 2
+    a, b = (hf.load(good / name)[0].state_dict() for name in ("shards", "whole"))
+    assert all(torch.equal(a[name], b[name]) for name in a | b)
+
+
+def edit_json(path: Path, **keys) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | keys))
+
+
+def edit_index(folder: Path, **files) -> None:
+    path = folder / "model.safetensors.index.json"
+    index = json.loads(path.read_text())
+    path.write_text(json.dumps(index | {"weight_map": index["weight_map"] | files}))
+
+
+def edit_tensors(folder: Path, edit) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    edit(tensors)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def swap(a: Path, b: Path) -> None:
+    was = a.read_bytes()
+    a.write_bytes(b.read_bytes())
+    b.write_bytes(was)
+
+
+HEAD, Q = "lm_head.weight", "model.layers.0.self_attn.q_proj.weight"
+
+
+@pytest.mark.parametrize(
+    "kind, damage, words",
+    [
+        ("whole", lambda f: edit_tensors(f, lambda t: t.pop(Q)), ("missing", Q)),
+        ("whole", lambda f: edit_tensors(f, lambda t: t.update(extra=torch.ones(1))), ("no place", "extra")),
+        ("whole", lambda f: edit_tensors(f, lambda t: t.update({Q: t[Q][:8]})), (Q, "(8, 32)", "(32, 32)")),
+        ("whole", lambda f: edit_tensors(f, lambda t: t.update({Q: t[Q].to(torch.int8)})), (Q, "I8", "F32")),
+        ("whole", lambda f: edit_json(f / "config.json", num_hidden_layers=3), ("missing", "layers.2.")),
+        ("whole", lambda f: edit_json(f / "config.json", num_hidden_layers=1), ("no place", "layers.1.")),
+        ("whole", lambda f: edit_json(f / "config.json", tie_word_embeddings=True), ("tie_word_embeddings", HEAD)),
+        ("whole", lambda f: edit_json(f / "config.json", model_type="qwen3"), ("missing", "q_norm")),
+        ("whole", lambda f: edit_json(f / "config.json", hidden_size=64), ("(101, 32)", "(101, 64)")),
+        ("whole", lambda f: (f / "config.json").write_text("{not json"), ("config.json",)),
+        ("whole", lambda f: (f / "config.json").write_text("[1]"), ("config.json",)),
+        ("whole", lambda f: (f / "config.json").write_bytes(b"\xff\xfe\x00"), ("config.json",)),
+        ("whole", lambda f: (f / "config.json").unlink(), ("config.json",)),
+        ("whole", lambda f: (f / "tokenizer.json").unlink(), ("tokenizer.json",)),
+        ("whole", lambda f: (f / "model.safetensors").write_bytes(b""), ("model.safetensors", "damaged")),
+        ("whole", lambda f: (f / "model.safetensors").write_bytes(b"x" * 99), ("model.safetensors", "damaged")),
+        ("whole", lambda f: os.truncate(f / "model.safetensors", 9000), ("model.safetensors", "damaged")),
+        ("whole", lambda f: (f / "model.safetensors").rename(f / "pytorch_model.bin"), ("pytorch_model.bin", "pickle")),
+        ("shards", lambda f: (f / "model.safetensors.index.json").unlink(), ("no model.safetensors",)),
+        ("shards", lambda f: (f / "model.safetensors.index.json").write_text("{}"), ("weight_map",)),
+        ("shards", lambda f: edit_index(f, **{Q: "../whole/model.safetensors"}), ("../whole",)),
+        ("shards", lambda f: edit_index(f, **{Q: "/etc/passwd"}), ("/etc/passwd",)),
+        ("shards", lambda f: edit_index(f, **{Q: ".."}), ("'..'",)),
+        ("shards", lambda f: edit_index(f, **{Q: "pytorch_model.bin"}), ("pytorch_model.bin",)),
+        ("shards", lambda f: edit_index(f, **{Q: 3}), ("3",)),
+        ("shards", lambda f: edit_index(f, **{Q: "model-9.safetensors"}), ("agree", Q)),
+        ("shards", lambda f: edit_index(f, extra=min(f.glob("*.safetensors")).name), ("agree", "extra")),
+        ("shards", lambda f: swap(*sorted(f.glob("*.safetensors"))[:2]), ("agree", "safetensors")),
+        ("shards", lambda f: min(f.glob("*.safetensors")).unlink(), ("model-00001",)),
+    ],
+)
+def test_damage_is_said_in_one_line(kind, damage, words, good, tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(good / kind, folder)
+    damage(folder)
+    with pytest.raises((ValueError, OSError)) as e:
+        hf.load(folder)
+    message = str(e.value)
+    assert all(word in message for word in words) and "\n" not in message, message
+
+
+def test_what_older_checkpoints_hold_besides_is_no_harm(good, tmp_path):
+    """A buffer of the rotary positions; and with a tied head, the same matrix under both names."""
+    shutil.copytree(good / "whole", tmp_path / "model")
+    edit_json(tmp_path / "model" / "config.json", tie_word_embeddings=True)
+
+    def as_it_was(tensors: dict) -> None:
+        tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(4)
+        tensors[HEAD] = tensors["model.embed_tokens.weight"].clone()
+
+    edit_tensors(tmp_path / "model", as_it_was)
+    model, _ = hf.load(tmp_path / "model")
+    assert model.lm_head is None and len(model.state_dict()) == len(load_file(tmp_path / "model/model.safetensors")) - 2
+
+
+def test_dtypes(good, tmp_path):
+    assert hf.load(good / "whole")[0].dtype == torch.float32
+    assert hf.load(good / "whole", "cpu", torch.bfloat16)[0].dtype == torch.bfloat16
+    shutil.copytree(good / "whole", tmp_path / "model")
+    edit_tensors(
+        tmp_path / "model", lambda t: t.update({name: x.bfloat16() for name, x in t.items() if "norm" not in name})
+    )
+    mixed = hf.load(tmp_path / "model")[0].state_dict()  # the wider of the two: nothing is rounded
+    assert {x.dtype for x in mixed.values()} == {torch.float32}
+
+
+def test_without_a_network_the_error_says_so(monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    for name in ("nobody/nothing", "no/such/folder", "/no/such/folder"):
+        with pytest.raises(OSError, match=f"{name} .*folder works"):
+            hf.load(name)
+
+
+def test_what_has_no_torch_in_it_is_an_extra(good, monkeypatch):
+    monkeypatch.setitem(sys.modules, "safetensors", None)
+    with pytest.raises(ImportError, match="the extra 'hf'"):
+        hf.load(good / "whole")
+
+
+# -----------------------------------------------------------------------------
+# Use
+
+
+def test_import_fine_tune_and_export(trained, dataset, tmp_path):
+    """From a checkpoint of ours to a folder of theirs, to a fine-tuned checkpoint that outlives it, and out again.
+
+    The dataset is prepared on the way, in the model's tokens; and the run stops, to be resumed without the folder.
+    """
+    hf.export_checkpoint(trained / "best.pt", tmp_path / "theirs", None)
+    _, tokenizer = hf.load(tmp_path / "theirs")
+    data = write_prepare(tmp_path / "data", dataset / "text")
+    flags = ["train.py", "config/finetune.py", f"--dataset={data}", f"--out_dir={tmp_path / 'tuned'}"]
+    flags += ["--learning_rate=0.01", "--embd_lr=0.01", "--head_lr=0.01", "--eval_iters=4", "--sample_tokens=8"]
+    flags += ["--sequence_len=8", "--eval_interval=10"]
+    run(*flags, f"--init_from=hf:{tmp_path / 'theirs'}", "--max_iters=10")
+    assert json.loads((data / "meta.json").read_text())["tokenizer"] == tokenizer.to_dict()
+    shutil.rmtree(tmp_path / "theirs")
+    assert "resumed at step 10" in run(*flags, "--init_from=resume", "--max_iters=20").stdout
+    lines = (tmp_path / "tuned" / "metrics.jsonl").read_text().splitlines()
+    losses = [record["val_loss"] for record in map(json.loads, lines) if "val_loss" in record]
+    assert len(losses) == 3 and losses[-1] < losses[0] - 0.05
+
+    best = tmp_path / "tuned" / "best.pt"
+    assert len(run("sample.py", f"--ckpt={best}", "--max_tokens=9", "--prompt=def ").stdout) > len("def ")
+    tuned, extra = GPT.load_checkpoint(best)
+    assert tuned.config.sequence_len == 16 and extra["train_config"]["sequence_len"] == 8
+    hf.export_checkpoint(best, tmp_path / "again", None)
+    idx = torch.randint(256, (2, 16))
+    with torch.no_grad():
+        logits = AutoModelForCausalLM.from_pretrained(tmp_path / "again")(idx).logits
+    assert (tuned(idx) - logits).abs().max() < 1e-4
+
+
+def test_import_on_the_command_line(good, tmp_path):
+    run("hf.py", "import", good / "whole", tmp_path / "out", "--dtype=bfloat16")
+    model, extra = GPT.load_checkpoint(tmp_path / "out" / "best.pt")
+    expected, tokenizer = hf.load(good / "whole", dtype=torch.bfloat16)
+    assert model.dtype == torch.bfloat16 and model.config == expected.config
+    assert all(torch.equal(x, expected.state_dict()[name]) for name, x in model.state_dict().items())
+    assert extra["tokenizer"] == tokenizer.to_dict() and extra["source"] == str(good / "whole")
+
+
+@pytest.mark.parametrize(
+    "args, word, status",
+    [
+        ([], "say python hf.py", 2),
+        (["import", "x"], "say python hf.py", 2),
+        (["move", "x", "y"], "say python hf.py", 2),
+        (["import", "good", "out", "--dtype=int4"], "int4", 2),
+        (["import", "good", "full"], "there already", 2),
+        (["import", "empty", "out"], "config.json", 2),
+        (["import", "good", "file"], "cannot write", 1),
+        (["export", "nowhere.pt", "out"], "nowhere.pt", 2),
+        (["export", "file", "out"], "damaged", 1),
+        (["export", "model.pt", "out"], "no checkpoint", 1),
+        (["export", "ours.pt", "full"], "there already", 2),
+        (["export", "odd.pt", "out"], "embd_norm=False", 2),
+        (["export", "ours.pt", "file/out"], "File exists", 2),
+    ],
+)
+def test_the_command_line_says_what_is_wrong(args, word, status, good, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(good / "whole", "good")
+    (tmp_path / "file").write_text("x")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "full").mkdir()
+    make_model(torch.float32).save("full/best.pt")
+    make_model(torch.float32).save("model.pt")
+    make_model(torch.float32).save("ours.pt", tokenizer=Tokenizer.from_spec("bytes").to_dict())
+    make_model(torch.float32, embd_norm=False).save("odd.pt", tokenizer=Tokenizer.from_spec("bytes").to_dict())
+    before = sorted(map(str, tmp_path.rglob("*")))
+    monkeypatch.setattr(sys, "argv", ["hf.py", *args])
+    with pytest.raises(SystemExit) as e:
+        configurator.run(hf.main)
+    lines = capsys.readouterr().err.splitlines()
+    assert e.value.code == status and len(lines) == 1 and lines[0].startswith("error: ") and word in lines[0], lines
+    assert sorted(map(str, tmp_path.rglob("*"))) == before
+
+
+@pytest.mark.parametrize("flag", ["--init_from=hf:/no/such/folder", "--init_from=hf:{empty}"])
+def test_train_says_what_is_wrong_with_an_open_model(flag, dataset, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    (tmp_path / "empty").mkdir()
+    flag = flag.replace("{empty}", str(tmp_path / "empty"))
+    error("train.py", flag, f"--dataset={dataset}", f"--out_dir={tmp_path / 'out'}")
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's count of the peak of memory")
+def test_a_model_loads_and_samples_in_little_more_than_its_own_size(good, tmp_path):
+    config = GPTConfig(sequence_len=64, vocab_size=8000, n_layer=8, n_head=8, n_embd=768, n_hidden=2304, **hf.LLAMA)
+    with torch.device("meta"):
+        model = GPT(config)
+    weights = {name: torch.zeros(x.shape, dtype=torch.bfloat16) for name, x in model.state_dict().items()}
+    model.load_state_dict(weights, assign=True)
+    hf.save(model, Tokenizer.from_spec("bytes"), tmp_path / "model")
+    code = """
+import re, sys, torch, hf
+
+def memory(what):
+    return int(re.search(what + r":\\s+(\\d+)", open("/proc/self/status").read())[1]) * 1024
+
+def use(folder):
+    model, _ = hf.load(folder, dtype=torch.bfloat16)
+    list(model.generate([1, 2, 3], 10))
+    return sum(p.nbytes for p in model.parameters())
+
+use(sys.argv[1])  # imports what there is to import
+before = memory("VmRSS")
+open("/proc/self/clear_refs", "w").write("5")  # the peak starts anew
+print(use(sys.argv[2]), memory("VmHWM") - before)
+"""
+    args = [sys.executable, "-c", code, good / "whole", tmp_path / "model"]
+    done = subprocess.run(args, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    size, peak = map(int, done.stdout.split())
+    assert 1e8 < size < peak < 1.3 * size

@@ -1,0 +1,483 @@
+"""Tokenizers of open models: the `tokenizers` library and `transformers` are the oracles."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import rustbpe
+import tiktoken
+import tokenizers
+from conftest import make_model
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_tokenizer import TORTURE, stream
+from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from transformers import AutoTokenizer
+
+import hf
+from gpt import GPT
+from tokenizer import EOT, PretrainedTokenizer, Tokenizer
+
+TEXT = (
+    TORTURE.replace(EOT, "")
+    + "\nAmharic አማርኛ Tamil தமிழ் Vietnamese Tiếng Việt \U0001d49c\U0001d4c1 ﬁ Å \u212b ½ ٣٤٥ I'll WE'VE it's\r\n\r\n"
+    + "for i in range(10):\n        if x[i] != 0x1F:  # 3.14e-10\n\t\treturn {'a': [1, 22, 333, 4444]}\n   \n \n\n    "
+)
+SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+WORDS = r"[^\r\n\p{L}\p{N}]?\p{L}+|%s| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+CONTRACTIONS = "(?i:'s|'t|'re|'ve|'m|'ll|'d)|"
+
+
+def split_then_bytes(pattern: str) -> pre_tokenizers.Sequence:
+    by_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    return pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(pattern), "isolated"), by_bytes])
+
+
+BYTE_LEVEL = {  # how the models cut text before byte pairs are merged
+    "gpt2": pre_tokenizers.ByteLevel(add_prefix_space=False),
+    "llama3": split_then_bytes(CONTRACTIONS + WORDS % r"\p{N}{1,3}"),
+    "qwen2": split_then_bytes(CONTRACTIONS + WORDS % r"\p{N}"),
+    "smollm2": pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    ),
+}
+
+
+def byte_level(family: str) -> tokenizers.Tokenizer:
+    made = tokenizers.Tokenizer(models.BPE(ignore_merges=family == "llama3"))
+    made.pre_tokenizer = BYTE_LEVEL[family]
+    made.decoder = decoders.ByteLevel()
+    if family == "qwen2":
+        made.normalizer = normalizers.NFC()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=700, special_tokens=SPECIAL, initial_alphabet=alphabet, show_progress=False
+    )
+    made.train_from_iterator([TEXT] * 3, trainer)
+    if family == "llama3":
+        made.post_processor = processors.TemplateProcessing(single="<|im_start|> $A", special_tokens=[(SPECIAL[1], 1)])
+    return made
+
+
+def sentencepiece(family: str) -> tokenizers.Tokenizer:
+    """Llama 2's kind: few characters have a token, the others are bytes. The older files put ▁ in by a normalizer."""
+    trained = tokenizers.Tokenizer(models.BPE())
+    trained.pre_tokenizer = pre_tokenizers.Metaspace(replacement="▁")  # no token has a space within
+    trained.train_from_iterator(
+        [TEXT] * 3, trainers.BpeTrainer(vocab_size=400, limit_alphabet=120, show_progress=False)
+    )
+    learnt = json.loads(trained.to_str())["model"]
+    tokens = ["<unk>", "<s>", "</s>", *(f"<0x{i:02X}>" for i in range(256)), *learnt["vocab"]]
+    tokens += [] if "▁" in learnt["vocab"] else ["▁"]
+    vocab = {token: i for i, token in enumerate(tokens)}
+    merges = [tuple(pair) for pair in learnt["merges"]]
+    made = tokenizers.Tokenizer(
+        models.BPE(vocab=vocab, merges=merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True)
+    )
+    if family == "metaspace":
+        made.pre_tokenizer = pre_tokenizers.Metaspace(replacement="▁", prepend_scheme="first", split=False)
+    else:
+        made.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    made.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    made.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    made.add_special_tokens([tokenizers.AddedToken(text, normalized=False) for text in tokens[:3]])
+    return made
+
+
+FAMILIES = [*BYTE_LEVEL, "metaspace", "prepend"]
+
+
+def write_folder(folder: Path, family: str, **said) -> Path:
+    """The files that come with a model of the family; `said` goes into tokenizer_config.json."""
+    folder.mkdir(parents=True, exist_ok=True)
+    made = byte_level(family) if family in BYTE_LEVEL else sentencepiece(family)
+    made.enable_truncation(5)  # as some files do; it is not meant for generation
+    made.save(str(folder / "tokenizer.json"))
+    bos, eos = SPECIAL[1:] if family in BYTE_LEVEL else ("<s>", "</s>")
+    said = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": bos, "eos_token": eos} | said
+    (folder / "tokenizer_config.json").write_text(json.dumps(said))
+    (folder / "config.json").write_text(json.dumps({"model_type": "llama", "eos_token_id": 2}))
+    return folder
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def folder(request, tmp_path_factory) -> Path:
+    return write_folder(tmp_path_factory.mktemp(request.param), request.param)
+
+
+@pytest.fixture(scope="module")
+def ours(folder) -> Tokenizer:
+    return hf.load_tokenizer(folder)
+
+
+@pytest.fixture(scope="module")
+def theirs(folder) -> tokenizers.Tokenizer:
+    made = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    made.no_truncation()
+    return made
+
+
+# ---- text to ids
+
+
+def test_ids_are_the_librarys(ours, theirs):
+    assert ours.encode(TEXT) == theirs.encode(TEXT, add_special_tokens=False).ids
+    assert ours.encode_prompt(TEXT) == theirs.encode(TEXT).ids
+    assert ours.encode("") == [] and ours.vocab_size == theirs.get_vocab_size() and ours.name == "llama"
+
+
+def test_prompts_are_those_of_transformers(ours, folder):
+    auto = AutoTokenizer.from_pretrained(folder)
+    for text in (TEXT[:300], "", " a", "a  b\n"):
+        assert ours.encode_prompt(text) == auto.encode(text, truncation=False)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama3"])
+@pytest.mark.parametrize("add_bos_token", [True, False])
+def test_tokenizer_json_alone_says_whether_a_prompt_begins_with_bos(tmp_path, family, add_bos_token):
+    folder = write_folder(tmp_path, family, add_bos_token=add_bos_token)
+    ids = AutoTokenizer.from_pretrained(folder).encode("Hello", truncation=False)
+    assert hf.load_tokenizer(folder).encode_prompt("Hello") == ids and (ids[0] == 1) == (family == "llama3")
+
+
+def test_text_never_becomes_a_special_token(ours, theirs):
+    special = {i: token.content for i, token in theirs.get_added_tokens_decoder().items()}
+    for text in (f"a{''.join(special.values())}b", f"{next(iter(special.values()))}", *special.values()):
+        assert not set(special) & {*ours.encode(text), *ours.encode_prompt(text)[1:]}
+        assert ours.decode(ours.encode(text)) == text
+        assert set(special) & set(theirs.encode(text, add_special_tokens=False).ids)  # the library's default
+
+
+def test_a_lone_surrogate_is_a_replacement_character(ours):
+    assert ours.encode("a\udcffb") == ours.encode("a\ufffdb")
+
+
+# ---- ids to text
+
+
+def test_decode_of_every_prefix_is_the_librarys(ours, theirs):
+    ids = [*ours.encode_prompt(TEXT), 2, *ours.encode(" a\u1234😀")]
+    for n in range(len(ids) + 1):
+        assert ours.decode(ids[:n]) == theirs.decode(ids[:n], skip_special_tokens=False)
+
+
+@settings(max_examples=60, deadline=None)
+@given(data=st.data())
+def test_decode_of_any_ids_is_the_librarys_and_the_streams(data, ours, theirs):
+    """Any ids: bytes that are not UTF-8, characters cut off, special tokens in the middle."""
+    low = st.integers(0, 270)  # where bytes and special tokens are
+    ids = data.draw(st.lists(low | st.integers(0, ours.vocab_size - 1), max_size=20))
+    text = theirs.decode(ids, skip_special_tokens=False)
+    assert ours.decode(ids) == "".join(stream(ours, ids)) == text
+
+
+def test_streamed_text_is_whole_characters(ours):
+    parts = stream(ours, ours.encode(TEXT))
+    assert "\ufffd" not in "".join(parts)
+    assert max(map(len, parts)) < 40, "it comes bit by bit"
+
+
+def test_what_continues_a_text_keeps_its_first_space(ours):
+    decoder = ours.decoder(continues=True)
+    assert "".join(map(decoder.decode, ours.encode(" world"))).endswith(" world")
+    assert ours.decode(ours.encode("world")) == "world"
+
+
+def test_ids_that_are_none(ours):
+    for bad in (ours.vocab_size, -1, 2**40):
+        with pytest.raises(ValueError, match=str(bad)):
+            ours.decode([bad])
+    assert ours.gaps(ours.vocab_size + 2) == [ours.vocab_size, ours.vocab_size + 1]
+
+
+# ---- where a text ends
+
+
+@pytest.mark.parametrize("generation, ids", [(None, [2]), ([2, 0], [2, 0]), (0, [2, 0]), ([99999], [2])])
+def test_eos_tokens(tmp_path, generation, ids):
+    folder = write_folder(tmp_path, "gpt2")
+    if generation is not None:
+        (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": generation}))
+    tokenizer = hf.load_tokenizer(folder)
+    assert (tokenizer.eos_tokens, tokenizer.eot) == (ids, 2)
+    assert Tokenizer.from_dict(tokenizer.to_dict()).eos_tokens == ids
+
+
+def test_ours_end_with_endoftext():
+    tokenizer = Tokenizer.from_spec("bytes")
+    assert tokenizer.eos_tokens == [tokenizer.eot] == [256]
+    assert tokenizer.encode_prompt("ab") == tokenizer.encode("ab") == [97, 98]
+
+
+# ---- the dict
+
+
+def test_it_travels_as_json_and_in_a_checkpoint(ours, tmp_path):
+    d = json.loads(json.dumps(ours.to_dict()))
+    make_model().save(tmp_path / "model.pt", tokenizer=d)
+    saved = GPT.load_checkpoint(tmp_path / "model.pt")[1]["tokenizer"]
+    again = Tokenizer.from_dict(saved)
+    assert again.to_dict() == d == ours.to_dict()
+    assert again.encode_prompt(TEXT) == ours.encode_prompt(TEXT)
+    assert (again.name, again.vocab_size, again.eot) == (ours.name, ours.vocab_size, ours.eot)
+
+
+def test_damaged_dicts_and_files_are_value_errors(tmp_path):
+    folder = write_folder(tmp_path, "gpt2")
+    good = hf.load_tokenizer(folder).to_dict()
+    metaspace = json.loads(good["tokenizer_json"]) | {"decoder": {"type": "WordPiece", "prefix": "#", "cleanup": True}}
+    for key, value in (
+        ("tokenizer_json", "{}"),
+        ("tokenizer_json", None),
+        ("tokenizer_json", good["tokenizer_json"][:1000]),
+        ("tokenizer_json", json.dumps(metaspace)),
+        ("special_tokens", None),
+        ("special_tokens", {"eos_token": "none"}),
+        ("eos_tokens", None),
+        ("more", 1),
+    ):
+        with pytest.raises(ValueError, match="not the dict of a tokenizer"):
+            Tokenizer.from_dict(good | {key: value})
+    for name, text, words in (
+        ("tokenizer.json", good["tokenizer_json"][:1000], "tokenizer.json"),
+        ("tokenizer.json", json.dumps(metaspace), "WordPiece"),
+        ("tokenizer.json", json.dumps(metaspace | {"decoder": None}), "decoder"),
+        ("tokenizer_config.json", "[1]", "tokenizer_config.json"),
+        ("tokenizer_config.json", "{", "tokenizer_config.json"),
+        ("tokenizer_config.json", '{"eos_token": "<none>"}', "<none>"),
+        ("tokenizer_config.json", '{"chat_template": [{"name": "default"}]}', "template"),
+    ):
+        folder = write_folder(tmp_path, "gpt2")
+        (folder / name).write_text(text)
+        with pytest.raises(ValueError, match=words):
+            hf.load_tokenizer(folder)
+    (folder / "config.json").write_text("{}")
+    (folder / "tokenizer_config.json").unlink()
+    with pytest.raises(ValueError, match="neither an eos_token nor a bos_token"):
+        hf.load_tokenizer(write_without_eos(folder))
+    (folder / "tokenizer.json").unlink()
+    (folder / "tokenizer.model").touch()
+    with pytest.raises(ValueError, match=r"no tokenizer\.json.*AutoTokenizer"):
+        hf.load_tokenizer(folder)
+
+
+def write_without_eos(folder: Path) -> Path:
+    byte_level("gpt2").save(str(folder / "tokenizer.json"))
+    return folder
+
+
+def test_a_missing_package_is_named(tmp_path, monkeypatch):
+    folder = write_folder(tmp_path, "gpt2", chat_template="{{ messages }}")
+    tokenizer = hf.load_tokenizer(folder)
+    monkeypatch.setitem(sys.modules, "tokenizers", None)
+    monkeypatch.setitem(sys.modules, "jinja2", None)
+    with pytest.raises(ImportError, match="extra 'hf': pip install tokenizers"):
+        Tokenizer.from_dict(tokenizer.to_dict())
+    with pytest.raises(ImportError, match="extra 'hf': pip install jinja2"):
+        tokenizer.encode_chat([{"role": "user", "content": "a"}])
+
+
+# ---- ours as tokenizer.json
+
+R50K = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
+CL100K = (
+    r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+| ?[^\s\p{L}\p{N}]++[\r\n]*+"
+    r"|\s++$|\s*[\r\n]|\s+(?!\S)|\s"
+)
+SUFFIX = "(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+O200K = (
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+" + SUFFIX + "|"
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*" + SUFFIX + "|"
+    r"\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+
+def from_pattern(pattern: str, special: dict[str, int] | None = None) -> Tokenizer:
+    """A tiktoken encoding of that pattern, trained on TEXT."""
+    trainer = rustbpe.Tokenizer()
+    trainer.train_from_iterator(iter([TEXT] * 3), 900, pattern=pattern)
+    ranks = dict(trainer.get_mergeable_ranks())
+    special = special or {EOT: len(ranks)}
+    return Tokenizer(tiktoken.Encoding("test", pat_str=pattern, mergeable_ranks=ranks, special_tokens=special))
+
+
+@pytest.fixture(scope="module", params=["bytes", "bpe:700", "r50k", "cl100k", "o200k"])
+def exported(request, tmp_path_factory):
+    """A tokenizer of ours, and what the tokenizers library and transformers make of its files."""
+    folder = tmp_path_factory.mktemp("exported")
+    patterns = {"r50k": R50K, "cl100k": CL100K, "o200k": O200K}
+    if request.param in patterns:
+        tokenizer = from_pattern(patterns[request.param], {EOT: 1000, "<|fim|>": 1005})
+    else:
+        tokenizer = Tokenizer.from_spec(request.param, [TEXT] * 3)
+    hf.save_tokenizer(tokenizer, folder)
+    (folder / "config.json").write_text('{"model_type": "llama"}')  # whose own tokenizer class would cut otherwise
+    made = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    made.encode_special_tokens = True
+    return tokenizer, made, AutoTokenizer.from_pretrained(folder), hf.load_tokenizer(folder)
+
+
+def test_an_exported_tokenizer_gives_the_same_ids(exported):
+    tokenizer, made, auto, again = exported
+    ids = tokenizer.encode(TEXT)
+    assert ids == made.encode(TEXT).ids == auto.encode(TEXT) == again.encode(TEXT)
+    assert TEXT == made.decode(ids) == auto.decode(ids)
+    assert auto.eos_token_id == tokenizer.eot and again.eos_tokens == [tokenizer.eot]
+    assert auto.encode(f"a{EOT}") == [*tokenizer.encode("a"), tokenizer.eot]
+
+
+@settings(max_examples=150, deadline=None)
+@given(text=st.text() | st.text("aAbsSlLtTvVeE'12 \n\r\t\u00a0é\u0301中.,-/<|>endoftext", max_size=60))
+def test_any_text_gives_the_same_ids_after_export(exported, text):
+    tokenizer, made, auto, _ = exported
+    ids = tokenizer.encode(text)
+    assert made.encode(text).ids == ids
+    if EOT not in text:
+        assert auto.encode(text) == ids
+
+
+def test_a_token_that_no_merges_lead_to_is_found_as_a_whole_piece(tmp_path):
+    ranks = {bytes([i]): i for i in range(256)} | {b"bc": 256, b"abcd": 257}
+    encoding = tiktoken.Encoding("odd", pat_str=r"\w+|\W+", mergeable_ranks=ranks, special_tokens={EOT: 258})
+    hf.save_tokenizer(Tokenizer(encoding), tmp_path)
+    made = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    for text in ("abcd", "abcde", "abcd abcd"):
+        assert made.encode(text).ids == encoding.encode(text)
+
+
+@pytest.mark.parametrize("pattern", [r"\s{1,2}+|\S+", r"(?s:.)", r"[^$]+|\$"])
+def test_a_pattern_that_the_library_reads_otherwise_is_refused(tmp_path, pattern):
+    ranks = {bytes([i]): i for i in range(256)} | {b"  ": 256, b"   ": 257, b"    ": 258, b"$9": 259}
+    encoding = tiktoken.Encoding("odd", pat_str=pattern, mergeable_ranks=ranks, special_tokens={EOT: 260})
+    with pytest.raises(ValueError, match="odd"):
+        hf.save_tokenizer(Tokenizer(encoding), tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_came_with_a_model_goes_out_as_it_came(ours, folder, tmp_path):
+    hf.save_tokenizer(ours, tmp_path)
+    assert (tmp_path / "tokenizer.json").read_text() == (folder / "tokenizer.json").read_text()
+    auto, again = AutoTokenizer.from_pretrained(tmp_path), hf.load_tokenizer(tmp_path)
+    assert auto.encode(TEXT, truncation=False) == ours.encode_prompt(TEXT) == again.encode_prompt(TEXT)
+    assert (auto.eos_token_id, auto.bos_token_id) == (2, 1) and again.special_tokens == ours.special_tokens
+
+
+# ---- conversations
+
+CHATML = (
+    "{% for message in messages %}{% if loop.first and message['role'] != 'system' %}"
+    "{{ '<|im_start|>system\nBe kind.<|im_end|>\n' }}{% endif %}"
+    "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+WITH_BOS = """
+{{- bos_token }}
+{%- if not date_string is defined %}
+    {%- if strftime_now is defined %}
+        {%- set date_string = strftime_now("%d %b %Y") %}
+    {%- endif %}
+{%- endif %}
+{%- if messages[0]['role'] == 'system' %}
+    {%- set system_message = messages[0]['content']|trim %}
+    {%- set messages = messages[1:] %}
+{%- else %}
+    {%- set system_message = "" %}
+{%- endif %}
+{{- "<|im_start|>system\\n\\nToday: " + date_string + "\\n\\n" + system_message + eos_token }}
+{%- for message in messages %}
+    {{- '<|im_start|>' + message['role'] + '\\n\\n' + message['content'] | trim + eos_token }}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- '<|im_start|>assistant\\n\\n' }}
+{%- endif %}
+"""
+WITH_EVERYTHING = """
+{%- set ns = namespace(n=0) %}
+    {% for message in messages %}
+    {%- if message.role == 'system' %}{% continue %}{% endif %}
+    {%- set ns.n = ns.n + 1 %}
+    {%- if message.role == 'assistant' %}
+        {% generation %}
+        {{- message.content.split('</think>')[-1].lstrip('\\n') }}
+        {%- endgeneration %}<|im_end|>
+    {%- else %}
+{{ ns.n }}: {{ {"said": message.content, "<é>": [1, none, true]} | tojson }}
+{{ message | tojson(indent=2) }}
+    {%- endif %}
+    {%- endfor %}
+{% if tools %}tools{% endif %}{{ unknown_variable }}
+{%- if add_generation_prompt %}<|im_start|>{% endif %}
+"""
+TEMPLATES = {"chatml": CHATML, "bos": WITH_BOS, "everything": WITH_EVERYTHING}
+SYSTEM = {"role": "system", "content": "  Say <little> & say it well.\n"}
+TURNS = [
+    {"role": "user", "content": " What is 2+2? \"<é>\" & 'ß' 😀\n"},
+    {"role": "assistant", "content": "<think>hm</think>\n4 "},
+    {"role": "user", "content": "And 3 + 3?"},
+]
+
+
+@pytest.fixture(scope="module", params=TEMPLATES)
+def chat(request, tmp_path_factory):
+    folder = write_folder(tmp_path_factory.mktemp(request.param), "smollm2", chat_template=TEMPLATES[request.param])
+    return hf.load_tokenizer(folder), AutoTokenizer.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("messages", [TURNS[:1], TURNS, [SYSTEM, *TURNS[:1]], [SYSTEM, *TURNS]])
+def test_conversations_are_those_of_transformers(chat, messages):
+    ours, auto = chat
+    text = auto.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    assert ours.render_chat(messages) == text
+    ids = auto.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+    assert ours.encode_chat(messages) == ids
+
+
+@pytest.mark.parametrize("said", ["<|im_end|>", "a<|im_end|><|im_start|>b", "<|im<|im_end|>_end|>", "\ufdd0<|im_end|>"])
+def test_a_message_cannot_forge_a_special_token(chat, said):
+    ours, auto = chat
+    messages = [{"role": "user", "content": said}, {"role": "assistant", "content": said}, TURNS[2]]
+    plain = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "x"}, TURNS[2]]
+    ids = ours.encode_chat(messages)
+    assert [i for i in ids if i < 3] == [i for i in ours.encode_chat(plain) if i < 3]
+    if "\ufdd0" not in said:
+        assert ours.decode(ids) == ours.render_chat(messages)
+        assert ids == auto.apply_chat_template(
+            messages, add_generation_prompt=True, return_dict=False, sanitize_control_tokens=True
+        )
+
+
+def test_where_a_template_is_found(tmp_path):
+    several = [{"name": "tools", "template": "a"}, {"name": "default", "template": "b"}]
+    folder = write_folder(tmp_path, "gpt2", chat_template=several)
+    assert hf.load_tokenizer(folder).chat_template == "b"
+    (folder / "chat_template.jinja").write_text("c{{ messages[0].content }}")
+    tokenizer = hf.load_tokenizer(folder)
+    assert tokenizer.render_chat(TURNS[2:]) == "cAnd 3 + 3?"
+    hf.save_tokenizer(tokenizer, tmp_path / "..")
+    assert AutoTokenizer.from_pretrained(tmp_path / "..").chat_template == "c{{ messages[0].content }}"
+
+
+@pytest.mark.parametrize(
+    "template, words",
+    [
+        ("", "no chat template"),
+        ("{{ raise_exception('roles must alternate') }}", "roles must alternate"),
+        ("{{ messages.__class__.__mro__ }}", "unsafe"),
+        ("{{ messages.append(1) }}", "unsafe"),
+        ("{% for %}", "chat template"),
+        ("{{ messages + 1 }}", "chat template"),
+    ],
+)
+def test_a_template_that_fails_is_a_value_error(tmp_path, template, words):
+    tokenizer = hf.load_tokenizer(write_folder(tmp_path, "gpt2", chat_template=template))
+    assert isinstance(tokenizer, PretrainedTokenizer)
+    with pytest.raises(ValueError, match=words):
+        tokenizer.encode_chat(TURNS)
+
+
+def test_ours_have_no_template():
+    with pytest.raises(ValueError, match="bytes has no chat template"):
+        Tokenizer.from_spec("bytes").encode_chat(TURNS)
