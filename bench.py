@@ -1,61 +1,88 @@
-"""How fast it is, beside what else there is: python bench.py [--peers=transformers] [--json]
+"""How fast it is, beside its limits and its peers: python bench.py [--peers=transformers --peers=nanogpt=DIR ...]
 
-Rivals take turns (A B A B ...) on the same weights in one process; a figure is the median of several rounds, a ratio
-that of two medians. Absolute figures belong to the machine that this prints first.
+Rivals take turns (A B A B ...) in one process; a figure is the median of several rounds, a ratio that of two medians.
+The limits are measured in the same run: what a token must read (the weights once, and its row's keys and values) over
+the speed at which memory is read, for decode; the products that a token takes over the speed of the largest matrix
+product, for prefill and training. Absolute figures belong to the machine that this prints first.
 """
 
 import json
+import multiprocessing
 import os
 import platform
+import re
 import statistics
+import sys
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 
 import configurator
 import hf
-from configurator import UserError
+from configurator import RunError, UserError
 from gpt import GPT, GPTConfig, KVCache, pick_device
 
 SHAPES = {
     "tiny": GPTConfig(sequence_len=1024, vocab_size=256, n_layer=6, n_head=6, n_embd=384),
     "gpt2": GPTConfig(sequence_len=1024, vocab_size=50304, n_layer=12, n_head=12, n_embd=768),
 }
+MEASURES = ("train", "prefill", "decode", "position")
+PEERS = ("transformers", "nanogpt", "nanochat", "llama.cpp")
+PROMPT, BATCH = 512, (4, 256)  # tokens of a prefill; rows and tokens of a training step
+Rival = Callable[[], int]  # does a turn, and returns how many tokens it made
 
 
 @dataclass
 class Config:
-    shape: str = "gpt2"  # tiny (6 layers, 384 channels, 256 ids) or gpt2 (12, 768, 50304)
-    dtype: str = "float32"  # float32 or bfloat16
+    shape: tuple[str, ...] = ("tiny", "gpt2")  # tiny (6 x 384, 256 ids), gpt2 (12 x 768, 50304), or hf:NAME_OR_DIR
+    dtype: tuple[str, ...] = ("float32", "bfloat16")  # of the weights; in training, of the products
+    measure: tuple[str, ...] = (
+        MEASURES  # train, prefill, decode, position (a token late in the cache beside an early one)
+    )
+    peers: tuple[
+        str, ...
+    ] = ()  # transformers, nanogpt=DIR, nanochat=DIR, llama.cpp=FILE.gguf (of the same hf: weights)
     rounds: int = 5  # turns of each rival
-    tokens: int = 32  # decoded in one turn
-    peers: str = ""  # transformers: its NanoChatForCausalLM with the same weights
-    json: bool = False  # print one object instead of tables
+    tokens: int = 64  # decoded in one turn
+    compile: bool = True  # measure what torch.compile makes of it, too
+    json: bool = False  # print one object instead of a table
+    plot: str = ""  # draw the table into this file, with the extra 'plot'
     device: str = "auto"  # cuda, mps, cpu, ...; auto takes the first of these that is there
 
     def __post_init__(self) -> None:
-        for name, known in (("shape", SHAPES), ("dtype", ("float32", "bfloat16")), ("peers", ("", "transformers"))):
-            if getattr(self, name) not in known:
-                raise ValueError(f"{name} must be one of {', '.join(filter(None, known))}, not {getattr(self, name)!r}")
+        for name, known in (("shape", SHAPES), ("dtype", ("float32", "bfloat16")), ("measure", MEASURES)):
+            for value in getattr(self, name):
+                if value not in known and not (name == "shape" and value.startswith("hf:")):
+                    raise ValueError(f"{name} must be of {', '.join(known)}, not {value!r}")
+        for peer in self.peers:
+            name, is_path, path = peer.partition("=")
+            if name not in PEERS or (bool(is_path) != (name != "transformers")):
+                raise ValueError(
+                    f"peers are transformers and {', '.join(f'{p}=PATH' for p in PEERS[1:])}, not {peer!r}"
+                )
+            if is_path and not Path(path).exists():
+                raise ValueError(f"--peers={peer}: there is no {path}")
         if self.rounds < 1 or self.tokens < 1:
             raise ValueError("rounds and tokens must be at least 1")
 
-
-def as_transformers(model: GPT) -> Any:
-    """The same weights in Hugging Face's model of that architecture, written independently of ours."""
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    config, weights = hf.export(model)
-    theirs = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config, eos_token_id=None, pad_token_id=0))
-    theirs.load_state_dict(weights)
-    return theirs.to(model.device, model.dtype).eval()
+    @property
+    def paths(self) -> dict[str, str]:
+        """The path of each peer, by its name."""
+        return {name: path for name, _, path in (peer.partition("=") for peer in self.peers)}
 
 
-def take_turns(rivals: dict[str, Callable[[], int]], rounds: int, device: torch.device) -> dict[str, list[float]]:
-    """Tokens/s of each rival in each round, after one turn to warm up. A rival returns how many tokens it made."""
+# -----------------------------------------------------------------------------
+# Turns and limits
+
+
+def take_turns(rivals: dict[str, Rival], rounds: int, device: torch.device) -> dict[str, list[float]]:
+    """Tokens/s of each rival in each round, after one turn to warm up."""
     rates: dict[str, list[float]] = {name: [] for name in rivals}
     for turn in range(rounds + 1):
         for name, rival in rivals.items():
@@ -68,51 +95,379 @@ def take_turns(rivals: dict[str, Callable[[], int]], rounds: int, device: torch.
     return rates
 
 
-@torch.inference_mode()
-def at_position(model: GPT, position: int, config: Config) -> dict[str, list[float]]:
-    """Greedy decode where the sequence is `position` tokens long, with the cache and without."""
-    device = model.device
-    idx = torch.randint(model.config.vocab_size, (1, position), device=device)
-    kv_cache = KVCache(model.config, 1, model.config.sequence_len, device, model.dtype)
-    model.hidden(idx, kv_cache)
-
-    def cached() -> int:
-        for _ in range(config.tokens):
-            kv_cache.truncate(position - 1)
-            model.logits(model.hidden(idx[:, -1:], kv_cache)[:, -1]).argmax(-1).tolist()
-        return config.tokens
-
-    def uncached() -> int:
-        model.logits(model.hidden(idx)[:, -1]).argmax(-1).tolist()
-        return 1
-
-    return take_turns({"cache": cached, "no cache": uncached}, config.rounds, device)
+def read_bandwidth(device: torch.device) -> float:
+    """Bytes/s at which a tensor that fits no cache is read."""
+    x = torch.ones(2**28, device=device)
+    return x.nbytes * statistics.median(take_turns({"": lambda: bool(x.sum() > 0)}, 7, device)[""])
 
 
-@torch.inference_mode()
-def ragged_batch(model: GPT, theirs: Any, batch_size: int, config: Config) -> dict[str, list[float]]:
-    """Whole calls of generate for prompts of 16 to 128 tokens: ours, and transformers' with padding on the left."""
-    generator = torch.Generator().manual_seed(batch_size)
-    lengths = torch.linspace(128, 16, batch_size).long().tolist()
-    prompts = [torch.randint(1, model.config.vocab_size, (n,), generator=generator).tolist() for n in lengths]
+def matmul_peak(device: torch.device, dtype: torch.dtype) -> float:
+    """Floating point operations/s of a product of two large matrices."""
+    n = 8192 if device.type == "cuda" else 2048
+    x = torch.randn(n, n, device=device, dtype=dtype)
+    return 2 * n**3 * statistics.median(take_turns({"": lambda: bool((x @ x)[0, 0] is not None)}, 7, device)[""])
 
-    def ours() -> int:
-        return sum(len(row) for row in model.generate_batch(prompts, config.tokens, temperature=0))
 
-    rivals = {"soloGPT": ours}
-    if theirs is not None:
-        width = max(lengths)
-        idx = torch.tensor([[0] * (width - len(p)) + p for p in prompts], device=model.device)
-        mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=model.device)
+def weights_read(model: GPT) -> int:
+    """Bytes of the weights that each forward reads: all but the embedding, unless it is the head too."""
+    looked_up = 0 if model.config.tie_embd else model.wte.weight.nbytes
+    return sum(p.nbytes for p in model.parameters()) - looked_up
+
+
+# -----------------------------------------------------------------------------
+# What is measured, for us and for each peer that can do it
+
+
+def make_model(shape: str, device: torch.device, dtype: torch.dtype) -> GPT:
+    if shape.startswith("hf:"):
+        return hf.load(shape.removeprefix("hf:"), device, dtype)[0]
+    torch.manual_seed(0)
+    model = GPT(SHAPES[shape])
+    for weight in model.parameters():
+        torch.nn.init.normal_(weight, std=0.02)
+    return model.to(device, dtype).eval()
+
+
+def as_transformers(model: GPT) -> Any:
+    """The same weights in Hugging Face's model of the same architecture, written independently of ours."""
+    import transformers
+
+    said, weights = hf.export(model)
+    theirs = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(**said))
+    theirs.load_state_dict(weights, strict=not model.config.tie_embd)
+    theirs.generation_config.eos_token_id, theirs.generation_config.pad_token_id = None, 0
+    return theirs.to(model.device, model.dtype).eval()
+
+
+def as_nanochat(path: str, config: GPTConfig, device: torch.device, dtype: torch.dtype) -> Any:
+    """nanochat's model of the same shape, with weights of its own: it has value embeddings besides."""
+    os.environ["NANOCHAT_DTYPE"] = str(dtype).removeprefix("torch.")  # is read when it is imported, and holds for all
+    sys.path.insert(0, path)
+    from nanochat.gpt import GPT as NanoChat  # type: ignore[import-not-found]
+    from nanochat.gpt import GPTConfig as NanoChatConfig
+
+    names = ("sequence_len", "vocab_size", "n_layer", "n_head", "n_kv_head", "n_embd")
+    model = NanoChat(NanoChatConfig(**{name: getattr(config, name) for name in names}, window_pattern="L"))
+    model.to(device).init_weights()
+    return model
+
+
+def as_nanogpt(path: str, config: GPTConfig, device: torch.device) -> Any:
+    sys.path.insert(0, path)
+    from model import GPT as NanoGPT  # type: ignore[import-not-found]
+    from model import GPTConfig as NanoGPTConfig
+
+    names = dict(
+        block_size="sequence_len", vocab_size="vocab_size", n_layer="n_layer", n_head="n_head", n_embd="n_embd"
+    )
+    shape = {theirs: getattr(config, ours) for theirs, ours in names.items()}
+    return NanoGPT(NanoGPTConfig(**shape, dropout=0.0, bias=False)).to(device)
+
+
+class LlamaCpp:
+    """llama.cpp on a GGUF file, by llama-cpp-python's low-level calls: no sampler and no text in its way."""
+
+    def __init__(self, path: str, n_seq: int) -> None:
+        import llama_cpp
+
+        self.api, threads = llama_cpp, torch.get_num_threads()
+        mute = llama_cpp.llama_log_callback(lambda level, text, data: None)
+        llama_cpp.llama_log_set(mute, None)
+        self.mute = mute  # must outlive the calls
+        self.model = llama_cpp.llama_model_load_from_file(path.encode(), llama_cpp.llama_model_default_params())
+        if not self.model:
+            raise UserError(f"--peers=llama.cpp={path} cannot be loaded")
+        params = llama_cpp.llama_context_default_params()
+        params.n_ctx, params.n_batch, params.n_ubatch, params.n_seq_max = 1024 * n_seq, PROMPT, PROMPT, n_seq
+        params.n_threads = params.n_threads_batch = threads
+        self.context = llama_cpp.llama_init_from_model(self.model, params)
+        self.vocab_size = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(self.model))
+        self.n_seq = n_seq
+
+    def forward(self, tokens: list[int], position: int, rows: int = 1) -> list[int]:
+        """Read tokens for each of so many rows; returns the likeliest next of each. Only the last gives logits."""
+        import numpy as np
+
+        batch = self.api.llama_batch_init(len(tokens) * rows, 0, 1)
+        batch.n_tokens = len(tokens) * rows
+        for row in range(rows):
+            for i, token in enumerate(tokens):
+                at = row * len(tokens) + i
+                batch.token[at], batch.pos[at], batch.n_seq_id[at] = token, position + i, 1
+                batch.seq_id[at][0], batch.logits[at] = row, i == len(tokens) - 1
+        assert self.api.llama_decode(self.context, batch) == 0
+        ends = [row * len(tokens) + len(tokens) - 1 for row in range(rows)]
+        found = [self.api.llama_get_logits_ith(self.context, end) for end in ends]
+        self.api.llama_batch_free(batch)
+        return [int(np.ctypeslib.as_array(logits, (self.vocab_size,)).argmax()) for logits in found]
+
+    def reset(self) -> None:
+        self.api.llama_memory_clear(self.api.llama_get_memory(self.context), True)
+
+
+def decode(model: GPT, peers: dict[str, Any], batch_size: int, n: int, compiled: bool) -> dict[str, Rival]:
+    """Whole calls of generate: a prompt of 16 tokens, then n greedy ones, for each of so many rows."""
+    prompts = torch.randint(1, model.config.vocab_size, (batch_size, 16)).tolist()
+
+    def ours(model: GPT) -> int:
+        return sum(len(row) for row in model.generate_batch(prompts, n, temperature=0))
+
+    rivals: dict[str, Rival] = {"soloGPT": partial(ours, model)}
+    if compiled:
+        fast = GPT(model.config).to(model.device, model.dtype)
+        fast.load_state_dict(model.state_dict(), assign=True)  # the same memory
+        fast.eval().compile_decode()
+        rivals["soloGPT compiled"] = partial(ours, fast)
+    if theirs := peers.get("transformers"):
+        idx = torch.tensor(prompts, device=model.device)
+        settings = dict(max_new_tokens=n, min_new_tokens=n, do_sample=False)
 
         def transformers() -> int:
-            out = theirs.generate(
-                idx, attention_mask=mask, max_new_tokens=config.tokens, min_new_tokens=config.tokens, do_sample=False
-            )
-            return out[:, width:].numel()
+            return theirs.generate(idx, attention_mask=torch.ones_like(idx), **settings)[:, 16:].numel()
 
         rivals["transformers"] = transformers
-    return take_turns(rivals, config.rounds, model.device)
+    if nanochat := peers.get("nanochat"):
+        from nanochat.engine import KVCache as NanoChatCache  # type: ignore[import-not-found]
+
+        def nanochat_decode() -> int:
+            c = nanochat.config
+            shape = (batch_size, c.n_kv_head, 16 + n, c.n_embd // c.n_head, c.n_layer, model.device, model.dtype)
+            cache, ids = NanoChatCache(*shape), torch.tensor(prompts, device=model.device)
+            for _ in range(n):
+                ids = nanochat(ids, kv_cache=cache)[:, -1].argmax(-1, keepdim=True)
+                ids.tolist()
+            return n * batch_size
+
+        rivals["nanochat"] = nanochat_decode
+    if llama := peers.get("llama.cpp"):
+
+        def llama_decode() -> int:
+            llama.reset()
+            [token, *_] = llama.forward(prompts[0], 0, batch_size)
+            for i in range(n - 1):
+                [token, *_] = llama.forward([token], 16 + i, batch_size)
+            return n * batch_size
+
+        rivals["llama.cpp"] = llama_decode
+    return rivals
+
+
+def prefill(model: GPT, peers: dict[str, Any]) -> dict[str, Rival]:
+    """One prompt, and the logits after it."""
+    prompt = torch.randint(1, model.config.vocab_size, (PROMPT,)).tolist()
+    idx = torch.tensor([prompt], device=model.device)
+
+    def ours() -> int:
+        model._prefill([prompt], KVCache(model.config, 1, PROMPT, model.device, model.dtype))
+        return PROMPT
+
+    calls: dict[str, Callable[[], Any]] = {"soloGPT": ours}
+    if theirs := peers.get("transformers"):
+        calls["transformers"] = lambda: theirs(idx, use_cache=True, logits_to_keep=1)
+    if nanochat := peers.get("nanochat"):
+        calls["nanochat"] = lambda: nanochat(idx)
+    if nanogpt := peers.get("nanogpt"):
+        calls["nanoGPT"] = lambda: nanogpt(idx)
+    if llama := peers.get("llama.cpp"):
+        calls["llama.cpp"] = lambda: (llama.reset(), llama.forward(prompt, 0))
+
+    def rival(call: Callable[[], Any]) -> int:
+        call()
+        return PROMPT
+
+    return {name: partial(rival, call) for name, call in calls.items()}
+
+
+def position(model: GPT, config: Config) -> dict[str, Rival]:
+    """Greedy tokens after 100, and after 1000."""
+    if config.compile:
+        model.compile_decode()
+    cache = KVCache(model.config, 1, 1024, model.device, model.dtype)
+
+    def at(length: int) -> int:
+        cache.lengths[:] = length
+        ids = torch.zeros(1, dtype=torch.long, device=model.device)
+        for _ in range(config.tokens):
+            cache.truncate(length)
+            ids = model._decode(ids, cache, torch.tensor([True])).argmax(-1)
+            ids.tolist()
+        return config.tokens
+
+    return {f"at {length}": partial(at, length) for length in (100, 1000)}
+
+
+def training(name: str, shape: str, device: torch.device, dtype: torch.dtype, path: str = "") -> Rival:
+    """A step of training, forward, backward and optimizers, as its train.py does it on this device."""
+    config = SHAPES[shape]
+    B, T = BATCH
+    idx, targets = torch.randint(config.vocab_size, (2, B, T), device=device)
+    autocast: AbstractContextManager = nullcontext()
+    model: Any
+    if name.startswith("soloGPT"):
+        torch.manual_seed(0)
+        model = GPT(config).to(device)
+        forward, optimizers = model, model.configure_optimizers()
+        if dtype == torch.bfloat16:
+            autocast = torch.autocast(device.type, dtype)
+        if "compiled" in name:
+            forward = torch.compile(model)
+    elif name == "nanochat":
+        model = forward = as_nanochat(path, config, device, dtype)
+        optimizers = [model.setup_optimizer()]
+    else:
+        model = forward = as_nanogpt(path, config, device)
+        optimizers = [model.configure_optimizers(0.1, 6e-4, (0.9, 0.95), device.type)]
+        if device.type == "cuda":
+            autocast = torch.autocast(device.type, torch.bfloat16)
+
+    def step() -> int:
+        with autocast:
+            loss = forward(idx, targets)
+        (loss[1] if isinstance(loss, tuple) else loss).backward()
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        return B * T
+
+    return step
+
+
+def peak_of(queue: Any, make: Callable[[], Rival], device: torch.device) -> None:
+    """In a process of its own: bytes of memory at most, over three steps of training; None where nothing tells."""
+    step = make()
+    for _ in range(3):
+        step()
+    status = Path("/proc/self/status")
+    if device.type == "cuda":
+        queue.put(torch.cuda.max_memory_allocated())
+    elif status.exists():
+        queue.put(int(re.findall(r"VmHWM:\s+(\d+)", status.read_text())[0]) * 1024)
+    else:
+        queue.put(None)
+
+
+# -----------------------------------------------------------------------------
+# The table
+
+
+@dataclass
+class Row:
+    what: str
+    shape: str
+    dtype: str
+    who: str
+    rates: list[float]  # tokens/s in each round
+    limit: float | None = None  # tokens/s
+    peak: int | None = None  # bytes of memory
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.rates)
+
+
+def measure(queue: Any, config: Config, shape: str, dtype_name: str, device: torch.device) -> None:
+    """In a process of its own, since some peers know one dtype each: put lists of rows into queue, then None."""
+    try:
+        for rows in measured(config, shape, getattr(torch, dtype_name), device):
+            queue.put(rows)
+    except (UserError, ImportError, OSError, ValueError) as e:
+        queue.put(str(e))
+    finally:
+        queue.put(None)
+
+
+def measured(config: Config, shape: str, dtype: torch.dtype, device: torch.device) -> Iterator[list[Row]]:
+    torch.set_grad_enabled(False)
+    paths, known = config.paths, shape in SHAPES
+    peers: dict[str, Any] = {}
+    model = make_model(shape, device, dtype)
+    if "transformers" in paths:
+        peers["transformers"] = as_transformers(model)
+    if "nanochat" in paths and known:
+        peers["nanochat"] = as_nanochat(paths["nanochat"], model.config, device, dtype).eval()
+    if "nanogpt" in paths and known:
+        peers["nanogpt"] = as_nanogpt(paths["nanogpt"], model.config, device).to(dtype).eval()
+    if "llama.cpp" in paths and not known:
+        peers["llama.cpp"] = LlamaCpp(paths["llama.cpp"], 16)
+    bandwidth, peak = read_bandwidth(device), matmul_peak(device, dtype)
+
+    def rows(what: str, rivals: dict[str, Rival], limit: float | None = None) -> list[Row]:
+        rates = take_turns(rivals, config.rounds, device)
+        return [Row(what, shape, str(dtype).removeprefix("torch."), who, rates[who], limit) for who in rivals]
+
+    if "decode" in config.measure:
+        cache_of_one = KVCache(model.config, 1, 16 + config.tokens // 2, dtype=dtype).nbytes
+        for B in (1, 16):
+            limit = B * bandwidth / (weights_read(model) + B * cache_of_one)
+            yield rows(f"decode, batch {B}", decode(model, peers, B, config.tokens, config.compile), limit)
+    if "position" in config.measure:
+        yield rows("decode", position(model, config))
+    if "prefill" in config.measure:
+        flops = model.flops_per_token() / 3 - 2 * model.head_weight.numel()  # the head is for the last token only
+        yield rows(f"prefill of {PROMPT}", prefill(model, peers), peak / flops)
+    if "train" in config.measure and known:
+        torch.set_grad_enabled(True)
+        flops_per_token = model.flops_per_token()
+        del model
+        peers.clear()
+        names = {"soloGPT": ""} | ({"soloGPT compiled": ""} if config.compile else {})
+        names |= {name: paths[key] for key, name in (("nanogpt", "nanoGPT"), ("nanochat", "nanochat")) if key in paths}
+        steps = {who: partial(training, who, shape, device, dtype, path) for who, path in names.items()}
+        found = rows("train", {who: step() for who, step in steps.items()}, peak / flops_per_token)
+        for row in found:
+            row.peak = in_a_process(peak_of, steps[row.who], device)
+        yield found
+
+
+def in_a_process(function: Callable[..., None], *args: Any) -> Any:
+    """What function(queue, *args) puts into the queue."""
+    context = multiprocessing.get_context("spawn")
+    queue = context.Queue()
+    process = context.Process(target=function, args=(queue, *args))
+    process.start()
+    try:
+        return queue.get()
+    finally:
+        process.join()
+
+
+def table(rows: list[Row]) -> Iterator[str]:
+    """A line for each: tokens/s with their spread, as a share of the limit, by the first's, and memory."""
+    for row in rows:
+        spread = f"{row.median:10,.1f} ({min(row.rates):,.1f} to {max(row.rates):,.1f})"
+        cells = [f"{row.what:16} {row.shape:5} {row.dtype:9} {row.who:17} {spread:36}"]
+        cells += [f"{row.median / row.limit:4.0%} of the limit"] if row.limit else []
+        cells += [f"soloGPT is {rows[0].median / row.median:.2f} x"] if row is not rows[0] else []
+        cells += [f"{row.peak / 2**30:.2f} GiB"] if row.peak else []
+        yield "  ".join(cells)
+
+
+def draw(rows: list[Row], path: str) -> None:
+    """Bars of each rival's tokens/s as a share of the fastest's, a group for each thing measured."""
+    try:
+        import matplotlib
+    except ImportError as e:
+        raise UserError("--plot needs the extra 'plot': pip install matplotlib") from e
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    groups: dict[str, list[Row]] = {}
+    for row in rows:
+        groups.setdefault(f"{row.what}\n{row.shape}, {row.dtype}", []).append(row)
+    names = list(dict.fromkeys(row.who for row in rows))
+    figure, axes = plt.subplots(figsize=(max(7, 1.5 * len(groups)), 4))
+    for i, name in enumerate(names):
+        points = {
+            x + 0.8 * i / len(names): row.median / max(other.median for other in group)
+            for x, group in enumerate(groups.values())
+            for row in group
+            if row.who == name
+        }
+        axes.bar(list(points), list(points.values()), 0.8 / len(names), align="edge", label=name)
+    axes.set_xticks([x + 0.4 for x in range(len(groups))], groups, fontsize=7)
+    axes.set_ylabel("tokens/s, share of the fastest")
+    axes.legend(fontsize=8)
+    figure.savefig(path, dpi=150, bbox_inches="tight")
 
 
 def main() -> None:
@@ -121,41 +476,31 @@ def main() -> None:
         device = pick_device(config.device)
     except ValueError as e:
         raise UserError(str(e)) from e
-    torch.manual_seed(0)
-    model = GPT(SHAPES[config.shape])
-    for weight in model.parameters():
-        torch.nn.init.normal_(weight, std=0.02)
-    model = model.to(device, getattr(torch, config.dtype)).eval()
-    theirs = None
-    if config.peers:
-        try:
-            theirs = as_transformers(model)
-        except ImportError as e:
-            raise UserError("--peers=transformers needs the extra 'dev': pip install transformers") from e
-
     where = torch.cuda.get_device_name() if device.type == "cuda" else f"{platform.machine()}, {os.cpu_count()} cores"
-    machine = f"{where}, torch {torch.__version__}, {config.shape} {config.dtype}, median of {config.rounds}"
-    results: dict[str, Any] = {"machine": machine, "position": {}, "batch": {}}
+    machine = (
+        f"{where}, Python {platform.python_version()}, torch {torch.__version__}, median of {config.rounds} rounds"
+    )
     if not config.json:
         print(machine)
-    for title, sizes, measure in (
-        ("position", (100, 500, 1000), lambda n: at_position(model, n, config)),
-        ("batch", (1, 4, 16), lambda n: ragged_batch(model, theirs, n, config)),
-    ):
-        for size in sizes:
-            rates = measure(size)
-            medians = {name: statistics.median(values) for name, values in rates.items()}
-            results[title][size] = {name: dict(median=medians[name], rounds=rates[name]) for name in rates}
-            if not config.json:
-                cells = [
-                    f"{name} {rate:8.1f} ({min(rates[name]):.1f}-{max(rates[name]):.1f})"
-                    for name, rate in medians.items()
-                ]
-                first, *others = medians.values()
-                ratio = f"  ratio {first / others[0]:.2f}" if others else ""
-                print(f"{title} {size:5}: tokens/s " + "  ".join(cells) + ratio, flush=True)
+    context, found = multiprocessing.get_context("spawn"), []
+    for shape in config.shape:
+        for dtype in config.dtype:
+            queue = context.Queue()
+            process = context.Process(target=measure, args=(queue, config, shape, dtype, device))
+            process.start()
+            while rows := queue.get():
+                if isinstance(rows, str):
+                    raise UserError(rows)
+                found += rows
+                if not config.json:
+                    print(*table(rows), sep="\n", flush=True)
+            process.join()
+            if process.exitcode:
+                raise RunError(f"{shape} in {dtype} has failed")
     if config.json:
-        print(json.dumps(results))
+        print(json.dumps({"machine": machine, "rows": [asdict(row) | {"median": row.median} for row in found]}))
+    if config.plot:
+        draw(found, config.plot)
 
 
 if __name__ == "__main__":

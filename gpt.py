@@ -19,10 +19,10 @@ G key/value heads, M = n_hidden, V = vocab_size. The file needs torch and nothin
 
 import math
 import os
-from collections.abc import Generator, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from copy import copy
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn as nn
@@ -120,12 +120,27 @@ def check_rope_scaling(scaling: dict) -> None:
 # The cache: what attention has to remember of the tokens that it has seen
 
 
+class LayerCache(NamedTuple):
+    """A layer's part of a KVCache while new tokens are read: views of it, and where the tokens go."""
+
+    k: Tensor  # (B, G, max_len, D)
+    v: Tensor
+    slots: tuple  # an index of (B, max_len)
+    end: int  # of the longest row, with what is new
+
+    def update(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Write new keys and values, (B, G, T, D); returns all that there are, (B, G, S, D), as views."""
+        self.k.transpose(1, 2)[self.slots] = k.detach().transpose(1, 2).to(self.k.dtype)
+        self.v.transpose(1, 2)[self.slots] = v.detach().transpose(1, 2).to(self.v.dtype)
+        return self.k[:, :, : self.end], self.v[:, :, : self.end]
+
+
 class KVCache:
     """Keys and values of all layers, allocated once and written in place. Row b holds `lengths[b]` positions.
 
     `lengths` is an int64 tensor (batch_size,) on the CPU, so that it is known without waiting for the device; `ids`
     (batch_size, max_len) are the tokens that the positions stand for. Owned by the caller; `GPT.forward` appends to
-    it: begin once, update in each layer, then commit. No gradient flows through it.
+    it: begin once, update each layer, then commit. No gradient flows through it.
     """
 
     def __init__(
@@ -137,7 +152,7 @@ class KVCache:
         self.v = torch.zeros(shape, device=device, dtype=dtype)
         self.ids = torch.zeros(batch_size, max_len, device=device, dtype=torch.long)
         self.lengths = torch.zeros(batch_size, dtype=torch.long)
-        self._end = 0  # what `begin` finds out for `update`: where the longest row ends,
+        self._end = 0  # what `begin` finds out for `layer`: where the longest row ends,
         self._slots: tuple = ()  # and where the new tokens go, as an index of (B, max_len)
 
     @property
@@ -153,7 +168,7 @@ class KVCache:
         """Bytes of keys and values: 2 * n_layer * batch_size * n_kv_head * max_len * head_dim * those of the dtype."""
         return self.k.nbytes + self.v.nbytes
 
-    def begin(self, idx: Tensor) -> tuple[Tensor, Tensor | None]:
+    def begin(self, idx: Tensor, compiled: bool = False) -> tuple[Tensor, Tensor | None]:
         """Make room for new tokens, (B, T); ValueError, and nothing changed, if there is too little.
 
         Returns their positions, (B, T) or (1, T) when all rows are equally long, and the mask of what each may
@@ -171,6 +186,7 @@ class KVCache:
             # was left there, 0 times that is NaN.
             self.k[:, :, :, longest : self._end] = 0
             self.v[:, :, :, longest : self._end] = 0
+        if ragged or compiled:  # slices are faster, but compiled code would be bound to their numbers
             self._slots = (torch.arange(self.batch_size, device=self.k.device)[:, None], positions)
         else:
             self._slots = (slice(None), slice(longest, self._end))
@@ -179,11 +195,9 @@ class KVCache:
             return positions, (torch.arange(self._end, device=self.k.device) <= positions[..., None])[:, None]
         return positions, None
 
-    def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Write a layer's new keys and values, (B, T, G, D); returns all that it holds, (B, G, S, D), as views."""
-        self.k[layer].transpose(1, 2)[self._slots] = k.detach().to(self.k.dtype)
-        self.v[layer].transpose(1, 2)[self._slots] = v.detach().to(self.v.dtype)
-        return self.k[layer, :, :, : self._end], self.v[layer, :, :, : self._end]
+    def layer(self, i: int) -> LayerCache:
+        """Layer i's, for the tokens that `begin` has made room for."""
+        return LayerCache(self.k[i], self.v[i], self._slots, self._end)
 
     def commit(self, T: int) -> None:
         self.lengths += T
@@ -228,8 +242,13 @@ class KVCache:
 # The layers
 
 
+def wide(x: Tensor) -> Tensor:
+    """In at least float32."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 def rope(positions: Tensor, config: GPTConfig, dtype: torch.dtype) -> Tensor:
-    """Rotations for positions (B or 1, T), as complex numbers of modulus 1, (B or 1, T, 1, D/2).
+    """Rotations for positions (B or 1, T): of each angle the cosine and the sine, (B or 1, T, 1, D/2, 2).
 
     Position p turns pair i of a head's channels by the angle p * base^(-2i/D). The dot product of a query and a key
     then depends on how far apart they are, not on where. Computed anew each time, in at least float32: no table to
@@ -241,7 +260,7 @@ def rope(positions: Tensor, config: GPTConfig, dtype: torch.dtype) -> Tensor:
     if config.rope_scaling:
         frequencies = stretch(frequencies, config.rope_scaling)
     angles = positions[:, :, None, None].to(real) * frequencies
-    return torch.polar(torch.ones_like(angles), angles)
+    return torch.stack((angles.cos(), angles.sin()), dim=-1)
 
 
 def stretch(frequencies: Tensor, scaling: dict) -> Tensor:
@@ -262,47 +281,73 @@ def stretch(frequencies: Tensor, scaling: dict) -> Tensor:
 
 def rotate(x: Tensor, rotations: Tensor) -> Tensor:
     """Turn each pair of neighbouring channels of x, (B, T, H, D), by its rotation: one complex product."""
-    pairs = x.to(torch.promote_types(x.dtype, torch.float32)).unflatten(-1, (-1, 2))  # (B, T, H, D/2, 2)
-    return torch.view_as_real(torch.view_as_complex(pairs) * rotations).flatten(-2).to(x.dtype)
+    pairs = wide(x).unflatten(-1, (-1, 2))  # (B, T, H, D/2, 2)
+    if torch.compiler.is_compiling():  # it knows no complex numbers, and fuses what makes one
+        (a, b), (c, d) = pairs.unbind(-1), rotations.unbind(-1)  # (B, T, H, D/2), (B, T, 1, D/2)
+        return torch.stack((a * c - b * d, a * d + b * c), dim=-1).flatten(-2).to(x.dtype)
+    return torch.view_as_real(torch.view_as_complex(pairs) * torch.view_as_complex(rotations)).flatten(-2).to(x.dtype)
 
 
 def rms_norm(channels: int, config: GPTConfig) -> nn.Module:
     return nn.RMSNorm(channels, eps=config.norm_eps, elementwise_affine=config.norm_weight)
 
 
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """F.linear: (..., C) to (..., N) by weight (N, C).
+
+    For one token all the time goes into reading the weights, which matrix products do at half the speed of a CPU's
+    memory. A product and a sum, compiled to one loop, do it at all of it.
+    """
+    if torch.compiler.is_compiling() and x.numel() == x.size(-1):
+        y = (wide(weight) * wide(x).flatten()).sum(-1).to(x.dtype).view(*x.shape[:-1], -1)
+        return y if bias is None else y + bias
+    return F.linear(x, weight, bias)
+
+
+class Linear(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return linear(x, self.weight, self.bias)
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float) -> Tensor:
+    """softmax(q @ k^T / sqrt(D)) @ v: queries (B, H, T, D), keys and values (B, G, S, D), to (B, H, T, D).
+
+    mask, (B or 1, 1, T, S), is true where a query may attend; None is causal.
+    """
+    T, (G, D) = q.size(2), (k.size(1), k.size(3))
+    if torch.compiler.is_compiling() and T == 1:  # as with `linear`: loops, for one token
+        q = q.unflatten(1, (G, -1))  # (B, G, H/G, 1, D)
+        scores = (wide(q) * wide(k)[:, :, None]).sum(-1) / D**0.5  # (B, G, H/G, S)
+        if mask is not None:
+            scores = scores.masked_fill(~mask, -math.inf)
+        weights = scores.softmax(-1)[..., None]  # (B, G, H/G, S, 1)
+        return (weights * wide(v)[:, :, None]).sum(-2, keepdim=True).flatten(1, 2).to(v.dtype)  # (B, H, 1, D)
+    causal = mask is None and T > 1
+    return F.scaled_dot_product_attention(q, k, v, mask, dropout, causal, enable_gqa=q.size(1) > G)
+
+
 class Attention(nn.Module):
-    def __init__(self, config: GPTConfig, layer: int) -> None:
+    def __init__(self, config: GPTConfig) -> None:
         super().__init__()
-        self.layer = layer
         self.n_head, self.n_kv_head, self.head_dim = config.heads
         self.dropout = config.dropout
-        self.c_q = nn.Linear(config.n_embd, self.n_head * self.head_dim, bias=config.qkv_bias)
-        self.c_k = nn.Linear(config.n_embd, self.n_kv_head * self.head_dim, bias=config.qkv_bias)
-        self.c_v = nn.Linear(config.n_embd, self.n_kv_head * self.head_dim, bias=config.qkv_bias)
-        self.c_proj = nn.Linear(self.n_head * self.head_dim, config.n_embd, bias=False)
+        self.c_q = Linear(config.n_embd, self.n_head * self.head_dim, bias=config.qkv_bias)
+        self.c_k = Linear(config.n_embd, self.n_kv_head * self.head_dim, bias=config.qkv_bias)
+        self.c_v = Linear(config.n_embd, self.n_kv_head * self.head_dim, bias=config.qkv_bias)
+        self.c_proj = Linear(self.n_head * self.head_dim, config.n_embd, bias=False)
         self.q_norm = rms_norm(self.head_dim, config) if config.qk_norm else nn.Identity()
         self.k_norm = rms_norm(self.head_dim, config) if config.qk_norm else nn.Identity()
 
-    def forward(self, x: Tensor, rotations: Tensor, mask: Tensor | None, kv_cache: KVCache | None) -> Tensor:
+    def forward(self, x: Tensor, rotations: Tensor, mask: Tensor | None, cache: LayerCache | None) -> Tensor:
         B, T, _ = x.shape
         q = self.c_q(x).view(B, T, self.n_head, self.head_dim)  # (B, T, H, D)
         k = self.c_k(x).view(B, T, self.n_kv_head, self.head_dim)  # (B, T, G, D)
         v = self.c_v(x).view(B, T, self.n_kv_head, self.head_dim)  # (B, T, G, D)
         q, k = rotate(self.q_norm(q), rotations), rotate(self.k_norm(k), rotations)
-        if kv_cache is None:
-            k, v = k.transpose(1, 2), v.transpose(1, 2)  # (B, G, T, D)
-        else:
-            k, v = kv_cache.update(self.layer, k, v)  # (B, G, S, D)
-        # softmax(q @ k^T / sqrt(D)) @ v for each head: (B, H, T, D) @ (B, H, D, S) @ (B, H, S, D)
-        y = F.scaled_dot_product_attention(
-            q.transpose(1, 2),  # (B, H, T, D)
-            k,
-            v,
-            attn_mask=mask,
-            dropout_p=self.dropout if self.training else 0.0,
-            is_causal=mask is None and T > 1,
-            enable_gqa=self.n_kv_head < self.n_head,
-        )
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H, T, D), (B, G, T, D)
+        if cache is not None:
+            k, v = cache.update(k, v)  # (B, G, S, D)
+        y = attention(q, k, v, mask, self.dropout if self.training else 0.0)  # (B, H, T, D)
         return self.c_proj(y.transpose(1, 2).reshape(B, T, -1))  # (B, H, T, D) -> (B, T, H * D) -> (B, T, C)
 
 
@@ -310,8 +355,8 @@ class MLP(nn.Module):
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
         n_hidden = config.n_hidden or 4 * config.n_embd
-        self.c_fc = nn.Linear(config.n_embd, n_hidden, bias=False)
-        self.c_proj = nn.Linear(n_hidden, config.n_embd, bias=False)
+        self.c_fc = Linear(config.n_embd, n_hidden, bias=False)
+        self.c_proj = Linear(n_hidden, config.n_embd, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         x = F.relu(self.c_fc(x))  # (B, T, M)
@@ -321,23 +366,23 @@ class MLP(nn.Module):
 class SwiGLU(MLP):
     def __init__(self, config: GPTConfig) -> None:
         super().__init__(config)
-        self.c_gate = nn.Linear(config.n_embd, self.c_fc.out_features, bias=False)
+        self.c_gate = Linear(config.n_embd, self.c_fc.out_features, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.c_proj(F.silu(self.c_gate(x)) * self.c_fc(x))  # (B, T, M) -> (B, T, C)
 
 
 class Block(nn.Module):
-    def __init__(self, config: GPTConfig, layer: int) -> None:
+    def __init__(self, config: GPTConfig) -> None:
         super().__init__()
         self.attn_norm = rms_norm(config.n_embd, config)
-        self.attn = Attention(config, layer)
+        self.attn = Attention(config)
         self.mlp_norm = rms_norm(config.n_embd, config)
         self.mlp = {"relu2": MLP, "swiglu": SwiGLU}[config.mlp](config)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x: Tensor, rotations: Tensor, mask: Tensor | None, kv_cache: KVCache | None) -> Tensor:
-        x = x + self.dropout(self.attn(self.attn_norm(x), rotations, mask, kv_cache))
+    def forward(self, x: Tensor, rotations: Tensor, mask: Tensor | None, cache: LayerCache | None) -> Tensor:
+        x = x + self.dropout(self.attn(self.attn_norm(x), rotations, mask, cache))
         return x + self.dropout(self.mlp(self.mlp_norm(x)))
 
 
@@ -518,7 +563,7 @@ class Muon(torch.optim.Optimizer):
 
 def softcapped(logits: Tensor, softcap: float) -> Tensor:
     """Logits in at least float32, within +-softcap; 0 switches the cap off."""
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    logits = wide(logits)
     return torch.tanh(logits / softcap) * softcap if softcap else logits
 
 
@@ -577,10 +622,12 @@ class GPT(nn.Module):
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
         self.embd_norm = rms_norm(config.n_embd, config) if config.embd_norm else nn.Identity()
         self.dropout = nn.Dropout(config.dropout)
-        self.h = nn.ModuleList([Block(config, layer) for layer in range(config.n_layer)])
+        self.h = nn.ModuleList([Block(config) for _ in range(config.n_layer)])
         self.norm = rms_norm(config.n_embd, config)
         self.lm_head = None if config.tie_embd else nn.Linear(config.n_embd, config.vocab_size, bias=False)
         self.activation_checkpointing = False  # True: training keeps only what goes into a block, and computes it twice
+        self.compiled_block: Callable | None = None  # for decode: see compile_decode
+        self.compiled_logits: Callable | None = None
         self.init_weights()
 
     @torch.no_grad()
@@ -623,25 +670,30 @@ class GPT(nn.Module):
         past = 0 if kv_cache is None else int(kv_cache.lengths.max())
         if past + T > self.config.sequence_len:
             raise ValueError(f"{past + T} tokens are more than sequence_len {self.config.sequence_len}")
+        # 0 and 1 are numbers of their own to the compiler, and so is a full cache: those would be compiled apart
+        compiled = self.compiled_block if T == 1 and kv_cache and 0 < past < kv_cache.max_len - 1 else None
         if kv_cache is None:
             positions, mask = torch.arange(T, device=idx.device)[None], None  # (1, T)
         else:
             self._check_cache(kv_cache, B)
-            positions, mask = kv_cache.begin(idx)  # (B or 1, T), (B or 1, 1, T, S)
+            positions, mask = kv_cache.begin(idx, bool(compiled))  # (B or 1, T), (B or 1, 1, T, S)
         rotations = rope(positions, self.config, self.dtype)
         x = self.dropout(self.embd_norm(self.wte(idx)))  # (B, T, C)
-        for block in self.h:
-            if self.activation_checkpointing and self.training:
-                x = torch.utils.checkpoint.checkpoint(block, x, rotations, mask, kv_cache, use_reentrant=False)
+        for i, block in enumerate(self.h):
+            layer = None if kv_cache is None else kv_cache.layer(i)
+            if compiled:
+                x = compiled(block, x, rotations, mask, layer)
+            elif self.activation_checkpointing and self.training:
+                x = torch.utils.checkpoint.checkpoint(block, x, rotations, mask, layer, use_reentrant=False)
             else:
-                x = block(x, rotations, mask, kv_cache)
+                x = block(x, rotations, mask, layer)
         if kv_cache is not None:
             kv_cache.commit(T)
         return self.norm(x)
 
     def logits(self, x: Tensor) -> Tensor:
         """The head: (..., C) to (..., V), in at least float32, within +-softcap."""
-        return softcapped(F.linear(x, self.head_weight), self.config.softcap)
+        return softcapped(linear(x, self.head_weight), self.config.softcap)
 
     def forward(
         self,
@@ -851,10 +903,20 @@ class GPT(nn.Module):
                 row.reset()
                 if tail.numel():
                     self.hidden(tail, row)
-        logits = self.logits(self.hidden(ids[:, None], kv_cache)[:, -1])  # (B, 1) -> (B, V)
+        x = self.hidden(ids[:, None], kv_cache)[:, -1]  # (B, 1) -> (B, C)
+        logits = self.compiled_logits(self, x) if self.compiled_logits else self.logits(x)  # (B, V)
         if not keep.all():
             kv_cache.truncate(kv_cache.lengths - (~keep).long())
         return logits
+
+    def compile_decode(self) -> None:
+        """Have torch.compile speed up what reads one token for each row with a cache; the rest stays as it is.
+
+        The blocks share their code, which is compiled at the first token (and once more for a batch, or rows of
+        different lengths), and holds for any length of the cache.
+        """
+        self.compiled_block = torch.compile(Block.forward, dynamic=True)
+        self.compiled_logits = torch.compile(GPT.logits, dynamic=True)
 
     # ---- checkpoints
 

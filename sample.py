@@ -47,6 +47,7 @@ class Config:
     ckpt: str = ""  # take this checkpoint instead
     init_from: str = ""  # take an open model instead: hf:NAME or hf:FOLDER
     dtype: str = "auto"  # of the weights: float32, bfloat16, or auto for what they are saved in
+    compile: bool = False  # torch.compile what reads a token at a time: seconds until the first, then faster
     device: str = "auto"  # cuda, mps, cpu, ...; auto takes the first of these that is there
 
     def __post_init__(self) -> None:
@@ -320,6 +321,8 @@ def converse(config: Config, model: GPT, tokenizer: Tokenizer, settings: dict[st
 def main() -> None:
     config = configurator.parse(Config)
     model, tokenizer, source = load(config)
+    if config.compile:
+        model.compile_decode()
     names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "lookup", "seed")
     settings = {name: getattr(config, name) for name in names}
     settings |= {"stop_tokens": tokenizer.eos_tokens, "suppress_tokens": tokenizer.gaps(model.config.vocab_size)}

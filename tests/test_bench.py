@@ -1,29 +1,100 @@
 import json
+from dataclasses import asdict
 
 import pytest
+import torch
 from conftest import run
 
 import bench
-from gpt import GPTConfig
+from gpt import GPT, GPTConfig
+
+NANOGPT = '''
+import torch
+from dataclasses import dataclass
 
 
-def test_it_measures_what_it_says(monkeypatch, capsys):
+@dataclass
+class GPTConfig:
+    block_size: int
+    vocab_size: int
+    n_layer: int
+    n_head: int
+    n_embd: int
+    dropout: float
+    bias: bool
+
+
+class GPT(torch.nn.Module):
+    """Another model with the interface of nanoGPT's."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.table = torch.nn.Embedding(config.vocab_size, config.vocab_size)
+
+    def forward(self, idx, targets=None):
+        logits = self.table(idx)
+        if targets is None:
+            return logits, None
+        return logits, torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
+
+    def configure_optimizers(self, weight_decay, learning_rate, betas, device_type):
+        return torch.optim.AdamW(self.parameters(), learning_rate, betas, weight_decay=weight_decay)
+'''
+
+
+@pytest.fixture
+def small(monkeypatch):
     monkeypatch.setitem(
         bench.SHAPES, "tiny", GPTConfig(sequence_len=1024, vocab_size=64, n_layer=1, n_head=2, n_embd=16)
     )
-    argv = ["bench.py", "--shape=tiny", "--rounds=2", "--tokens=3", "--peers=transformers", "--device=cpu"]
-    monkeypatch.setattr("sys.argv", [*argv, "--json"])
-    bench.main()
-    results = json.loads(capsys.readouterr().out)
-    assert set(results["position"]) == {"100", "500", "1000"} and set(results["batch"]) == {"1", "4", "16"}
-    for size in results["batch"].values():
-        assert set(size) == {"soloGPT", "transformers"}
-        assert all(len(rival["rounds"]) == 2 and rival["median"] > 0 for rival in size.values())
-    monkeypatch.setattr("sys.argv", argv)
-    bench.main()
-    assert capsys.readouterr().out.count("ratio") == 6
+    yield
+    torch.set_grad_enabled(True)
 
 
-@pytest.mark.parametrize("flag", ["--shape=huge", "--dtype=int8", "--peers=nobody", "--rounds=0"])
+def test_it_measures_what_it_says(small, monkeypatch, tmp_path):
+    (tmp_path / "model.py").write_text(NANOGPT)
+    monkeypatch.setattr(bench, "peak_of", None)  # a process of its own has not heard of the small shape
+    monkeypatch.setattr(bench, "in_a_process", lambda function, make, device: make()())
+    config = bench.Config(peers=("transformers", f"nanogpt={tmp_path}"), rounds=2, tokens=3, compile=False)
+    found = list(bench.measured(config, "tiny", torch.float32, torch.device("cpu")))
+    assert [(rows[0].what, [row.who for row in rows]) for rows in found] == [
+        ("decode, batch 1", ["soloGPT", "transformers"]),
+        ("decode, batch 16", ["soloGPT", "transformers"]),
+        ("decode", ["at 100", "at 1000"]),
+        ("prefill of 512", ["soloGPT", "transformers", "nanoGPT"]),
+        ("train", ["soloGPT", "nanoGPT"]),
+    ]
+    for row in (row for rows in found for row in rows):
+        assert len(row.rates) == 2 and row.median > 0 and json.dumps(asdict(row))
+    for rows in found:
+        lines = list(bench.table(rows))
+        assert len(lines) == len(rows) and all("soloGPT is" in line for line in lines[1:])
+    bench.draw([row for rows in found for row in rows], str(tmp_path / "bench.png"))
+    assert (tmp_path / "bench.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_rivals_of_a_turn_say_the_same(small):
+    """The same weights are on both sides, and so are the greedy tokens."""
+    torch.manual_seed(1)
+    model = bench.make_model("tiny", torch.device("cpu"), torch.float32)
+    theirs = bench.as_transformers(model)
+    idx = torch.randint(64, (2, 30))
+    with torch.no_grad():
+        torch.testing.assert_close(model(idx), theirs(idx).logits, atol=1e-5, rtol=0)
+    rivals = bench.decode(model, {"transformers": theirs}, 3, 5, False)
+    assert rivals["soloGPT"]() == rivals["transformers"]() == 15
+
+
+def test_the_limits_count_what_is_read_and_multiplied():
+    config = GPTConfig(sequence_len=8, vocab_size=50, n_layer=2, n_head=2, n_embd=16)
+    model = GPT(config)
+    assert bench.weights_read(model) == 4 * (model.num_params() - 50 * 16)
+    tied = GPT(GPTConfig(sequence_len=8, vocab_size=50, n_layer=2, n_head=2, n_embd=16, tie_embd=True))
+    assert bench.weights_read(tied) == 4 * tied.num_params() == bench.weights_read(model)
+
+
+@pytest.mark.parametrize(
+    "flag", ["--shape=huge", "--dtype=int8", "--peers=nobody", "--peers=nanogpt=nowhere", "--rounds=0", "--measure=all"]
+)
 def test_bad_flags_are_one_line(flag):
     assert run("bench.py", flag, status=2).stderr.startswith("error: ")

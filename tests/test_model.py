@@ -175,7 +175,8 @@ def test_stretched_positions_keep_the_fast_pairs_and_slow_the_others_down():
     slowed down, and in between the slower a pair is, the more."""
     config = GPTConfig(n_head=1, n_embd=64, rope_scaling=LLAMA3)
     plain, slow = (
-        rope(torch.tensor([[1]]), c, torch.float64).angle()[0, 0, 0] for c in (GPTConfig(n_head=1, n_embd=64), config)
+        torch.view_as_complex(rope(torch.tensor([[1]]), c, torch.float64)).angle()[0, 0, 0]
+        for c in (GPTConfig(n_head=1, n_embd=64), config)
     )
     turns, ratio = plain * 64 / (2 * math.pi), plain / slow
     assert (ratio[turns >= 4] == 1).all() and torch.allclose(ratio[turns <= 1], torch.tensor(8.0, dtype=torch.float64))

@@ -179,7 +179,7 @@ def test_torchrun_starts_a_run_again_where_it_was(dataset, tmp_path):
         os.kill(killed[0], signal.SIGKILL)
         wait_for(lambda killed=killed: not set(killed) & set(workers(process)), process)
     out, err = process.communicate(timeout=120)
-    assert process.returncode == 0, err
+    assert process.returncode == 0, out + err
     assert out.count("resumed at step") == 2
     assert [record["step"] for record in records(tmp_path / "out")] == list(range(101))
     a, b = (GPT.load(tmp_path / name / "ckpt.pt").state_dict() for name in ("whole", "out"))
