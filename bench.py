@@ -9,10 +9,13 @@ product, for prefill and training. Absolute figures belong to the machine that t
 import json
 import multiprocessing
 import os
+import pickle
 import platform
 import re
 import statistics
+import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
@@ -21,6 +24,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 import configurator
@@ -51,6 +55,7 @@ class Config:
     rounds: int = 5  # turns of each rival
     tokens: int = 64  # decoded in one turn
     compile: bool = True  # measure what torch.compile makes of it, too
+    time_to_loss: bool = False  # instead: seconds to nanoGPT's loss on tiny Shakespeare, beside nanogpt= and nanochat=
     json: bool = False  # print one object instead of a table
     plot: str = ""  # draw the table into this file, with the extra 'plot'
     device: str = "auto"  # cuda, mps, cpu, ...; auto takes the first of these that is there
@@ -186,8 +191,6 @@ class LlamaCpp:
 
     def forward(self, tokens: list[int], position: int, rows: int = 1) -> list[int]:
         """Read tokens for each of so many rows; returns the likeliest next of each. Only the last gives logits."""
-        import numpy as np
-
         batch = self.api.llama_batch_init(len(tokens) * rows, 0, 1)
         batch.n_tokens = len(tokens) * rows
         for row in range(rows):
@@ -347,6 +350,89 @@ def peak_of(queue: Any, make: Callable[[], Rival], device: torch.device) -> None
 
 
 # -----------------------------------------------------------------------------
+# Seconds to a loss: nanoGPT's quick run on a CPU, and others of its shape. Each is a process, timed from its start
+
+ROOT = Path(__file__).resolve().parent
+CONTEXT, STEPS = 64, 230
+SHAPE: dict[str, Any] = dict(n_layer=4, n_head=4, n_embd=128)
+OURS = f"--max_iters={STEPS} --eval_interval=1000 --eval_iters=200 --momentum=0.9 --warmdown=0.5 --sample_tokens=0"
+NANOGPT = "--max_iters=2000 --lr_decay_iters=2000 --dropout=0.0 --device=cpu --compile=False --eval_iters=20"
+
+
+def shakespeare(split: str) -> np.ndarray:
+    """Tiny Shakespeare with an id for each of the 65 characters that come in it, as nanoGPT has it."""
+    data = {split: np.fromfile(ROOT / f"data/shakespeare/{split}.bin", "<u2") for split in ("train", "val")}
+    return np.searchsorted(np.unique(np.concatenate(list(data.values()))), data[split])
+
+
+def windows(starts: np.ndarray, ids: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
+    """Inputs and targets (B, T) from each of starts (B,) on."""
+    rows = torch.from_numpy(ids[starts[:, None] + np.arange(CONTEXT + 1)])
+    return rows[:, :-1], rows[:, 1:]
+
+
+@torch.no_grad()
+def whole_loss(loss: Callable[..., Any]) -> float:
+    """The mean of loss(x, y) over the validation split, in windows that do not overlap."""
+    ids = shakespeare("val")
+    starts = np.arange((len(ids) - 1) // CONTEXT) * CONTEXT
+    x, y = windows(starts, ids)
+    return sum(float(loss(*pair)) * len(pair[0]) for pair in zip(x.split(100), y.split(100), strict=True)) / len(x)
+
+
+def solo_to_loss(path: str, folder: Path) -> Callable[[], float]:
+    """The run of the README: a tokenizer of bytes, that is, and evaluations of the whole split."""
+    shape = [f"--{name}={value}" for name, value in SHAPE.items()]
+    command = ["train.py", *shape, f"--sequence_len={CONTEXT}", *OURS.split(), "--dataset=shakespeare"]
+    subprocess.run([sys.executable, *command, f"--out_dir={folder}"], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+    return lambda: json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])["val_loss"]
+
+
+def nanogpt_to_loss(path: str, folder: Path) -> Callable[[], float]:
+    """Its own train.py and configuration, in a folder with its data."""
+    for name in ("train.py", "model.py", "configurator.py", "config"):
+        (folder / name).symlink_to(Path(path).resolve() / name)
+    where = folder / "data" / "shakespeare_char"
+    where.mkdir(parents=True)
+    for split in ("train", "val"):
+        shakespeare(split).astype("<u2").tofile(where / f"{split}.bin")
+    (where / "meta.pkl").write_bytes(pickle.dumps({"vocab_size": 65}))
+    shape = [f"--{name}={value}" for name, value in SHAPE.items()] + [f"--block_size={CONTEXT}", "--batch_size=12"]
+    command = ["train.py", "config/train_shakespeare_char.py", *shape, *NANOGPT.split(), "--out_dir=out"]
+    subprocess.run([sys.executable, *command], cwd=folder, check=True, stdout=subprocess.DEVNULL)
+
+    def loss() -> float:
+        config = GPTConfig(sequence_len=CONTEXT, vocab_size=65, **SHAPE)
+        model = as_nanogpt(path, config, torch.device("cpu"))
+        model.load_state_dict(torch.load(folder / "out" / "ckpt.pt", weights_only=True)["model"])
+        return whole_loss(lambda x, y: model(x, y)[1])
+
+    return loss
+
+
+def nanochat_to_loss(path: str, folder: Path) -> Callable[[], float]:
+    """Its model and its optimizer with its own rates, in a loop as ours: as many steps, tokens and evaluations."""
+    loss = in_a_process(train_nanochat, path)
+    return lambda: loss
+
+
+def train_nanochat(queue: Any, path: str) -> None:
+    model = as_nanochat(
+        path, GPTConfig(sequence_len=CONTEXT, vocab_size=65, **SHAPE), torch.device("cpu"), torch.float32
+    )
+    optimizer, ids = model.setup_optimizer(), shakespeare("train")
+    whole_loss(model)
+    for step in range(STEPS):
+        starts = np.random.default_rng((0, step)).integers(len(ids) - CONTEXT, size=12)
+        model(*windows(starts, ids)).backward()
+        for group in optimizer.param_groups:
+            group["lr"] = group["initial_lr"] * min(1, 2 * (STEPS - step) / STEPS)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    queue.put(whole_loss(model))
+
+
+# -----------------------------------------------------------------------------
 # The table
 
 
@@ -470,8 +556,28 @@ def draw(rows: list[Row], path: str) -> None:
     figure.savefig(path, dpi=150, bbox_inches="tight")
 
 
+def time_to_loss(config: Config) -> None:
+    """Print, for each round, the seconds of a whole process and the loss that it ends with, over the whole split."""
+    if not (ROOT / "data/shakespeare/meta.json").exists():
+        raise UserError("--time_to_loss needs the text: python data/shakespeare/prepare.py --tokenizer=bytes")
+    runs = {"soloGPT": solo_to_loss, "nanogpt": nanogpt_to_loss, "nanochat": nanochat_to_loss}
+    seconds: dict[str, list[float]] = {who: [] for who in runs if who == "soloGPT" or who in config.paths}
+    for _ in range(config.rounds):
+        for who, times in seconds.items():
+            with tempfile.TemporaryDirectory() as folder:
+                started = time.perf_counter()
+                loss = runs[who](config.paths.get(who, ""), Path(folder))
+                times.append(time.perf_counter() - started)
+                print(f"{who:9} {times[-1]:6.1f} s to a validation loss of {loss():.4f}", flush=True)
+    ours = statistics.median(seconds["soloGPT"])
+    for who, times in seconds.items():
+        print(f"{who:9} {statistics.median(times):6.1f} s, soloGPT is {statistics.median(times) / ours:.2f} x")
+
+
 def main() -> None:
     config = configurator.parse(Config)
+    if config.time_to_loss:
+        return time_to_loss(config)
     try:
         device = pick_device(config.device)
     except ValueError as e:

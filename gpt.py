@@ -330,7 +330,7 @@ class Attention(nn.Module):
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
         self.n_head, self.n_kv_head, self.head_dim = config.heads
-        self.dropout = config.dropout
+        self.dropout = nn.Dropout(config.dropout)
         self.c_q = Linear(config.n_embd, self.n_head * self.head_dim, bias=config.qkv_bias)
         self.c_k = Linear(config.n_embd, self.n_kv_head * self.head_dim, bias=config.qkv_bias)
         self.c_v = Linear(config.n_embd, self.n_kv_head * self.head_dim, bias=config.qkv_bias)
@@ -347,7 +347,7 @@ class Attention(nn.Module):
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H, T, D), (B, G, T, D)
         if cache is not None:
             k, v = cache.update(k, v)  # (B, G, S, D)
-        y = attention(q, k, v, mask, self.dropout if self.training else 0.0)  # (B, H, T, D)
+        y = attention(q, k, v, mask, self.dropout.p if self.training else 0.0)  # (B, H, T, D)
         return self.c_proj(y.transpose(1, 2).reshape(B, T, -1))  # (B, H, T, D) -> (B, T, H * D) -> (B, T, C)
 
 

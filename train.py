@@ -5,6 +5,7 @@ Everything that happens is a function of (config, seed, step), so a run that was
 """
 
 import dataclasses
+import gc
 import json
 import math
 import os
@@ -478,6 +479,11 @@ def open_run(config: Config, world: World) -> Run:
                 raise UserError(
                     f"{source} has {was}: a resumed run keeps its architecture; give a new one another --out_dir"
                 )
+        if not resume:  # dropout is the run's, not the model's
+            model.config.dropout = config.dropout
+            for module in model.modules():
+                if isinstance(module, torch.nn.Dropout):
+                    module.p = config.dropout
         shape = asdict(model.config)
         shape["sequence_len"] = min(began["sequence_len"], model.config.sequence_len)  # it may read less than it can
         config = dataclasses.replace(config, **shape, init_from=began["init_from"])
@@ -671,13 +677,14 @@ def train(config: Config, world: World) -> None:
         prompt = data.tokenizer.encode(config.sample_prompt) or [data.tokenizer.eot]
         decoder = data.tokenizer.decoder()
         print(f"\n{config.sample_prompt}", end="")
-        gaps, eot = data.tokenizer.gaps(model.config.vocab_size), data.tokenizer.eot
-        for token in model.generate(prompt, config.sample_tokens, 0.8, stop_tokens=[eot], suppress_tokens=gaps):
-            print(decoder.decode(token) if token != eot else "", end="", flush=True)
+        gaps, eos = data.tokenizer.gaps(model.config.vocab_size), data.tokenizer.eos_tokens
+        for token in model.generate(prompt, config.sample_tokens, 0.8, stop_tokens=eos, suppress_tokens=gaps):
+            print(decoder.decode(token) if token not in eos else "", end="", flush=True)
         print(decoder.flush())
     if math.isfinite(run.best):
         best = f"best validation loss {run.best:.4f}: {out_dir / 'best.pt'}"
         world.say(f"\n{best}; python sample.py --out_dir={out_dir} goes on")
+    world.wait()  # a process that leaves early takes its connections along
 
 
 def main() -> None:
@@ -691,6 +698,7 @@ def main() -> None:
         raise
     finally:
         if world.size > 1:
+            gc.collect()  # DDP is full of cycles, and its threads have to end before the interpreter does
             dist.destroy_process_group()
 
 

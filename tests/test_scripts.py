@@ -133,6 +133,10 @@ def test_fine_tuning_keeps_the_shape_of_the_checkpoint(trained, dataset, tmp_pat
     model, extra = GPT.load_checkpoint(tmp_path / "ckpt.pt")
     assert model.config == GPT.load(trained / "best.pt").config
     assert extra["train_config"]["sequence_len"] == extra["train_config"]["n_embd"] == 16
+    run("train.py", *flags, f"--init_from={trained / 'best.pt'}", "--dropout=0.5")
+    dropped, extra = GPT.load_checkpoint(tmp_path / "ckpt.pt")
+    assert dropped.config.dropout == extra["train_config"]["dropout"] == 0.5
+    assert not torch.equal(dropped.lm_head.weight, model.lm_head.weight)  # what it has learned is something else
 
 
 def test_an_earlier_run_is_not_lost_to_a_new_one(trained, dataset, tmp_path):
@@ -318,6 +322,8 @@ def test_sampling_gives_what_generate_gives(trained):
         "--seed=5",
     )
     assert done.stdout == f"x{tokenizer.decode([i for i in ids if i != tokenizer.eot])}\n"
+    ahead = run("sample.py", *done.args[1:], "--lookup=7")
+    assert ahead.stdout == done.stdout
 
 
 def test_prompts_from_a_file_and_from_standard_input(trained, tmp_path):
