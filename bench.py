@@ -353,9 +353,10 @@ def peak_of(queue: Any, make: Callable[[], Rival], device: torch.device) -> None
 # Seconds to a loss: nanoGPT's quick run on a CPU, and others of its shape. Each is a process, timed from its start
 
 ROOT = Path(__file__).resolve().parent
-CONTEXT, STEPS = 64, 230
-SHAPE: dict[str, Any] = dict(n_layer=4, n_head=4, n_embd=128)
-OURS = f"--max_iters={STEPS} --eval_interval=1000 --eval_iters=200 --momentum=0.9 --warmdown=0.5 --sample_tokens=0"
+CONTEXT, STEPS = 64, 178
+SHAPE: dict[str, Any] = dict(n_layer=4, n_embd=128)
+HEADS: dict[str, Any] = dict(n_head=2, n_kv_head=1)  # ours, and nanochat's; nanoGPT's run has 4 and 4
+OURS = "--learning_rate=0.03 --momentum=0.8 --embd_lr=0.15 --head_lr=0.012 --warmdown=0.5 --sample_tokens=0"
 NANOGPT = "--max_iters=2000 --lr_decay_iters=2000 --dropout=0.0 --device=cpu --compile=False --eval_iters=20"
 
 
@@ -382,8 +383,9 @@ def whole_loss(loss: Callable[..., Any]) -> float:
 
 def solo_to_loss(path: str, folder: Path) -> Callable[[], float]:
     """The run of the README: a tokenizer of bytes, that is, and evaluations of the whole split."""
-    shape = [f"--{name}={value}" for name, value in SHAPE.items()]
-    command = ["train.py", *shape, f"--sequence_len={CONTEXT}", *OURS.split(), "--dataset=shakespeare"]
+    values = SHAPE | HEADS | dict(sequence_len=CONTEXT, max_iters=STEPS, eval_interval=STEPS, eval_iters=200)
+    flags = [f"--{name}={value}" for name, value in values.items()]
+    command = ["train.py", "--dataset=shakespeare", *flags, *OURS.split()]
     subprocess.run([sys.executable, *command, f"--out_dir={folder}"], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
     return lambda: json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])["val_loss"]
 
@@ -397,12 +399,13 @@ def nanogpt_to_loss(path: str, folder: Path) -> Callable[[], float]:
     for split in ("train", "val"):
         shakespeare(split).astype("<u2").tofile(where / f"{split}.bin")
     (where / "meta.pkl").write_bytes(pickle.dumps({"vocab_size": 65}))
-    shape = [f"--{name}={value}" for name, value in SHAPE.items()] + [f"--block_size={CONTEXT}", "--batch_size=12"]
-    command = ["train.py", "config/train_shakespeare_char.py", *shape, *NANOGPT.split(), "--out_dir=out"]
+    values = SHAPE | dict(n_head=4, block_size=CONTEXT, batch_size=12)
+    flags = [f"--{name}={value}" for name, value in values.items()]
+    command = ["train.py", "config/train_shakespeare_char.py", *flags, *NANOGPT.split(), "--out_dir=out"]
     subprocess.run([sys.executable, *command], cwd=folder, check=True, stdout=subprocess.DEVNULL)
 
     def loss() -> float:
-        config = GPTConfig(sequence_len=CONTEXT, vocab_size=65, **SHAPE)
+        config = GPTConfig(sequence_len=CONTEXT, vocab_size=65, n_head=4, **SHAPE)
         model = as_nanogpt(path, config, torch.device("cpu"))
         model.load_state_dict(torch.load(folder / "out" / "ckpt.pt", weights_only=True)["model"])
         return whole_loss(lambda x, y: model(x, y)[1])
@@ -418,7 +421,7 @@ def nanochat_to_loss(path: str, folder: Path) -> Callable[[], float]:
 
 def train_nanochat(queue: Any, path: str) -> None:
     model = as_nanochat(
-        path, GPTConfig(sequence_len=CONTEXT, vocab_size=65, **SHAPE), torch.device("cpu"), torch.float32
+        path, GPTConfig(sequence_len=CONTEXT, vocab_size=65, **SHAPE, **HEADS), torch.device("cpu"), torch.float32
     )
     optimizer, ids = model.setup_optimizer(), shakespeare("train")
     whole_loss(model)

@@ -389,7 +389,8 @@ class Run:
         if config.grad_clip:
             torch.nn.utils.clip_grads_with_norm_(self.model.parameters(), config.grad_clip, norm)
         for optimizer in self.optimizers:
-            optimizer.step()
+            with self.autocast:  # for Muon's products
+                optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         return loss, norm
 
