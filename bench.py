@@ -18,6 +18,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -335,18 +336,15 @@ def training(name: str, shape: str, device: torch.device, dtype: torch.dtype, pa
     return step
 
 
-def peak_of(queue: Any, make: Callable[[], Rival], device: torch.device) -> None:
+def peak_of(make: Callable[[], Rival], device: torch.device) -> int | None:
     """In a process of its own: bytes of memory at most, over three steps of training; None where nothing tells."""
     step = make()
     for _ in range(3):
         step()
     status = Path("/proc/self/status")
     if device.type == "cuda":
-        queue.put(torch.cuda.max_memory_allocated())
-    elif status.exists():
-        queue.put(int(re.findall(r"VmHWM:\s+(\d+)", status.read_text())[0]) * 1024)
-    else:
-        queue.put(None)
+        return torch.cuda.max_memory_allocated()
+    return int(re.findall(r"VmHWM:\s+(\d+)", status.read_text())[0]) * 1024 if status.exists() else None
 
 
 # -----------------------------------------------------------------------------
@@ -361,33 +359,36 @@ NANOGPT = "--max_iters=2000 --lr_decay_iters=2000 --dropout=0.0 --device=cpu --c
 
 
 def shakespeare(split: str) -> np.ndarray:
-    """Tiny Shakespeare with an id for each of the 65 characters that come in it, as nanoGPT has it."""
-    data = {split: np.fromfile(ROOT / f"data/shakespeare/{split}.bin", "<u2") for split in ("train", "val")}
-    return np.searchsorted(np.unique(np.concatenate(list(data.values()))), data[split])
+    """The bytes of tiny Shakespeare."""
+    return np.fromfile(ROOT / f"data/shakespeare/{split}.bin", "<u2").astype(np.int64)
+
+
+def characters(split: str) -> np.ndarray:
+    """The same with an id for each of the 65 that come in it, as nanoGPT has it."""
+    return np.searchsorted(np.unique(shakespeare("train")), shakespeare(split))
 
 
 def windows(starts: np.ndarray, ids: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
     """Inputs and targets (B, T) from each of starts (B,) on."""
     rows = torch.from_numpy(ids[starts[:, None] + np.arange(CONTEXT + 1)])
-    return rows[:, :-1], rows[:, 1:]
+    return rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
 
 
 @torch.no_grad()
-def whole_loss(loss: Callable[..., Any]) -> float:
-    """The mean of loss(x, y) over the validation split, in windows that do not overlap."""
-    ids = shakespeare("val")
+def whole_loss(loss: Callable[..., Any], ids: np.ndarray) -> float:
+    """The mean of loss(x, y) over all ids, in windows that do not overlap."""
     starts = np.arange((len(ids) - 1) // CONTEXT) * CONTEXT
     x, y = windows(starts, ids)
     return sum(float(loss(*pair)) * len(pair[0]) for pair in zip(x.split(100), y.split(100), strict=True)) / len(x)
 
 
 def solo_to_loss(path: str, folder: Path) -> Callable[[], float]:
-    """The run of the README: a tokenizer of bytes, that is, and evaluations of the whole split."""
-    values = SHAPE | HEADS | dict(sequence_len=CONTEXT, max_iters=STEPS, eval_interval=STEPS, eval_iters=200)
+    """The run of the README: it has bytes for tokens."""
+    values = SHAPE | HEADS | dict(sequence_len=CONTEXT, max_iters=STEPS, eval_interval=STEPS, eval_iters=20)
     flags = [f"--{name}={value}" for name, value in values.items()]
     command = ["train.py", "--dataset=shakespeare", *flags, *OURS.split()]
     subprocess.run([sys.executable, *command, f"--out_dir={folder}"], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
-    return lambda: json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])["val_loss"]
+    return lambda: whole_loss(GPT.load(folder / "best.pt"), shakespeare("val"))
 
 
 def nanogpt_to_loss(path: str, folder: Path) -> Callable[[], float]:
@@ -397,7 +398,7 @@ def nanogpt_to_loss(path: str, folder: Path) -> Callable[[], float]:
     where = folder / "data" / "shakespeare_char"
     where.mkdir(parents=True)
     for split in ("train", "val"):
-        shakespeare(split).astype("<u2").tofile(where / f"{split}.bin")
+        characters(split).astype("<u2").tofile(where / f"{split}.bin")
     (where / "meta.pkl").write_bytes(pickle.dumps({"vocab_size": 65}))
     values = SHAPE | dict(n_head=4, block_size=CONTEXT, batch_size=12)
     flags = [f"--{name}={value}" for name, value in values.items()]
@@ -408,23 +409,22 @@ def nanogpt_to_loss(path: str, folder: Path) -> Callable[[], float]:
         config = GPTConfig(sequence_len=CONTEXT, vocab_size=65, n_head=4, **SHAPE)
         model = as_nanogpt(path, config, torch.device("cpu"))
         model.load_state_dict(torch.load(folder / "out" / "ckpt.pt", weights_only=True)["model"])
-        return whole_loss(lambda x, y: model(x, y)[1])
+        return whole_loss(lambda x, y: model(x, y)[1], characters("val"))
 
     return loss
 
 
 def nanochat_to_loss(path: str, folder: Path) -> Callable[[], float]:
-    """Its model and its optimizer with its own rates, in a loop as ours: as many steps, tokens and evaluations."""
+    """Its model and its optimizer with its own rates, in a loop as ours: as many steps and tokens, one evaluation."""
     loss = in_a_process(train_nanochat, path)
     return lambda: loss
 
 
-def train_nanochat(queue: Any, path: str) -> None:
+def train_nanochat(path: str) -> float:
     model = as_nanochat(
         path, GPTConfig(sequence_len=CONTEXT, vocab_size=65, **SHAPE, **HEADS), torch.device("cpu"), torch.float32
     )
-    optimizer, ids = model.setup_optimizer(), shakespeare("train")
-    whole_loss(model)
+    optimizer, ids = model.setup_optimizer(), characters("train")
     for step in range(STEPS):
         starts = np.random.default_rng((0, step)).integers(len(ids) - CONTEXT, size=12)
         model(*windows(starts, ids)).backward()
@@ -432,7 +432,7 @@ def train_nanochat(queue: Any, path: str) -> None:
             group["lr"] = group["initial_lr"] * min(1, 2 * (STEPS - step) / STEPS)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-    queue.put(whole_loss(model))
+    return whole_loss(model, characters("val"))
 
 
 # -----------------------------------------------------------------------------
@@ -508,16 +508,10 @@ def measured(config: Config, shape: str, dtype: torch.dtype, device: torch.devic
         yield found
 
 
-def in_a_process(function: Callable[..., None], *args: Any) -> Any:
-    """What function(queue, *args) puts into the queue."""
-    context = multiprocessing.get_context("spawn")
-    queue = context.Queue()
-    process = context.Process(target=function, args=(queue, *args))
-    process.start()
-    try:
-        return queue.get()
-    finally:
-        process.join()
+def in_a_process(function: Callable[..., Any], *args: Any) -> Any:
+    """function(*args), in a process of its own."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(function, *args).result()
 
 
 def table(rows: list[Row]) -> Iterator[str]:
