@@ -6,6 +6,7 @@ the speed at which memory is read, for decode; the products that a token takes o
 product, for prefill and training. Absolute figures belong to the machine that this prints first.
 """
 
+import importlib.util
 import json
 import multiprocessing
 import os
@@ -148,7 +149,7 @@ def as_transformers(model: GPT) -> Any:
 def as_nanochat(path: str, config: GPTConfig, device: torch.device, dtype: torch.dtype) -> Any:
     """nanochat's model of the same shape, with weights of its own: it has value embeddings besides."""
     os.environ["NANOCHAT_DTYPE"] = str(dtype).removeprefix("torch.")  # is read when it is imported, and holds for all
-    sys.path.insert(0, path)
+    sys.path.append(path)
     from nanochat.gpt import GPT as NanoChat  # type: ignore[import-not-found]
     from nanochat.gpt import GPTConfig as NanoChatConfig
 
@@ -159,15 +160,16 @@ def as_nanochat(path: str, config: GPTConfig, device: torch.device, dtype: torch
 
 
 def as_nanogpt(path: str, config: GPTConfig, device: torch.device) -> Any:
-    sys.path.insert(0, path)
-    from model import GPT as NanoGPT  # type: ignore[import-not-found]
-    from model import GPTConfig as NanoGPTConfig
-
+    spec: Any = importlib.util.spec_from_file_location("nanogpt", f"{path}/model.py")
+    nanogpt = sys.modules["nanogpt"] = importlib.util.module_from_spec(
+        spec
+    )  # not by sys.path: it has a configurator too
+    spec.loader.exec_module(nanogpt)
     names = dict(
         block_size="sequence_len", vocab_size="vocab_size", n_layer="n_layer", n_head="n_head", n_embd="n_embd"
     )
     shape = {theirs: getattr(config, ours) for theirs, ours in names.items()}
-    return NanoGPT(NanoGPTConfig(**shape, dropout=0.0, bias=False)).to(device)
+    return nanogpt.GPT(nanogpt.GPTConfig(**shape, dropout=0.0, bias=False)).to(device)
 
 
 class LlamaCpp:
@@ -329,7 +331,8 @@ def training(name: str, shape: str, device: torch.device, dtype: torch.dtype, pa
             loss = forward(idx, targets)
         (loss[1] if isinstance(loss, tuple) else loss).backward()
         for optimizer in optimizers:
-            optimizer.step()
+            with autocast:
+                optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         return B * T
 
