@@ -32,9 +32,9 @@ class Document:
     """A file's text, or its characters from start to stop, as an iterable of pieces: a large one needs no more memory.
 
     Two pieces meet before a space that follows something else. Tokens meet there too, since the patterns of BPEs join a
-    space to what comes after it, never to what is before: the ids of the pieces, joined, are those of the whole. Other
-    tokens may only come beside the cut of a megabyte without such a place, which is at its end, and after every cut
-    from a tokenizer that puts a space before any text, as SentencePiece's do.
+    space to what comes after it, never to what is before: the ids of the pieces, joined, are those of the whole. Two
+    exceptions: a megabyte without such a place is cut at its end, in whatever word that is; and a tokenizer that puts a
+    space before any text, as SentencePiece's do, puts one before each piece.
     """
 
     path: Path
