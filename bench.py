@@ -48,12 +48,8 @@ Rival = Callable[[], int]  # does a turn, and returns how many tokens it made
 class Config:
     shape: tuple[str, ...] = ("tiny", "gpt2")  # tiny (6 x 384, 256 ids), gpt2 (12 x 768, 50304), or hf:NAME_OR_DIR
     dtype: tuple[str, ...] = ("float32", "bfloat16")  # of the weights; in training, of the products
-    measure: tuple[str, ...] = (
-        MEASURES  # train, prefill, decode, position (a token late in the cache beside an early one)
-    )
-    peers: tuple[
-        str, ...
-    ] = ()  # transformers, nanogpt=DIR, nanochat=DIR, llama.cpp=FILE.gguf (of the same hf: weights)
+    measure: tuple[str, ...] = MEASURES  # train, prefill, decode, position (a token late in the cache, and early)
+    peers: tuple[str, ...] = ()  # transformers, nanogpt=DIR, nanochat=DIR, llama.cpp=FILE.gguf (with an hf: shape)
     rounds: int = 5  # turns of each rival
     tokens: int = 64  # decoded in one turn
     compile: bool = True  # measure what torch.compile makes of it, too
@@ -102,17 +98,27 @@ def take_turns(rivals: dict[str, Rival], rounds: int, device: torch.device) -> d
     return rates
 
 
+def per_second(call: Callable[[], Any], device: torch.device) -> float:
+    """How often a call can be made."""
+
+    def turn() -> int:
+        call()
+        return 1
+
+    return statistics.median(take_turns({"": turn}, 7, device)[""])
+
+
 def read_bandwidth(device: torch.device) -> float:
     """Bytes/s at which a tensor that fits no cache is read."""
     x = torch.ones(2**28, device=device)
-    return x.nbytes * statistics.median(take_turns({"": lambda: bool(x.sum() > 0)}, 7, device)[""])
+    return x.nbytes * per_second(x.sum, device)
 
 
 def matmul_peak(device: torch.device, dtype: torch.dtype) -> float:
     """Floating point operations/s of a product of two large matrices."""
     n = 8192 if device.type == "cuda" else 2048
     x = torch.randn(n, n, device=device, dtype=dtype)
-    return 2 * n**3 * statistics.median(take_turns({"": lambda: bool((x @ x)[0, 0] is not None)}, 7, device)[""])
+    return 2 * n**3 * per_second(lambda: x @ x, device)
 
 
 def weights_read(model: GPT) -> int:
@@ -161,15 +167,12 @@ def as_nanochat(path: str, config: GPTConfig, device: torch.device, dtype: torch
 
 def as_nanogpt(path: str, config: GPTConfig, device: torch.device) -> Any:
     spec: Any = importlib.util.spec_from_file_location("nanogpt", f"{path}/model.py")
-    nanogpt = sys.modules["nanogpt"] = importlib.util.module_from_spec(
-        spec
-    )  # not by sys.path: it has a configurator too
+    # Not by sys.path: there is a configurator beside it
+    nanogpt = sys.modules["nanogpt"] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(nanogpt)
-    names = dict(
-        block_size="sequence_len", vocab_size="vocab_size", n_layer="n_layer", n_head="n_head", n_embd="n_embd"
-    )
-    shape = {theirs: getattr(config, ours) for theirs, ours in names.items()}
-    return nanogpt.GPT(nanogpt.GPTConfig(**shape, dropout=0.0, bias=False)).to(device)
+    shape = {name: getattr(config, name) for name in ("vocab_size", "n_layer", "n_head", "n_embd")}
+    theirs = nanogpt.GPTConfig(**shape, block_size=config.sequence_len, dropout=0.0, bias=False)
+    return nanogpt.GPT(theirs).to(device)
 
 
 class LlamaCpp:
@@ -178,19 +181,17 @@ class LlamaCpp:
     def __init__(self, path: str, n_seq: int) -> None:
         import llama_cpp
 
-        self.api, threads = llama_cpp, torch.get_num_threads()
-        mute = llama_cpp.llama_log_callback(lambda level, text, data: None)
-        llama_cpp.llama_log_set(mute, None)
-        self.mute = mute  # must outlive the calls
+        self.api = llama_cpp
+        self.mute = llama_cpp.llama_log_callback(lambda level, text, data: None)  # must outlive the calls
+        llama_cpp.llama_log_set(self.mute, None)
         self.model = llama_cpp.llama_model_load_from_file(path.encode(), llama_cpp.llama_model_default_params())
         if not self.model:
             raise UserError(f"--peers=llama.cpp={path} cannot be loaded")
         params = llama_cpp.llama_context_default_params()
         params.n_ctx, params.n_batch, params.n_ubatch, params.n_seq_max = 1024 * n_seq, PROMPT, PROMPT, n_seq
-        params.n_threads = params.n_threads_batch = threads
+        params.n_threads = params.n_threads_batch = torch.get_num_threads()
         self.context = llama_cpp.llama_init_from_model(self.model, params)
         self.vocab_size = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(self.model))
-        self.n_seq = n_seq
 
     def forward(self, tokens: list[int], position: int, rows: int = 1) -> list[int]:
         """Read tokens for each of so many rows; returns the likeliest next of each. Only the last gives logits."""
@@ -495,9 +496,8 @@ def measured(config: Config, shape: str, dtype: torch.dtype, device: torch.devic
     if "position" in config.measure:
         yield rows("decode", position(model, config))
     if "prefill" in config.measure:
-        c = (
-            model.config
-        )  # two for each weight, but the head is for the last token only; and attention, half a prompt back
+        # Two for each weight, but the head is for the last token only; and attention, half a prompt back
+        c = model.config
         flops = 2 * weights_read(model) / dtype.itemsize - 2 * model.head_weight.numel()
         flops += 4 * c.n_layer * c.heads[0] * c.heads[2] * PROMPT / 2
         yield rows(f"prefill of {PROMPT}", prefill(model, peers), peak / flops)

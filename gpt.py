@@ -129,9 +129,9 @@ class LayerCache(NamedTuple):
     end: int  # of the longest row, with what is new
 
     def update(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Write new keys and values, (B, G, T, D); returns all that there are, (B, G, S, D), as views."""
-        self.k.transpose(1, 2)[self.slots] = k.detach().transpose(1, 2).to(self.k.dtype)
-        self.v.transpose(1, 2)[self.slots] = v.detach().transpose(1, 2).to(self.v.dtype)
+        """Write new keys and values, (B, T, G, D); returns all that there are, (B, G, S, D), as views."""
+        self.k.transpose(1, 2)[self.slots] = k.detach().to(self.k.dtype)
+        self.v.transpose(1, 2)[self.slots] = v.detach().to(self.v.dtype)
         return self.k[:, :, : self.end], self.v[:, :, : self.end]
 
 
@@ -344,10 +344,11 @@ class Attention(nn.Module):
         k = self.c_k(x).view(B, T, self.n_kv_head, self.head_dim)  # (B, T, G, D)
         v = self.c_v(x).view(B, T, self.n_kv_head, self.head_dim)  # (B, T, G, D)
         q, k = rotate(self.q_norm(q), rotations), rotate(self.k_norm(k), rotations)
-        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H, T, D), (B, G, T, D)
-        if cache is not None:
+        if cache is None:
+            k, v = k.transpose(1, 2), v.transpose(1, 2)  # (B, G, T, D)
+        else:
             k, v = cache.update(k, v)  # (B, G, S, D)
-        y = attention(q, k, v, mask, self.dropout.p if self.training else 0.0)  # (B, H, T, D)
+        y = attention(q.transpose(1, 2), k, v, mask, self.dropout.p if self.training else 0.0)  # (B, H, T, D)
         return self.c_proj(y.transpose(1, 2).reshape(B, T, -1))  # (B, H, T, D) -> (B, T, H * D) -> (B, T, C)
 
 
