@@ -21,7 +21,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,7 @@ import configurator
 import hf
 from configurator import RunError, UserError
 from gpt import GPT, GPTConfig, KVCache, pick_device
+from train import keep_freed_memory
 
 SHAPES = {
     "tiny": GPTConfig(sequence_len=1024, vocab_size=256, n_layer=6, n_head=6, n_embd=384),
@@ -303,17 +304,17 @@ def position(model: GPT, config: Config) -> dict[str, Rival]:
     return {f"at {length}": partial(at, length) for length in (100, 1000)}
 
 
-def training(name: str, shape: str, device: torch.device, dtype: torch.dtype, path: str = "") -> Rival:
+def training(name: str, config: GPTConfig, device: torch.device, dtype: torch.dtype, path: str = "") -> Rival:
     """A step of training, forward, backward and optimizers, as its train.py does it on this device."""
-    config = SHAPES[shape]
     B, T = BATCH
     idx, targets = torch.randint(config.vocab_size, (2, B, T), device=device)
     autocast: AbstractContextManager = nullcontext()
     model: Any
     if name.startswith("soloGPT"):
+        keep_freed_memory()
         torch.manual_seed(0)
         model = GPT(config).to(device)
-        forward, optimizers = model, model.configure_optimizers()
+        forward, optimizers = model, model.configure_optimizers(optimizer="adamw" if "AdamW" in name else "muon")
         if dtype == torch.bfloat16:
             autocast = torch.autocast(device.type, dtype)
         if "compiled" in name:
@@ -340,15 +341,32 @@ def training(name: str, shape: str, device: torch.device, dtype: torch.dtype, pa
     return step
 
 
-def peak_of(make: Callable[[], Rival], device: torch.device) -> int | None:
-    """In a process of its own: bytes of memory at most, over three steps of training; None where nothing tells."""
-    step = make()
-    for _ in range(3):
-        step()
-    status = Path("/proc/self/status")
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated()
-    return int(re.findall(r"VmHWM:\s+(\d+)", status.read_text())[0]) * 1024 if status.exists() else None
+def serve(make: Callable[[], Rival], connection: Any) -> None:
+    """In a process of its own: do a turn when told to, and answer with its tokens and the peak of memory so far."""
+    rival, status = make(), Path("/proc/self/status")
+    while connection.recv():
+        tokens, peak = rival(), None
+        if torch.cuda.is_available():
+            torch.accelerator.synchronize()
+            peak = torch.cuda.max_memory_allocated()
+        elif status.exists():
+            peak = int(re.findall(r"VmHWM:\s+(\d+)", status.read_text())[0]) * 1024
+        connection.send((tokens, peak))
+
+
+class Apart:
+    """A rival in a process of its own, where what it changes is not there for the others."""
+
+    def __init__(self, make: Callable[[], Rival]) -> None:
+        context = multiprocessing.get_context("spawn")
+        self.peak: int | None = None  # bytes of memory at most, in all its turns, where something tells
+        self.connection, theirs = context.Pipe()
+        context.Process(target=serve, args=(make, theirs), daemon=True).start()
+
+    def __call__(self) -> int:
+        self.connection.send(True)
+        tokens, self.peak = self.connection.recv()
+        return tokens
 
 
 # -----------------------------------------------------------------------------
@@ -502,16 +520,22 @@ def measured(config: Config, shape: str, dtype: torch.dtype, device: torch.devic
         flops += 4 * c.n_layer * c.heads[0] * c.heads[2] * PROMPT / 2
         yield rows(f"prefill of {PROMPT}", prefill(model, peers), peak / flops)
     if "train" in config.measure and known:
-        torch.set_grad_enabled(True)
-        flops_per_token = model.flops_per_token()
+        model.config = replace(model.config, sequence_len=BATCH[1])
+        what_it_takes = (model.config, device, dtype)
+        limit = peak / model.flops_per_token()
         del model
         peers.clear()
-        names = {"soloGPT": ""} | ({"soloGPT compiled": ""} if config.compile else {})
+        ours = (
+            ("soloGPT", "soloGPT compiled", "soloGPT AdamW compiled")
+            if config.compile
+            else ("soloGPT", "soloGPT AdamW")
+        )
+        names = dict.fromkeys(ours, "")
         names |= {name: paths[key] for key, name in (("nanogpt", "nanoGPT"), ("nanochat", "nanochat")) if key in paths}
-        steps = {who: partial(training, who, shape, device, dtype, path) for who, path in names.items()}
-        found = rows("train", {who: step() for who, step in steps.items()}, peak / flops_per_token)
+        steps = {who: Apart(partial(training, who, *what_it_takes, path)) for who, path in names.items()}
+        found = rows("train", dict(steps), limit)
         for row in found:
-            row.peak = in_a_process(peak_of, steps[row.who], device)
+            row.peak = steps[row.who].peak
         yield found
 
 
@@ -526,7 +550,7 @@ def table(rows: list[Row]) -> Iterator[str]:
     ours = max((row.median for row in rows if row.who.startswith("soloGPT")), default=rows[0].median)
     for row in rows:
         spread = f"{row.median:10,.1f} ({min(row.rates):,.1f} to {max(row.rates):,.1f})"
-        cells = [f"{row.what:16} {row.shape[-12:]:12} {row.dtype:9} {row.who:17} {spread:36}"]
+        cells = [f"{row.what:16} {row.shape[-12:]:12} {row.dtype:9} {row.who:22} {spread:36}"]
         cells += [f"{row.median / row.limit:4.0%} of the limit"] if row.limit else []
         cells += [f"{ours / row.median:.2f} x"] if row.median != ours else []
         cells += [f"{row.peak / 2**30:.2f} GiB"] if row.peak else []

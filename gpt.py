@@ -8,7 +8,7 @@ The architecture is by default the one of nanochat (https://github.com/karpathy/
 - RMSNorm without gains (https://arxiv.org/abs/1910.07467) before each sublayer, after the embedding and before the head
 - an MLP with ReLU squared (Primer, https://arxiv.org/abs/2109.08668), no biases, an untied head
 - logits softcapped in float32 (Gemma 2, https://arxiv.org/abs/2408.00118)
-- Muon for the matrices (https://kellerjordan.github.io/posts/muon), AdamW for the rest
+- Muon for the matrices (https://kellerjordan.github.io/posts/muon), AdamW for the rest, or for all
 Switches in the config make it Llama (https://arxiv.org/abs/2407.21783), Mistral or Qwen (https://arxiv.org/abs/2505.09388):
 heads of any width, a gated MLP (SwiGLU, https://arxiv.org/abs/2002.05202), gains in the norms, biases of queries, keys
 and values, a tied head, and rotary positions stretched beyond the context of the first training.
@@ -22,6 +22,7 @@ import os
 from collections.abc import Callable, Generator, Iterable, Sequence
 from copy import copy
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -969,29 +970,34 @@ class GPT(nn.Module):
         weight_decay: float = 0.0,
         momentum: float = 0.95,
         betas: tuple[float, float] = (0.8, 0.95),
+        optimizer: str = "muon",
     ) -> list[torch.optim.Optimizer]:
         """[Muon for the blocks' matrices, AdamW for the rest]: each parameter is in exactly one group.
 
-        learning_rate, weight_decay and momentum are Muon's. Gains, biases and a tied embedding move at head_lr. Every
-        group remembers its rate as `initial_lr`, for a schedule to scale.
+        learning_rate and weight_decay are the matrices', momentum is Muon's. With optimizer='adamw' AdamW has the
+        matrices too: its step is cheap, which counts where a step has few tokens, and wants a lower learning_rate.
+        Gains, biases and a tied embedding move at head_lr. Every group remembers its rate as `initial_lr`, for a
+        schedule to scale.
         """
         matrices: dict[torch.Size, list[nn.Parameter]] = {}
         for p in self.h.parameters():
             if p.ndim == 2:
                 matrices.setdefault(p.shape, []).append(p)
-        stacks = [dict(params=params) for params in matrices.values()]
+        stacks = [dict(params=params, lr=learning_rate, weight_decay=weight_decay) for params in matrices.values()]
         rates = {self.wte.weight: embd_lr, self.head_weight: head_lr}  # one and the same, if tied
-        tables = [dict(params=[table], lr=lr) for table, lr in rates.items()]
+        others = [dict(params=[table], lr=lr) for table, lr in rates.items()]
         vectors = [p for p in self.parameters() if p.ndim == 1]
         if vectors:
-            tables.append(dict(params=vectors, lr=head_lr))
-        optimizers = [
-            Muon(stacks, lr=learning_rate, momentum=momentum, weight_decay=weight_decay),
-            torch.optim.AdamW(tables, betas=betas, eps=1e-10, weight_decay=0.0, fused=True),
-        ]
-        for optimizer in optimizers:
-            for group in optimizer.param_groups:
-                group["initial_lr"] = group["lr"]
+            others.append(dict(params=vectors, lr=head_lr))
+        adamw = partial(torch.optim.AdamW, betas=betas, eps=1e-10, weight_decay=0.0, fused=True)
+        if optimizer == "muon":
+            optimizers = [Muon(stacks, learning_rate, momentum), adamw(others)]
+        elif optimizer == "adamw":
+            optimizers = [adamw(stacks + others)]
+        else:
+            raise ValueError(f"optimizer must be muon or adamw, not {optimizer!r}")
+        for group in (group for each in optimizers for group in each.param_groups):
+            group["initial_lr"] = group["lr"]
         return optimizers
 
     def flops_per_token(self) -> int:
