@@ -20,7 +20,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -344,14 +344,15 @@ def training(name: str, config: GPTConfig, device: torch.device, dtype: torch.dt
 def serve(make: Callable[[], Rival], connection: Any) -> None:
     """In a process of its own: do a turn when told to, and answer with its tokens and the peak of memory so far."""
     rival, status = make(), Path("/proc/self/status")
-    while connection.recv():
-        tokens, peak = rival(), None
-        if torch.cuda.is_available():
-            torch.accelerator.synchronize()
-            peak = torch.cuda.max_memory_allocated()
-        elif status.exists():
-            peak = int(re.findall(r"VmHWM:\s+(\d+)", status.read_text())[0]) * 1024
-        connection.send((tokens, peak))
+    with suppress(EOFError):  # the other end is gone
+        while connection.recv():
+            tokens, peak = rival(), None
+            if torch.cuda.is_available():
+                torch.accelerator.synchronize()
+                peak = torch.cuda.max_memory_allocated()
+            elif status.exists():
+                peak = int(re.findall(r"VmHWM:\s+(\d+)", status.read_text())[0]) * 1024
+            connection.send((tokens, peak))
 
 
 class Apart:
@@ -525,11 +526,7 @@ def measured(config: Config, shape: str, dtype: torch.dtype, device: torch.devic
         limit = peak / model.flops_per_token()
         del model
         peers.clear()
-        ours = (
-            ("soloGPT", "soloGPT compiled", "soloGPT AdamW compiled")
-            if config.compile
-            else ("soloGPT", "soloGPT AdamW")
-        )
+        ours = ["soloGPT", "soloGPT AdamW"] + ["soloGPT AdamW compiled"] * config.compile
         names = dict.fromkeys(ours, "")
         names |= {name: paths[key] for key, name in (("nanogpt", "nanoGPT"), ("nanochat", "nanochat")) if key in paths}
         steps = {who: Apart(partial(training, who, *what_it_takes, path)) for who, path in names.items()}

@@ -213,7 +213,7 @@ def restore(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
 def keep_freed_memory() -> None:
     """Have glibc keep memory that is freed for what comes next.
 
-    It gives tensors of 32 MB and more back to the kernel at once, and to get such memory again, page by page and zeroed,
+    It gives tensors of 32 MB and more back to the kernel at once. To get such memory again, page by page and zeroed,
     took a quarter of a step of a 124M model on a CPU.
     """
     if sys.platform == "linux":
@@ -516,8 +516,8 @@ def open_run(config: Config, world: World) -> Run:
     if resume:
         if len(saved["optimizers"]) != len(optimizers):
             raise UserError(
-                f"{source} was not trained with optimizer={config.optimizer}: a resumed run keeps its optimizer; to start "
-                f"anew from its weights, say --init_from={source}"
+                f"{source} was not trained with optimizer={config.optimizer}: a resumed run keeps its optimizer; "
+                f"to start anew from its weights, say --init_from={source}"
             )
         run.step, run.best, run.id = saved["step"], saved["best"], saved["id"]
         for optimizer, state in zip(optimizers, saved["optimizers"], strict=True):

@@ -5,10 +5,12 @@ from conftest import LLAMA, QWEN, make_model
 from gpt import Muon, orthogonalize
 
 
+@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
 @pytest.mark.parametrize("switches", [{}, LLAMA, QWEN])
-def test_every_parameter_is_in_exactly_one_group(switches):
+def test_every_parameter_is_in_exactly_one_group(switches, optimizer):
     model = make_model(**switches)
-    grouped = [p for o in model.configure_optimizers() for group in o.param_groups for p in group["params"]]
+    optimizers = model.configure_optimizers(optimizer=optimizer)
+    grouped = [p for o in optimizers for group in o.param_groups for p in group["params"]]
     assert sorted(map(id, grouped)) == sorted(map(id, model.parameters()))
 
 
@@ -22,6 +24,21 @@ def test_rates_go_where_they_belong():
     assert all(rates[id(p)] == 0.1 for p in model.h.parameters())
     assert all((g["weight_decay"], g["momentum"]) == (0.4, 0.7) for g in muon.param_groups)
     assert all(g["betas"] == (0.5, 0.6) for g in adamw.param_groups)
+
+
+def test_adamw_takes_the_matrices_at_their_rate_and_decay():
+    model = make_model(**LLAMA)
+    [adamw] = model.configure_optimizers(0.1, 0.2, 0.3, weight_decay=0.4, betas=(0.5, 0.6), optimizer="adamw")
+    assert isinstance(adamw, torch.optim.AdamW)
+    settings = {
+        id(p): (g["initial_lr"], g["weight_decay"], g["betas"]) for g in adamw.param_groups for p in g["params"]
+    }
+    assert settings[id(model.wte.weight)] == (0.2, 0, (0.5, 0.6))
+    assert settings[id(model.lm_head.weight)] == settings[id(model.norm.weight)] == (0.3, 0, (0.5, 0.6))
+    for p in model.h.parameters():
+        assert settings[id(p)] == ((0.1, 0.4, (0.5, 0.6)) if p.ndim == 2 else (0.3, 0, (0.5, 0.6)))
+    with pytest.raises(ValueError, match="sgd"):
+        model.configure_optimizers(optimizer="sgd")
 
 
 def test_gains_biases_and_a_tied_embedding_move_at_the_rate_of_the_head():
@@ -81,11 +98,12 @@ def test_a_parameter_without_a_gradient_stays():
     assert torch.equal(q, torch.ones(2, 3)) and not torch.equal(p, torch.ones(2, 3))
 
 
+@pytest.mark.parametrize("rates", [{}, dict(learning_rate=0.005, optimizer="adamw")])
 @pytest.mark.parametrize("switches", [{}, LLAMA, QWEN])
-def test_the_model_learns_a_batch_by_heart(switches):
+def test_the_model_learns_a_batch_by_heart(switches, rates):
     model = make_model(torch.float32, sequence_len=16, **switches)
     model.init_weights()
-    optimizers = model.configure_optimizers()
+    optimizers = model.configure_optimizers(**rates)
     idx = torch.randint(61, (8, 17))
     losses = []
     for _ in range(60):

@@ -60,7 +60,14 @@ def test_the_same_command_gives_the_same_weights(trained, dataset, tmp_path):
     assert all(torch.equal(a[k], b[k]) for k in a)
 
 
-@pytest.mark.parametrize("extra", [[], ["--dropout=0.3", "--gradient_accumulation_steps=2", "--grad_clip=1"]])
+@pytest.mark.parametrize(
+    "extra",
+    [
+        [],
+        ["--dropout=0.3", "--gradient_accumulation_steps=2", "--grad_clip=1"],
+        ["--optimizer=adamw", "--learning_rate=0.002", "--weight_decay=0.1"],
+    ],
+)
 def test_a_run_stopped_and_resumed_ends_with_the_same_bits(dataset, tmp_path, extra):
     flags = [*SMALL, *extra, f"--dataset={dataset}", "--max_iters=24", "--eval_interval=8", "--log_interval=2"]
     run("train.py", *flags, f"--out_dir={tmp_path / 'a'}")
@@ -243,11 +250,13 @@ def test_train_says_what_is_wrong(trained, dataset, tmp_path, error_here):
         (["--device=meta"], "meta"),
         ([f"--init_from={trained}"], "checkpoint"),
         (["--dtype=float17"], "float17"),
+        (["--optimizer=sgd"], "sgd"),
         (["--device=abacus"], "abacus"),
         (["--init_from=resume"], "ckpt.pt"),
         (["--init_from=nowhere.pt"], "nowhere.pt"),
         ([f"--out_dir={ROOT / 'gpt.py'}"], "out_dir"),
         (["--init_from=resume", f"--out_dir={trained}", "--n_layer=3"], "n_layer=2"),
+        (["--init_from=resume", f"--out_dir={trained}", "--optimizer=adamw"], "not trained with optimizer=adamw"),
     ):
         assert words in error_here(train, *good, *flags), flags
     damaged = tmp_path / "damaged"
