@@ -357,6 +357,13 @@ def test_a_prompt_longer_than_the_window_is_said(trained):
     assert "40 tokens" in done.stderr and "last 16" in done.stderr
 
 
+@pytest.mark.slow
+def test_compiled_sampling_gives_the_same_text(trained):
+    flags = [f"--out_dir={trained}", "--prompt=de", "--max_tokens=40", "--temperature=0"]
+    assert run("sample.py", *flags, "--compile").stdout == run("sample.py", *flags).stdout
+    assert run("sample.py", *flags, "--compile", "--dtype=int8").stdout.startswith("de")
+
+
 def test_sample_says_what_is_wrong(trained, tmp_path, error_here):
     good = f"--out_dir={trained}"
     (tmp_path / "bad.pt").write_bytes(b"bad")
@@ -371,6 +378,7 @@ def test_sample_says_what_is_wrong(trained, tmp_path, error_here):
         ([good, "--top_k=-1"], "top_k"),
         ([good, "--num_samples=0"], "num_samples"),
         ([good, "--promt=a"], "did you mean 'prompt'"),
+        ([good, "--dtype=int8"], "--compile"),
         ([good, "--device=abacus"], "abacus"),
     ):
         assert words in error_here(sample, *flags), flags
