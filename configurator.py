@@ -35,6 +35,14 @@ class RunError(Exception):
     """A failure of the run: disk full, loss not finite, damaged checkpoint. Exit status 1."""
 
 
+FAILURES = {  # of Python and of PyTorch, by what they say, that are no bug
+    "MemoryError|out of memory|can't allocate memory": (
+        "out of memory: try a smaller batch_size, num_samples, sequence_len or model"
+    ),
+    "No working C\\+\\+ compiler": "--compile needs a C++ compiler, such as g++, and there is none",
+}
+
+
 def run(main: Callable[[], None]) -> NoReturn:
     """Call a script's main and exit: one `error:` line for a UserError or RunError, a traceback for a bug."""
     if isinstance(sys.stdout, io.TextIOWrapper):
@@ -46,9 +54,10 @@ def run(main: Callable[[], None]) -> NoReturn:
         print(f"error: {e}", file=sys.stderr)
         sys.exit(2 if isinstance(e, UserError) else 1)
     except (MemoryError, RuntimeError) as e:
-        if not isinstance(e, MemoryError) and not re.search("out of memory|can't allocate memory", str(e)):
+        what = [line for pattern, line in FAILURES.items() if re.search(pattern, f"{type(e).__name__}: {e}")]
+        if not what:
             raise
-        print("error: out of memory: try a smaller batch_size, num_samples, sequence_len or model", file=sys.stderr)
+        print(f"error: {what[0]}", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(128 + signal.SIGINT)
