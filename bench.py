@@ -40,7 +40,7 @@ SHAPES = {
     "gpt2": GPTConfig(sequence_len=1024, vocab_size=50304, n_layer=12, n_head=12, n_embd=768),
 }
 MEASURES = ("train", "prefill", "decode", "position")
-PEERS = ("transformers", "nanogpt", "nanochat", "llama.cpp")
+PEERS = ("transformers", "nanogpt", "nanochat", "gpt-fast", "llama.cpp")
 PROMPT, BATCH = 512, (4, 256)  # tokens of a prefill; rows and tokens of a training step
 Rival = Callable[[], int]  # does a turn, and returns how many tokens it made
 
@@ -50,7 +50,9 @@ class Config:
     shape: tuple[str, ...] = ("tiny", "gpt2")  # tiny (6 x 384, 256 ids), gpt2 (12 x 768, 50304), or hf:NAME_OR_DIR
     dtype: tuple[str, ...] = ("float32", "bfloat16")  # of the weights; in training, of the products
     measure: tuple[str, ...] = MEASURES  # train, prefill, decode, position (a token late in the cache, and early)
-    peers: tuple[str, ...] = ()  # transformers, nanogpt=DIR, nanochat=DIR, llama.cpp=FILE.gguf (with an hf: shape)
+    peers: tuple[
+        str, ...
+    ] = ()  # transformers, nanogpt=DIR, nanochat=DIR, gpt-fast=DIR, llama.cpp=FILE.gguf (of an hf: shape)
     rounds: int = 5  # turns of each rival
     tokens: int = 64  # decoded in one turn
     compile: bool = True  # measure what torch.compile makes of it, too
@@ -166,14 +168,28 @@ def as_nanochat(path: str, config: GPTConfig, device: torch.device, dtype: torch
     return model
 
 
+def load_file(path: str, name: str) -> Any:
+    """The module in a file. Not by sys.path: beside a peer's model there may be a configurator."""
+    spec: Any = importlib.util.spec_from_file_location(name, path)
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
 def as_nanogpt(path: str, config: GPTConfig, device: torch.device) -> Any:
-    spec: Any = importlib.util.spec_from_file_location("nanogpt", f"{path}/model.py")
-    # Not by sys.path: there is a configurator beside it
-    nanogpt = sys.modules["nanogpt"] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(nanogpt)
+    nanogpt = load_file(f"{path}/model.py", "nanogpt")
     shape = {name: getattr(config, name) for name in ("vocab_size", "n_layer", "n_head", "n_embd")}
     theirs = nanogpt.GPTConfig(**shape, block_size=config.sequence_len, dropout=0.0, bias=False)
     return nanogpt.GPT(theirs).to(device)
+
+
+def as_gpt_fast(path: str, config: GPTConfig, device: torch.device, dtype: torch.dtype) -> Any:
+    """gpt-fast's Llama of the same shape; for an MLP of two matrices, one of three with as many weights."""
+    gpt_fast = load_file(f"{path}/model.py", "gpt_fast")
+    shape = {name: getattr(config, name) for name in ("vocab_size", "n_layer", "n_head")}
+    shape |= dict(dim=config.n_embd, n_local_heads=config.n_kv_head, block_size=config.sequence_len)
+    hidden = config.n_hidden if config.mlp == "swiglu" else None
+    return gpt_fast.Transformer(gpt_fast.ModelArgs(**shape, intermediate_size=hidden)).to(device, dtype).eval()
 
 
 class LlamaCpp:
@@ -249,6 +265,20 @@ def decode(model: GPT, peers: dict[str, Any], batch_size: int, n: int, compiled:
             return n * batch_size
 
         rivals["nanochat"] = nanochat_decode
+    if gpt_fast := peers.get("gpt-fast"):
+        with model.device:
+            gpt_fast.setup_caches(batch_size, 16 + n)
+        one = torch.compile(gpt_fast.forward, mode="reduce-overhead", fullgraph=True) if compiled else gpt_fast
+
+        def gpt_fast_decode() -> int:
+            positions = torch.arange(16 + n, device=model.device)
+            ids = gpt_fast(torch.tensor(prompts, device=model.device), positions[:16])[:, -1].argmax(-1, keepdim=True)
+            for i in range(16, 16 + n - 1):
+                ids = one(ids.clone(), positions[i : i + 1])[:, -1].argmax(-1, keepdim=True)
+                ids.tolist()
+            return n * batch_size
+
+        rivals["gpt-fast"] = gpt_fast_decode
     if llama := peers.get("llama.cpp"):
 
         def llama_decode() -> int:
@@ -501,6 +531,8 @@ def measured(config: Config, shape: str, dtype: torch.dtype, device: torch.devic
         peers["nanochat"] = as_nanochat(paths["nanochat"], model.config, device, dtype).eval()
     if "nanogpt" in paths and known:
         peers["nanogpt"] = as_nanogpt(paths["nanogpt"], model.config, device).to(dtype).eval()
+    if "gpt-fast" in paths:
+        peers["gpt-fast"] = as_gpt_fast(paths["gpt-fast"], model.config, device, dtype)
     if "llama.cpp" in paths and not known:
         peers["llama.cpp"] = LlamaCpp(paths["llama.cpp"], 16)
     bandwidth, peak = read_bandwidth(device), matmul_peak(device, dtype)
