@@ -237,13 +237,11 @@ def decode(model: GPT, peers: dict[str, Any], batch_size: int, n: int, compiled:
         return sum(len(row) for row in model.generate_batch(prompts, n, temperature=0))
 
     rivals: dict[str, Rival] = {"soloGPT": partial(ours, model)}
-    for name in ["soloGPT compiled", "soloGPT compiled int8"] if compiled else []:
+    if compiled:
         fast = GPT(model.config).to(model.device, model.dtype)
         fast.load_state_dict(model.state_dict(), assign=True)  # the same memory
-        if "int8" in name:
-            fast.quantize()
         fast.eval().compile_decode()
-        rivals[name] = partial(ours, fast)
+        rivals["soloGPT compiled"] = partial(ours, fast)
     if theirs := peers.get("transformers"):
         idx = torch.tensor(prompts, device=model.device)
         settings = dict(max_new_tokens=n, min_new_tokens=n, do_sample=False)

@@ -293,38 +293,21 @@ def rms_norm(channels: int, config: GPTConfig) -> nn.Module:
     return nn.RMSNorm(channels, eps=config.norm_eps, elementwise_affine=config.norm_weight)
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, scale: Tensor | None = None) -> Tensor:
-    """F.linear: (..., C) to (..., N) by weight (N, C); of int8, weight is to be multiplied by scale (N,).
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """F.linear: (..., C) to (..., N) by weight (N, C).
 
     For one token all the time goes into reading the weights, which matrix products do at half the speed of a CPU's
     memory, and less. A product and a sum, compiled to one loop, read them twice as fast.
     """
     if torch.compiler.is_compiling() and x.numel() == x.size(-1):
-        y = (wide(weight) * wide(x).flatten()).sum(-1).view(*x.shape[:-1], -1)
-    elif scale is None:
-        return F.linear(x, weight, bias)
-    else:
-        y = F.linear(x, weight.to(x.dtype))
-    y = (y if scale is None else y * scale).to(x.dtype)
-    return y if bias is None else y + bias
+        y = (wide(weight) * wide(x).flatten()).sum(-1).to(x.dtype).view(*x.shape[:-1], -1)
+        return y if bias is None else y + bias
+    return F.linear(x, weight, bias)
 
 
 class Linear(nn.Linear):
-    scale: Tensor | None  # of each row, (N,), where the weights are int8
-
-    def __init__(self, in_features: int, out_features: int, bias: bool) -> None:
-        super().__init__(in_features, out_features, bias)
-        self.register_buffer("scale", None)
-
     def forward(self, x: Tensor) -> Tensor:
-        return linear(x, self.weight, self.bias, self.scale)
-
-    @torch.no_grad()
-    def quantize(self) -> None:
-        """Round the weights to int8: 127 or -127 is what is largest in a row."""
-        weight = wide(self.weight)
-        self.scale = weight.abs().amax(dim=1).clamp(min=1e-12) / 127  # (N,)
-        self.weight = nn.Parameter((weight / self.scale[:, None]).round().to(torch.int8), requires_grad=False)
+        return linear(x, self.weight, self.bias)
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float) -> Tensor:
@@ -643,7 +626,7 @@ class GPT(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
         self.h = nn.ModuleList([Block(config) for _ in range(config.n_layer)])
         self.norm = rms_norm(config.n_embd, config)
-        self.lm_head = None if config.tie_embd else Linear(config.n_embd, config.vocab_size, bias=False)
+        self.lm_head = None if config.tie_embd else nn.Linear(config.n_embd, config.vocab_size, bias=False)
         self.activation_checkpointing = False  # True: training keeps only what goes into a block, and computes it twice
         self.compiled_block: Callable | None = None  # for decode: see compile_decode
         self.compiled_logits: Callable | None = None
@@ -712,8 +695,7 @@ class GPT(nn.Module):
 
     def logits(self, x: Tensor) -> Tensor:
         """The head: (..., C) to (..., V), in at least float32, within +-softcap."""
-        scale = None if self.lm_head is None else self.lm_head.scale
-        return softcapped(linear(x, self.head_weight, scale=scale), self.config.softcap)
+        return softcapped(linear(x, self.head_weight), self.config.softcap)
 
     def forward(
         self,
@@ -730,7 +712,7 @@ class GPT(nn.Module):
         x = self.hidden(idx, kv_cache)  # (B, T, C)
         if targets is None:
             return self.logits(x)
-        if loss_reduction == "mean" and self.head_weight.is_floating_point():
+        if loss_reduction == "mean":
             return HeadLoss.apply(x.flatten(0, 1), self.head_weight, targets.flatten(), self.config.softcap)
         logits = self.logits(x).flatten(0, 1)  # (B*T, V)
         return F.cross_entropy(logits, targets.flatten(), ignore_index=-1, reduction=loss_reduction)
@@ -938,22 +920,10 @@ class GPT(nn.Module):
         self.compiled_block = torch.compile(Block.forward, dynamic=True)
         self.compiled_logits = torch.compile(GPT.logits, dynamic=True)
 
-    def quantize(self) -> None:
-        """Round the matrices to int8, a scale for each row: compiled decode is faster by it, and nothing else is.
-
-        The embedding (also where it is the head), the cache and all activations keep their dtype. An int8 model can be
-        neither trained nor saved.
-        """
-        for module in self.modules():
-            if isinstance(module, Linear):
-                module.quantize()
-
     # ---- checkpoints
 
     def save(self, path: Path, **extra: Any) -> None:
         """Write weights, config and extra (tensors and plain Python values) to path: whole, or not at all."""
-        if not all(p.is_floating_point() for p in self.parameters()):
-            raise ValueError("an int8 model cannot be saved: save it first, and quantize what is loaded")
         temporary = f"{os.fspath(path)}.tmp"
         try:
             with open(temporary, "wb") as f:

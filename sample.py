@@ -22,7 +22,7 @@ from configurator import RunError, UserError
 from gpt import GPT, KVCache, pick_device
 from tokenizer import Tokenizer
 
-DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.bfloat16}
+DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 @dataclass
@@ -46,7 +46,7 @@ class Config:
     out_dir: str = "out"  # take the newest best.pt in this folder or below it
     ckpt: str = ""  # take this checkpoint instead
     init_from: str = ""  # take an open model instead: hf:NAME or hf:FOLDER
-    dtype: str = "auto"  # of the weights: float32, bfloat16, int8 with --compile, or auto for what they are saved in
+    dtype: str = "auto"  # of the weights: float32, bfloat16, or auto for what they are saved in
     compile: bool = False  # torch.compile what reads a token at a time: seconds until the first, then faster
     device: str = "auto"  # cuda, mps, cpu, ...; auto takes the first of these that is there
 
@@ -64,9 +64,7 @@ class Config:
                 f"init_from must be hf:NAME or hf:FOLDER, not {self.init_from!r}; --ckpt takes a checkpoint"
             )
         if self.dtype not in DTYPES:
-            raise ValueError(f"dtype must be float32, bfloat16, int8 or auto, not {self.dtype!r}")
-        if self.dtype == "int8" and not self.compile:
-            raise ValueError("--dtype=int8 needs --compile: without it, bfloat16 is faster and as exact")
+            raise ValueError(f"dtype must be float32, bfloat16 or auto, not {self.dtype!r}")
         if self.interactive and (self.num_samples > 1 or self.json):
             raise ValueError("--interactive goes neither with --num_samples nor with --json")
 
@@ -323,8 +321,6 @@ def converse(config: Config, model: GPT, tokenizer: Tokenizer, settings: dict[st
 def main() -> None:
     config = configurator.parse(Config)
     model, tokenizer, source = load(config)
-    if config.dtype == "int8":
-        model.quantize()
     if config.compile:
         model.compile_decode()
     names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "lookup", "seed")
