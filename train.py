@@ -11,6 +11,7 @@ import json
 import math
 import os
 import secrets
+import shutil
 import signal
 import subprocess
 import sys
@@ -448,11 +449,18 @@ class Run:
 
     def save_state(self) -> None:
         """ckpt.pt: all that it takes to go on; with keep_checkpoints also as ckpt_STEP.pt, in place of the oldest."""
-        names = ["ckpt.pt"] + [f"ckpt_{self.step:08d}.pt"] * bool(self.config.keep_checkpoints)
-        for name in names:
-            states = [optimizer.state_dict() for optimizer in self.optimizers]
-            self.save(name, best=self.best, id=self.id, optimizers=states)
+        states = [optimizer.state_dict() for optimizer in self.optimizers]
+        self.save("ckpt.pt", best=self.best, id=self.id, optimizers=states)
         if self.world.first and self.config.keep_checkpoints:
+            kept = self.out_dir / f"ckpt_{self.step:08d}.pt"
+            with writing(kept):
+                new = kept.with_suffix(".tmp")
+                new.unlink(missing_ok=True)
+                try:
+                    os.link(self.out_dir / "ckpt.pt", new)  # a second name: the next ckpt.pt will be another file
+                except OSError:  # not every file system has them
+                    shutil.copyfile(self.out_dir / "ckpt.pt", new)
+                os.replace(new, kept)
             for old in sorted(self.out_dir.glob("ckpt_*.pt"))[: -self.config.keep_checkpoints]:
                 old.unlink()
 
