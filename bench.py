@@ -50,9 +50,7 @@ class Config:
     shape: tuple[str, ...] = ("tiny", "gpt2")  # tiny (6 x 384, 256 ids), gpt2 (12 x 768, 50304), or hf:NAME_OR_DIR
     dtype: tuple[str, ...] = ("float32", "bfloat16")  # of the weights; in training, of the products
     measure: tuple[str, ...] = MEASURES  # train, prefill, decode, position (a token late in the cache, and early)
-    peers: tuple[
-        str, ...
-    ] = ()  # transformers, nanogpt=DIR, nanochat=DIR, gpt-fast=DIR, llama.cpp=FILE.gguf (of an hf: shape)
+    peers: tuple[str, ...] = ()  # transformers, nanogpt=DIR, nanochat=DIR, gpt-fast=DIR, llama.cpp=GGUF (with hf:)
     rounds: int = 5  # turns of each rival
     tokens: int = 64  # decoded in one turn
     compile: bool = True  # measure what torch.compile makes of it, too

@@ -42,6 +42,38 @@ class GPT(torch.nn.Module):
 '''
 
 
+GPT_FAST = '''
+import torch
+from dataclasses import dataclass
+
+
+@dataclass
+class ModelArgs:
+    block_size: int
+    vocab_size: int
+    n_layer: int
+    n_head: int
+    dim: int
+    n_local_heads: int
+    intermediate_size: int | None
+
+
+class Transformer(torch.nn.Module):
+    """Another model with the interface of gpt-fast's: it wants its caches set up for the positions that it is given."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.table = torch.nn.Embedding(config.vocab_size, config.vocab_size)
+
+    def setup_caches(self, max_batch_size, max_seq_length):
+        self.room = (max_batch_size, max_seq_length)
+
+    def forward(self, idx, input_pos):
+        assert idx.size(0) == self.room[0] and input_pos.max() < self.room[1] and len(input_pos) == idx.size(1)
+        return self.table(idx)
+'''
+
+
 @pytest.fixture
 def small(monkeypatch):
     monkeypatch.setitem(
@@ -52,12 +84,15 @@ def small(monkeypatch):
 
 
 def test_it_measures_what_it_says(small, tmp_path):
-    (tmp_path / "model.py").write_text(NANOGPT)
-    config = bench.Config(peers=("transformers", f"nanogpt={tmp_path}"), rounds=2, tokens=3, compile=False)
+    for name, text in (("nanogpt", NANOGPT), ("gpt-fast", GPT_FAST)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "model.py").write_text(text)
+    peers = ("transformers", f"nanogpt={tmp_path / 'nanogpt'}", f"gpt-fast={tmp_path / 'gpt-fast'}")
+    config = bench.Config(peers=peers, rounds=2, tokens=3, compile=False)
     found = list(bench.measured(config, "tiny", torch.float32, torch.device("cpu")))
     assert [(rows[0].what, [row.who for row in rows]) for rows in found] == [
-        ("decode, batch 1", ["soloGPT", "transformers"]),
-        ("decode, batch 16", ["soloGPT", "transformers"]),
+        ("decode, batch 1", ["soloGPT", "transformers", "gpt-fast"]),
+        ("decode, batch 16", ["soloGPT", "transformers", "gpt-fast"]),
         ("decode", ["at 100", "at 1000"]),
         ("prefill of 512", ["soloGPT", "transformers", "nanoGPT"]),
         ("train", ["soloGPT", "soloGPT AdamW", "nanoGPT"]),
