@@ -608,7 +608,7 @@ def draw(rows: list[Row], path: str) -> None:
         axes.bar(list(points), list(points.values()), 0.8 / len(names), align="edge", label=name)
     axes.set_xticks([x + 0.4 for x in range(len(groups))], groups, fontsize=7)
     axes.set_ylabel("tokens/s, share of the fastest")
-    axes.legend(fontsize=8)
+    axes.legend(fontsize=8, ncols=len(names), loc="lower center", bbox_to_anchor=(0.5, 1), frameon=False)
     figure.savefig(path, dpi=150, bbox_inches="tight")
 
 
