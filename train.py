@@ -454,13 +454,8 @@ class Run:
         if self.world.first and self.config.keep_checkpoints:
             kept = self.out_dir / f"ckpt_{self.step:08d}.pt"
             with writing(kept):
-                new = kept.with_suffix(".tmp")
-                new.unlink(missing_ok=True)
-                try:
-                    os.link(self.out_dir / "ckpt.pt", new)  # a second name: the next ckpt.pt will be another file
-                except OSError:  # not every file system has them
-                    shutil.copyfile(self.out_dir / "ckpt.pt", new)
-                os.replace(new, kept)
+                shutil.copyfile(self.out_dir / "ckpt.pt", kept.with_suffix(".tmp"))
+                os.replace(kept.with_suffix(".tmp"), kept)
             for old in sorted(self.out_dir.glob("ckpt_*.pt"))[: -self.config.keep_checkpoints]:
                 old.unlink()
 
