@@ -715,7 +715,8 @@ def train(config: Config, world: World) -> None:
 
 def main() -> None:
     config = configurator.parse(Config)
-    keep_freed_memory()
+    if not config.activation_checkpointing:  # that has more memory to lose by it than time to win
+        keep_freed_memory()
     world = join(config)
     try:
         train(config, world)
