@@ -11,7 +11,6 @@ import json
 import math
 import os
 import secrets
-import shutil
 import signal
 import subprocess
 import sys
@@ -449,13 +448,11 @@ class Run:
 
     def save_state(self) -> None:
         """ckpt.pt: all that it takes to go on; with keep_checkpoints also as ckpt_STEP.pt, in place of the oldest."""
-        states = [optimizer.state_dict() for optimizer in self.optimizers]
-        self.save("ckpt.pt", best=self.best, id=self.id, optimizers=states)
+        names = ["ckpt.pt"] + [f"ckpt_{self.step:08d}.pt"] * bool(self.config.keep_checkpoints)
+        for name in names:
+            states = [optimizer.state_dict() for optimizer in self.optimizers]
+            self.save(name, best=self.best, id=self.id, optimizers=states)
         if self.world.first and self.config.keep_checkpoints:
-            kept = self.out_dir / f"ckpt_{self.step:08d}.pt"
-            with writing(kept):
-                shutil.copyfile(self.out_dir / "ckpt.pt", kept.with_suffix(".tmp"))
-                os.replace(kept.with_suffix(".tmp"), kept)
             for old in sorted(self.out_dir.glob("ckpt_*.pt"))[: -self.config.keep_checkpoints]:
                 old.unlink()
 
