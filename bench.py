@@ -369,14 +369,15 @@ def training(name: str, config: GPTConfig, device: torch.device, dtype: torch.dt
     return step
 
 
-def serve(make: Callable[[], Rival], connection: Any) -> None:
+def serve(make: Callable[[], Rival], device: torch.device, connection: Any) -> None:
     """In a process of its own: do a turn when told to, and answer with its tokens and the peak of memory so far."""
     rival, status = make(), Path("/proc/self/status")
     with suppress(EOFError):  # the other end is gone
         while connection.recv():
             tokens, peak = rival(), None
-            if torch.cuda.is_available():
+            if device.type != "cpu":
                 torch.accelerator.synchronize()
+            if device.type == "cuda":
                 peak = torch.cuda.max_memory_allocated()
             elif status.exists():
                 peak = int(re.findall(r"VmHWM:\s+(\d+)", status.read_text())[0]) * 1024
@@ -386,11 +387,11 @@ def serve(make: Callable[[], Rival], connection: Any) -> None:
 class Apart:
     """A rival in a process of its own, where what it changes is not there for the others."""
 
-    def __init__(self, make: Callable[[], Rival]) -> None:
+    def __init__(self, make: Callable[[], Rival], device: torch.device) -> None:
         context = multiprocessing.get_context("spawn")
         self.peak: int | None = None  # bytes of memory at most, in all its turns, where something tells
         self.connection, theirs = context.Pipe()
-        context.Process(target=serve, args=(make, theirs), daemon=True).start()
+        context.Process(target=serve, args=(make, device, theirs), daemon=True).start()
 
     def __call__(self) -> int:
         self.connection.send(True)
@@ -551,15 +552,13 @@ def measured(config: Config, shape: str, dtype: torch.dtype, device: torch.devic
         flops += 4 * c.n_layer * c.heads[0] * c.heads[2] * PROMPT / 2
         yield rows(f"prefill of {PROMPT}", prefill(model, peers), peak / flops)
     if "train" in config.measure and known:
-        model.config = replace(model.config, sequence_len=BATCH[1])
-        what_it_takes = (model.config, device, dtype)
+        c = model.config = replace(model.config, sequence_len=BATCH[1])
         limit = peak / model.flops_per_token()
         del model
         peers.clear()
-        ours = ["soloGPT", "soloGPT AdamW"] + ["soloGPT AdamW compiled"] * config.compile
-        names = dict.fromkeys(ours, "")
+        names = dict.fromkeys(["soloGPT", "soloGPT AdamW"] + ["soloGPT AdamW compiled"] * config.compile, "")
         names |= {name: paths[key] for key, name in (("nanogpt", "nanoGPT"), ("nanochat", "nanochat")) if key in paths}
-        steps = {who: Apart(partial(training, who, *what_it_takes, path)) for who, path in names.items()}
+        steps = {who: Apart(partial(training, who, c, device, dtype, path), device) for who, path in names.items()}
         found = rows("train", dict(steps), limit)
         for row in found:
             row.peak = steps[row.who].peak
