@@ -142,6 +142,17 @@ def make_model(shape: str, device: torch.device, dtype: torch.dtype) -> GPT:
     return model.to(device, dtype).eval()
 
 
+def for_inference(model: GPT, compiled: bool, packed: bool) -> GPT:
+    """The same weights, as sample.py has them."""
+    fast = GPT(model.config).to(model.device, model.dtype)
+    fast.load_state_dict(model.state_dict(), assign=True)  # the same memory
+    if compiled:
+        fast.compile_decode()
+    if packed:
+        fast.prepack()
+    return fast.eval()
+
+
 def as_transformers(model: GPT) -> Any:
     """The same weights in Hugging Face's model of the same architecture, written independently of ours."""
     import transformers
@@ -234,12 +245,9 @@ def decode(model: GPT, peers: dict[str, Any], batch_size: int, n: int, compiled:
     def ours(model: GPT) -> int:
         return sum(len(row) for row in model.generate_batch(prompts, n, temperature=0))
 
-    rivals: dict[str, Rival] = {"soloGPT": partial(ours, model)}
+    rivals: dict[str, Rival] = {"soloGPT": partial(ours, for_inference(model, False, packed=True))}
     if compiled:
-        fast = GPT(model.config).to(model.device, model.dtype)
-        fast.load_state_dict(model.state_dict(), assign=True)  # the same memory
-        fast.eval().compile_decode()
-        rivals["soloGPT compiled"] = partial(ours, fast)
+        rivals["soloGPT compiled"] = partial(ours, for_inference(model, True, packed=batch_size > 1))
     if theirs := peers.get("transformers"):
         idx = torch.tensor(prompts, device=model.device)
         settings = dict(max_new_tokens=n, min_new_tokens=n, do_sample=False)
@@ -293,8 +301,10 @@ def prefill(model: GPT, peers: dict[str, Any]) -> dict[str, Rival]:
     prompt = torch.randint(1, model.config.vocab_size, (PROMPT,)).tolist()
     idx = torch.tensor([prompt], device=model.device)
 
+    packed = for_inference(model, False, packed=True)
+
     def ours() -> int:
-        model._prefill([prompt], KVCache(model.config, 1, PROMPT, model.device, model.dtype))
+        packed._prefill([prompt], KVCache(model.config, 1, PROMPT, model.device, model.dtype))
         return PROMPT
 
     calls: dict[str, Callable[[], Any]] = {"soloGPT": ours}

@@ -305,9 +305,27 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return F.linear(x, weight, bias)
 
 
+@torch.library.custom_op("gpt::packed_linear", mutates_args=())
+def packed_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`linear` by a weight (N, C) in oneDNN's own layout. An operator of its own, for the compiler to leave alone."""
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+
+
+@packed_linear.register_fake
+def _(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    return x.new_empty(*x.shape[:-1], weight.size(0))
+
+
 class Linear(nn.Linear):
+    packed = False
+
     def forward(self, x: Tensor) -> Tensor:
-        return linear(x, self.weight, self.bias)
+        return (packed_linear if self.packed else linear)(x, self.weight, self.bias)
+
+    def prepack(self) -> None:
+        """For inference on a CPU, for good: see `GPT.prepack`."""
+        weight = torch.ops.mkldnn._reorder_linear_weight(self.weight)
+        self.weight, self.packed = nn.Parameter(weight, requires_grad=False), True
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float) -> Tensor:
@@ -592,7 +610,8 @@ class HeadLoss(torch.autograd.Function):
         for i in range(0, len(x), rows):
             chunk, w = x[i : i + rows], weights[i : i + rows]  # (R, C), (R, 1)
             target = targets[i : i + rows, None].clamp(min=0)  # (R, 1)
-            logits = softcapped(F.linear(chunk, head), softcap)  # (R, C) @ (C, V) -> (R, V)
+            product = packed_linear if head.is_mkldnn else F.linear
+            logits = softcapped(product(chunk, head), softcap)  # (R, C) @ (C, V) -> (R, V)
             logp = logits.log_softmax(dim=-1)
             loss -= (logp.gather(1, target) * w).sum()
             if backward:
@@ -626,7 +645,7 @@ class GPT(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
         self.h = nn.ModuleList([Block(config) for _ in range(config.n_layer)])
         self.norm = rms_norm(config.n_embd, config)
-        self.lm_head = None if config.tie_embd else nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        self.lm_head = None if config.tie_embd else Linear(config.n_embd, config.vocab_size, bias=False)
         self.activation_checkpointing = False  # True: training keeps only what goes into a block, and computes it twice
         self.compiled_block: Callable | None = None  # for decode: see compile_decode
         self.compiled_logits: Callable | None = None
@@ -695,7 +714,8 @@ class GPT(nn.Module):
 
     def logits(self, x: Tensor) -> Tensor:
         """The head: (..., C) to (..., V), in at least float32, within +-softcap."""
-        return softcapped(linear(x, self.head_weight), self.config.softcap)
+        logits = linear(x, self.wte.weight) if self.lm_head is None else self.lm_head(x)
+        return softcapped(logits, self.config.softcap)
 
     def forward(
         self,
@@ -920,10 +940,32 @@ class GPT(nn.Module):
         self.compiled_block = torch.compile(Block.forward, dynamic=True)
         self.compiled_logits = torch.compile(GPT.logits, dynamic=True)
 
+    def prepack(self) -> None:
+        """Lay the matrices out as oneDNN multiplies by them: faster inference on a CPU, but for one compiled row.
+
+        Otherwise each product lays out anew what it needs of them. There is no way back: a packed model can be neither
+        trained nor saved. A tied head becomes a second copy of the embedding. On other devices, and for a dtype that
+        oneDNN does not multiply here, nothing happens.
+        """
+        if self.device.type != "cpu" or not torch.backends.mkldnn.is_available():
+            return
+        bfloat16 = self.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        if self.dtype != torch.float32 and not bfloat16:
+            return
+        self.requires_grad_(False)
+        if self.lm_head is None:
+            self.lm_head = Linear(self.config.n_embd, self.config.vocab_size, bias=False, device="meta")
+            self.lm_head.weight = self.wte.weight
+        for module in self.modules():
+            if isinstance(module, Linear) and not module.packed:
+                module.prepack()
+
     # ---- checkpoints
 
     def save(self, path: Path, **extra: Any) -> None:
         """Write weights, config and extra (tensors and plain Python values) to path: whole, or not at all."""
+        if self.head_weight.is_mkldnn:
+            raise RuntimeError("a packed model cannot be saved: save it before prepack()")
         temporary = f"{os.fspath(path)}.tmp"
         try:
             with open(temporary, "wb") as f:

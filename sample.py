@@ -323,6 +323,8 @@ def main() -> None:
     model, tokenizer, source = load(config)
     if config.compile:
         model.compile_decode()
+    if not config.compile or config.num_samples > 1 or config.lookup:
+        model.prepack()
     names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "lookup", "seed")
     settings = {name: getattr(config, name) for name in names}
     settings |= {"stop_tokens": tokenizer.eos_tokens, "suppress_tokens": tokenizer.gaps(model.config.vocab_size)}

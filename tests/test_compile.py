@@ -19,8 +19,11 @@ def models(request):
 
 
 @pytest.mark.slow
-def test_compiled_decode_gives_the_same_tokens_and_is_compiled_once(models):
+@pytest.mark.parametrize("packed", [False, True], ids=["plain", "packed"])
+def test_compiled_decode_gives_the_same_tokens_and_is_compiled_once(models, packed):
     """For a block and for the head, whatever the prompt and the position, past a full window too."""
+    if packed:
+        models[1].prepack()
     for prompt, n in (([1, 2, 3], 90), ([5] * 20, 30), ([7], 70), (list(range(60)), 9)):
         a, b = (list(model.generate(prompt, n, temperature=0)) for model in models)
         assert a == b
