@@ -141,7 +141,7 @@ class KVCache:
 
     `lengths` is an int64 tensor (batch_size,) on the CPU, so that it is known without waiting for the device; `ids`
     (batch_size, max_len) are the tokens that the positions stand for. Owned by the caller; `GPT.forward` appends to
-    it: begin once, update each layer, then commit. No gradient flows through it.
+    it: begin once, update each of layers, then commit. No gradient flows through it.
     """
 
     def __init__(
@@ -153,7 +153,7 @@ class KVCache:
         self.v = torch.zeros(shape, device=device, dtype=dtype)
         self.ids = torch.zeros(batch_size, max_len, device=device, dtype=torch.long)
         self.lengths = torch.zeros(batch_size, dtype=torch.long)
-        self._end = 0  # what `begin` finds out for `layer`: where the longest row ends,
+        self._end = 0  # what `begin` finds out for `layers`: where the longest row ends,
         self._slots: tuple = ()  # and where the new tokens go, as an index of (B, max_len)
 
     @property
@@ -196,9 +196,9 @@ class KVCache:
             return positions, (torch.arange(self._end, device=self.k.device) <= positions[..., None])[:, None]
         return positions, None
 
-    def layer(self, i: int) -> LayerCache:
-        """Layer i's, for the tokens that `begin` has made room for."""
-        return LayerCache(self.k[i], self.v[i], self._slots, self._end)
+    def layers(self) -> list[LayerCache]:
+        """Each layer's, for the tokens that `begin` has made room for."""
+        return [LayerCache(k, v, self._slots, self._end) for k, v in zip(self.k, self.v, strict=True)]
 
     def commit(self, T: int) -> None:
         self.lengths += T
@@ -467,8 +467,8 @@ class Lookup:
     next logits are there already. What was guessed wrong is forgotten. In place of `GPT._decode`, for one row.
     """
 
-    def __init__(self, model: "GPT", kv_cache: KVCache, n: int) -> None:
-        self.model, self.n = model, n
+    def __init__(self, model: "GPT", kv_cache: KVCache, n: int, step: Callable | None = None) -> None:
+        self.model, self.n, self.step = model, n, step
         self.length = int(kv_cache.lengths)  # what lies past it in the cache are guesses
         self.guesses: list[int] = []
         self.logits: list[Tensor] = []  # after each of them, (1, V)
@@ -482,7 +482,7 @@ class Lookup:
         guesses = self.guess(torch.cat((kv_cache.ids[0, : self.length - 1], ids)))[: max(room, 0)]
         self.guesses = guesses.tolist()
         if not self.guesses:
-            logits = self.model._decode(ids, kv_cache, keep)
+            logits = self.model._decode(ids, kv_cache, keep, self.step)
             self.length = int(kv_cache.lengths)
             return logits
         x = self.model.hidden(torch.cat((ids, guesses))[None], kv_cache)  # (1, 1 + n, C)
@@ -498,6 +498,49 @@ class Lookup:
                 start = int(found[-1]) + ngram
                 return text[start + torch.arange(self.n, device=text.device) % (len(text) - start)]
         return text[:0]
+
+
+class Graphs:
+    """Decode on a GPU by CUDA graphs: one launch a token, in place of hundreds that take longer than what they launch.
+
+    A graph (https://docs.pytorch.org/docs/stable/notes/cuda.html#cuda-graphs) does again what was recorded, on the same
+    memory and with the same shapes. So it attends to the first `size` positions of its cache under a mask, and when a
+    row has outgrown them, one for twice as many is recorded. In place of `GPT._step`, for one cache.
+    """
+
+    def __init__(self, model: "GPT", shortest: int = 256) -> None:
+        self.model, self.shortest, self.size = model, shortest, 0
+        self.replay: Callable | None = None
+
+    def __call__(self, ids: Tensor, kv_cache: KVCache) -> Tensor:
+        """One token for each row, (B,), to logits (B, V), which hold until the next call."""
+        longest = int(kv_cache.lengths.max())
+        if self.replay is None or longest >= self.size:
+            self.replay = None  # frees its memory
+            self.replay = self.record(kv_cache, longest + 1)
+        logits = self.replay(ids, kv_cache.lengths)
+        kv_cache.commit(1)
+        return logits
+
+    def record(self, kv_cache: KVCache, length: int) -> Callable:
+        """A step for rows of so many tokens, and more."""
+        model, B, device = self.model, kv_cache.batch_size, kv_cache.k.device
+        self.size = size = min(max(self.shortest, 2 ** (length - 1).bit_length()), kv_cache.max_len)
+        for b, n in enumerate(kv_cache.lengths.tolist()):  # what is masked must be finite: see KVCache.begin
+            kv_cache.k[:, b, :, n:size] = 0
+            kv_cache.v[:, b, :, n:size] = 0
+
+        def step(ids: Tensor, lengths: Tensor) -> Tensor:
+            positions = lengths[:, None]  # (B, 1)
+            slots = (torch.arange(B, device=device)[:, None], positions)
+            kv_cache.ids[slots] = ids[:, None]
+            mask = (torch.arange(size, device=device) <= positions[..., None])[:, None]  # (B, 1, 1, size)
+            layers = [LayerCache(k, v, slots, size) for k, v in zip(kv_cache.k, kv_cache.v, strict=True)]
+            x = model._read(ids[:, None], positions, mask, layers, model.compiled_block)  # (B, 1, C)
+            return model.compiled_logits(model, x[:, -1])
+
+        lengths = kv_cache.lengths.to(device)
+        return torch.cuda.make_graphed_callables(step, (torch.zeros_like(lengths), lengths))
 
 
 def _only_row(steps: Generator[list[int | None], None, list[str]]) -> Generator[int, None, str]:
@@ -648,7 +691,7 @@ class GPT(nn.Module):
         self.lm_head = None if config.tie_embd else Linear(config.n_embd, config.vocab_size, bias=False)
         self.activation_checkpointing = False  # True: training keeps only what goes into a block, and computes it twice
         self.compiled_block: Callable | None = None  # for decode: see compile_decode
-        self.compiled_logits: Callable | None = None
+        self.compiled_logits: Callable = GPT.logits
         self.init_weights()
 
     @torch.no_grad()
@@ -694,22 +737,31 @@ class GPT(nn.Module):
         # 0 and 1 are numbers of their own to the compiler, and so is a full cache: those would be compiled apart
         compiled = self.compiled_block if T == 1 and kv_cache and 0 < past < kv_cache.max_len - 1 else None
         if kv_cache is None:
-            positions, mask = torch.arange(T, device=idx.device)[None], None  # (1, T)
-        else:
-            self._check_cache(kv_cache, B)
-            positions, mask = kv_cache.begin(idx, bool(compiled))  # (B or 1, T), (B or 1, 1, T, S)
+            positions = torch.arange(T, device=idx.device)[None]  # (1, T)
+            return self._read(idx, positions, None, [None] * len(self.h), None)
+        self._check_cache(kv_cache, B)
+        positions, mask = kv_cache.begin(idx, bool(compiled))  # (B or 1, T), (B or 1, 1, T, S)
+        x = self._read(idx, positions, mask, kv_cache.layers(), compiled)
+        kv_cache.commit(T)
+        return x
+
+    def _read(
+        self,
+        idx: Tensor,
+        positions: Tensor,
+        mask: Tensor | None,
+        layers: Sequence[LayerCache | None],
+        compiled: Callable | None,
+    ) -> Tensor:
         rotations = rope(positions, self.config, self.dtype)
         x = self.dropout(self.embd_norm(self.wte(idx)))  # (B, T, C)
-        for i, block in enumerate(self.h):
-            layer = None if kv_cache is None else kv_cache.layer(i)
+        for block, layer in zip(self.h, layers, strict=True):
             if compiled:
                 x = compiled(block, x, rotations, mask, layer)
             elif self.activation_checkpointing and self.training:
                 x = torch.utils.checkpoint.checkpoint(block, x, rotations, mask, layer, use_reentrant=False)
             else:
                 x = block(x, rotations, mask, layer)
-        if kv_cache is not None:
-            kv_cache.commit(T)
         return self.norm(x)
 
     def logits(self, x: Tensor) -> Tensor:
@@ -855,8 +907,9 @@ class GPT(nn.Module):
                     seen[b, texts[b // num_samples]] = True
                 reasons, running = ["length"] * B, set(range(B))
                 keep = torch.ones(B, dtype=torch.bool)  # whose tokens stay: up to and with a row's stop token
-                ahead = Lookup(self, cache, lookup) if lookup else None
-                decode = ahead or self._decode
+                graphs = Graphs(self) if self.compiled_block and self.device.type == "cuda" else None
+                ahead = Lookup(self, cache, lookup, graphs) if lookup else None
+                decode = ahead or partial(self._decode, step=graphs)
 
                 for _ in range(max_tokens):
                     if ids is not None:
@@ -911,7 +964,7 @@ class GPT(nn.Module):
         kv_cache.truncate(lengths)
         return self.logits(last)
 
-    def _decode(self, ids: Tensor, kv_cache: KVCache, keep: Tensor) -> Tensor:
+    def _decode(self, ids: Tensor, kv_cache: KVCache, keep: Tensor, step: Callable | None = None) -> Tensor:
         """Read one more token for each row, (B,); returns the logits of what comes after, (B, V).
 
         A row that is full starts anew, with the last half of its window. Rows where keep, (B,) bool, is false have
@@ -925,17 +978,19 @@ class GPT(nn.Module):
                 row.reset()
                 if tail.numel():
                     self.hidden(tail, row)
-        x = self.hidden(ids[:, None], kv_cache)[:, -1]  # (B, 1) -> (B, C)
-        logits = self.compiled_logits(self, x) if self.compiled_logits else self.logits(x)  # (B, V)
+        logits = (step or self._step)(ids, kv_cache)
         if not keep.all():
             kv_cache.truncate(kv_cache.lengths - (~keep).long())
         return logits
+
+    def _step(self, ids: Tensor, kv_cache: KVCache) -> Tensor:
+        return self.compiled_logits(self, self.hidden(ids[:, None], kv_cache)[:, -1])  # (B, 1) -> (B, C) -> (B, V)
 
     def compile_decode(self) -> None:
         """Have torch.compile speed up what reads one token for each row with a cache; the rest stays as it is.
 
         The blocks share their code, which is compiled at the first token (and once more for a batch, or rows of
-        different lengths), and holds for any length of the cache.
+        different lengths), and holds for any length of the cache. On a GPU `generate` makes CUDA graphs of it.
         """
         self.compiled_block = torch.compile(Block.forward, dynamic=True)
         self.compiled_logits = torch.compile(GPT.logits, dynamic=True)
