@@ -305,25 +305,33 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return F.linear(x, weight, bias)
 
 
-@torch.library.custom_op("gpt::packed_linear", mutates_args=())
+def packs(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether oneDNN multiplies numbers of this dtype on this device."""
+    if device.type != "cpu" or not torch.backends.mkldnn.is_available():
+        return False
+    return dtype == torch.float32 or (dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
 def packed_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """`linear` by a weight (N, C) in oneDNN's own layout. An operator of its own, for the compiler to leave alone."""
+    """`linear` by a weight (N, C) in oneDNN's own layout: see `GPT.prepack`."""
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 
 
-@packed_linear.register_fake
-def _(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    return x.new_empty(*x.shape[:-1], weight.size(0))
+# For the compiler, which cannot look into such a weight, an operator that it takes as it is
+opaque_packed_linear = torch.library.custom_op("gpt::packed_linear", packed_linear, mutates_args=())
+opaque_packed_linear.register_fake(lambda x, weight, bias=None: x.new_empty(*x.shape[:-1], weight.size(0)))
 
 
 class Linear(nn.Linear):
     packed = False
 
     def forward(self, x: Tensor) -> Tensor:
-        return (packed_linear if self.packed else linear)(x, self.weight, self.bias)
+        if not self.packed:
+            return linear(x, self.weight, self.bias)
+        product = opaque_packed_linear if torch.compiler.is_compiling() else packed_linear
+        return product(x, self.weight, self.bias)
 
     def prepack(self) -> None:
-        """For inference on a CPU, for good: see `GPT.prepack`."""
         weight = torch.ops.mkldnn._reorder_linear_weight(self.weight)
         self.weight, self.packed = nn.Parameter(weight, requires_grad=False), True
 
@@ -650,10 +658,10 @@ class HeadLoss(torch.autograd.Function):
         loss = x.new_zeros((), dtype=torch.promote_types(x.dtype, torch.float32))
         weights = (targets != -1).to(loss.dtype)[:, None]  # (N, 1)
         weights /= weights.sum()
+        product = packed_linear if head.is_mkldnn else F.linear
         for i in range(0, len(x), rows):
             chunk, w = x[i : i + rows], weights[i : i + rows]  # (R, C), (R, 1)
             target = targets[i : i + rows, None].clamp(min=0)  # (R, 1)
-            product = packed_linear if head.is_mkldnn else F.linear
             logits = softcapped(product(chunk, head), softcap)  # (R, C) @ (C, V) -> (R, V)
             logp = logits.log_softmax(dim=-1)
             loss -= (logp.gather(1, target) * w).sum()
@@ -753,6 +761,7 @@ class GPT(nn.Module):
         layers: Sequence[LayerCache | None],
         compiled: Callable | None,
     ) -> Tensor:
+        """`hidden`, when it is known where the tokens stand, (B or 1, T), what they may attend to, and by what code."""
         rotations = rope(positions, self.config, self.dtype)
         x = self.dropout(self.embd_norm(self.wte(idx)))  # (B, T, C)
         for block, layer in zip(self.h, layers, strict=True):
@@ -996,16 +1005,13 @@ class GPT(nn.Module):
         self.compiled_logits = torch.compile(GPT.logits, dynamic=True)
 
     def prepack(self) -> None:
-        """Lay the matrices out as oneDNN multiplies by them: faster inference on a CPU, but for one compiled row.
+        """For inference on a CPU: lay the matrices out as oneDNN multiplies by them, which else each product does anew.
 
-        Otherwise each product lays out anew what it needs of them. There is no way back: a packed model can be neither
-        trained nor saved. A tied head becomes a second copy of the embedding. On other devices, and for a dtype that
-        oneDNN does not multiply here, nothing happens.
+        All gets faster but the decode of one row when it is compiled. It takes no more memory, but for a tied head, which
+        becomes a second copy of the embedding. There is no way back: what is packed can be neither trained nor saved.
+        On another device, and in a dtype that oneDNN does not multiply here, nothing happens.
         """
-        if self.device.type != "cpu" or not torch.backends.mkldnn.is_available():
-            return
-        bfloat16 = self.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-        if self.dtype != torch.float32 and not bfloat16:
+        if not packs(self.device, self.dtype):
             return
         self.requires_grad_(False)
         if self.lm_head is None:
