@@ -1007,9 +1007,9 @@ class GPT(nn.Module):
     def prepack(self) -> None:
         """For inference on a CPU: lay the matrices out as oneDNN multiplies by them, which else each product does anew.
 
-        All gets faster but the decode of one row when it is compiled. It takes no more memory, but for a tied head, which
-        becomes a second copy of the embedding. There is no way back: what is packed can be neither trained nor saved.
-        On another device, and in a dtype that oneDNN does not multiply here, nothing happens.
+        All gets faster but the decode of one row when it is compiled. It takes no more memory, but for a tied head,
+        which becomes a second copy of the embedding. There is no way back: what is packed can be neither trained nor
+        saved. On another device, and in a dtype that oneDNN does not multiply here, nothing happens.
         """
         if not packs(self.device, self.dtype):
             return
