@@ -141,7 +141,7 @@ class KVCache:
 
     `lengths` is an int64 tensor (batch_size,) on the CPU, so that it is known without waiting for the device; `ids`
     (batch_size, max_len) are the tokens that the positions stand for. Owned by the caller; `GPT.forward` appends to
-    it: begin once, update each of layers, then commit. No gradient flows through it.
+    it: begin once, update each of `layers()`, then commit. No gradient flows through it.
     """
 
     def __init__(
@@ -314,16 +314,16 @@ def packs(device: torch.device, dtype: torch.dtype) -> bool:
 
 def packed_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """`linear` by a weight (N, C) in oneDNN's own layout: see `GPT.prepack`."""
-    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    return torch.ops.mkldnn._linear_pointwise(x.to(weight.dtype), weight, bias, "none", [], "")
 
 
 # For the compiler, which cannot look into such a weight, an operator that it takes as it is
 opaque_packed_linear = torch.library.custom_op("gpt::packed_linear", packed_linear, mutates_args=())
-opaque_packed_linear.register_fake(lambda x, weight, bias=None: x.new_empty(*x.shape[:-1], weight.size(0)))
+opaque_packed_linear.register_fake(lambda x, weight, bias=None: weight.new_empty(*x.shape[:-1], weight.size(0)))
 
 
 class Linear(nn.Linear):
-    packed = False
+    packed = False  # the compiler does not see weight.is_mkldnn
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.packed:
@@ -508,8 +508,32 @@ class Lookup:
         return text[:0]
 
 
+def cuda_graph(step: Callable, ids: Tensor, lengths: Tensor) -> Callable:
+    """step(ids, lengths), recorded: what it returns launches it all at once, for other ids and lengths.
+
+    torch.cuda.make_graphed_callables does the same, but its graphs live until the garbage collector comes, which must
+    not be while the next one is recorded. The stream is the graph's own, since cuBLAS's workspace goes with it.
+    """
+    stream, graph = torch.cuda.Stream(ids.device), torch.cuda.CUDAGraph()
+    with torch.cuda.device(ids.device):
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(3):  # compiles, and loads what cannot be loaded while recording
+                step(ids, lengths)
+        with torch.cuda.graph(graph, stream=stream):
+            logits = step(ids, lengths)
+
+    def replay(new_ids: Tensor, new_lengths: Tensor) -> Tensor:
+        ids.copy_(new_ids)
+        lengths.copy_(new_lengths)
+        graph.replay()
+        return logits
+
+    return replay
+
+
 class Graphs:
-    """Decode on a GPU by CUDA graphs: one launch a token, in place of hundreds that take longer than what they launch.
+    """Decode on a GPU by CUDA graphs: one launch for all layers, in place of hundreds that take longer than these do.
 
     A graph (https://docs.pytorch.org/docs/stable/notes/cuda.html#cuda-graphs) does again what was recorded, on the same
     memory and with the same shapes. So it attends to the first `size` positions of its cache under a mask, and when a
@@ -548,7 +572,7 @@ class Graphs:
             return model.compiled_logits(model, x[:, -1])
 
         lengths = kv_cache.lengths.to(device)
-        return torch.cuda.make_graphed_callables(step, (torch.zeros_like(lengths), lengths))
+        return cuda_graph(step, torch.zeros_like(lengths), lengths)
 
 
 def _only_row(steps: Generator[list[int | None], None, list[str]]) -> Generator[int, None, str]:
@@ -999,7 +1023,8 @@ class GPT(nn.Module):
         """Have torch.compile speed up what reads one token for each row with a cache; the rest stays as it is.
 
         The blocks share their code, which is compiled at the first token (and once more for a batch, or rows of
-        different lengths), and holds for any length of the cache. On a GPU `generate` makes CUDA graphs of it.
+        different lengths), and holds for any length of the cache. On a GPU `generate` makes CUDA graphs of it, and it
+        is compiled once more for one that attends to the whole of its cache.
         """
         self.compiled_block = torch.compile(Block.forward, dynamic=True)
         self.compiled_logits = torch.compile(GPT.logits, dynamic=True)
@@ -1009,7 +1034,7 @@ class GPT(nn.Module):
 
         All gets faster but the decode of one row when it is compiled. It takes no more memory, but for a tied head,
         which becomes a second copy of the embedding. There is no way back: what is packed can be neither trained nor
-        saved. On another device, and in a dtype that oneDNN does not multiply here, nothing happens.
+        saved, moved nor cast. On another device, and in a dtype that oneDNN does not multiply here, nothing happens.
         """
         if not packs(self.device, self.dtype):
             return
@@ -1111,7 +1136,7 @@ class GPT(nn.Module):
         """
         c = self.config
         H, _, D = c.heads
-        looked_up = 0 if c.tie_embd else self.wte.weight.numel()
+        looked_up = 0 if self.lm_head is None else self.wte.weight.numel()
         return 6 * (self.num_params() - looked_up) + 12 * c.n_layer * H * D * c.sequence_len
 
     def estimate_mfu(self, tokens_per_second: float, peak_flops: float) -> float:

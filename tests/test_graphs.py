@@ -7,12 +7,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.fx.experimental.proxy_tensor import make_fx
 
+import gpt
 from gpt import GPT, Block, Graphs, KVCache, Lookup
 
 
-def record(step, sample_args):
-    """As torch.cuda.make_graphed_callables: what it returns does the same operations, on the same memory."""
-    inputs = [x.clone() for x in sample_args]
+def record(step, *args):
+    """As gpt.cuda_graph: what it returns does the same operations, on the same memory."""
+    inputs = [x.clone() for x in args]  # on a GPU the lengths are a copy
     for _ in range(3):
         step(*inputs)
     graph = make_fx(step)(*inputs)
@@ -34,7 +35,7 @@ def greedy(model, prompts, n, shortest, keep, lookup=0):
     graphs = Graphs(model, shortest)
     out = []
     with torch.inference_mode(), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch.cuda, "make_graphed_callables", record)
+        patch.setattr(gpt, "cuda_graph", record)
         logits = model._prefill(prompts, cache)
         ahead = Lookup(model, cache, lookup, graphs) if lookup else None
         for _ in range(n):

@@ -45,6 +45,16 @@ def test_tokens_are_the_same(kind, lengths, seed):
     assert list(packed.generate(prompts[0], 40, temperature=0, lookup=5)) == [row[0] for row in a]
 
 
+def test_under_autocast():
+    plain, packed = make_pair(torch.float32, **QWEN)
+    idx = torch.randint(61, (2, 9))
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = packed(idx)
+    exact = plain(idx)
+    assert (logits - exact).norm() <= 0.05 * exact.norm()
+    assert plain.flops_per_token() == packed.flops_per_token()
+
+
 def test_a_packed_model_is_for_inference_only(tmp_path):
     _, packed = make_pair(torch.float32)
     packed.prepack()  # once more is nothing more
