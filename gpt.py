@@ -571,7 +571,7 @@ class Graphs:
             x = model._read(ids[:, None], positions, mask, layers, model.compiled_block)  # (B, 1, C)
             return model.compiled_logits(model, x[:, -1])
 
-        lengths = kv_cache.lengths.to(device)
+        lengths = kv_cache.lengths.to(device, copy=True)
         return cuda_graph(step, torch.zeros_like(lengths), lengths)
 
 
