@@ -323,9 +323,7 @@ def main() -> None:
     model, tokenizer, source = load(config)
     if config.compile:
         model.compile_decode()
-    if (
-        not config.compile or config.num_samples > 1 or config.lookup
-    ):  # one token, compiled, reads them faster as they are
+    if not config.compile or config.num_samples > 1 or config.lookup:  # else one token at a time reads plain weights
         model.prepack()
     names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "lookup", "seed")
     settings = {name: getattr(config, name) for name in names}
