@@ -147,7 +147,8 @@ def make_model(shape: str, device: torch.device, dtype: torch.dtype) -> GPT:
 
 def for_inference(model: GPT, compiled: bool, packed: bool) -> GPT:
     """The same weights, as sample.py has them."""
-    fast = GPT(model.config).to(model.device, model.dtype)
+    with torch.device("meta"):
+        fast = GPT(model.config)
     fast.load_state_dict(model.state_dict(), assign=True)  # the same memory
     if compiled:
         fast.compile_decode()
@@ -303,7 +304,6 @@ def prefill(model: GPT, peers: dict[str, Any]) -> dict[str, Rival]:
     """One prompt, and the logits after it."""
     prompt = torch.randint(1, model.config.vocab_size, (PROMPT,)).tolist()
     idx = torch.tensor([prompt], device=model.device)
-
     packed = for_inference(model, False, packed=True)
 
     def ours() -> int:

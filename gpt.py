@@ -127,7 +127,7 @@ class LayerCache(NamedTuple):
     k: Tensor  # (B, G, max_len, D)
     v: Tensor
     slots: tuple  # an index of (B, max_len)
-    end: int  # of the longest row, with what is new
+    end: int  # of what can be attended to, with what is new
 
     def update(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Write new keys and values, (B, T, G, D); returns all that there are, (B, G, S, D), as views."""
@@ -141,7 +141,7 @@ class KVCache:
 
     `lengths` is an int64 tensor (batch_size,) on the CPU, so that it is known without waiting for the device; `ids`
     (batch_size, max_len) are the tokens that the positions stand for. Owned by the caller; `GPT.forward` appends to
-    it: begin once, update each of `layers()`, then commit. No gradient flows through it.
+    it: begin once, update each layer, then commit. No gradient flows through it.
     """
 
     def __init__(
@@ -153,8 +153,6 @@ class KVCache:
         self.v = torch.zeros(shape, device=device, dtype=dtype)
         self.ids = torch.zeros(batch_size, max_len, device=device, dtype=torch.long)
         self.lengths = torch.zeros(batch_size, dtype=torch.long)
-        self._end = 0  # what `begin` finds out for `layers`: where the longest row ends,
-        self._slots: tuple = ()  # and where the new tokens go, as an index of (B, max_len)
 
     @property
     def batch_size(self) -> int:
@@ -169,36 +167,36 @@ class KVCache:
         """Bytes of keys and values: 2 * n_layer * batch_size * n_kv_head * max_len * head_dim * those of the dtype."""
         return self.k.nbytes + self.v.nbytes
 
-    def begin(self, idx: Tensor, compiled: bool = False) -> tuple[Tensor, Tensor | None]:
+    def begin(self, idx: Tensor, compiled: bool = False) -> tuple[Tensor, Tensor | None, list[LayerCache]]:
         """Make room for new tokens, (B, T); ValueError, and nothing changed, if there is too little.
 
-        Returns their positions, (B, T) or (1, T) when all rows are equally long, and the mask of what each may
-        attend to, (B or 1, 1, T, S) bool, or None where plain causal attention says the same.
+        Returns their positions, (B, T) or (1, T) when all rows are equally long, the mask of what each may attend to,
+        (B or 1, 1, T, S) bool, or None where plain causal attention says the same, and the cache's layers.
         """
         T, shortest, longest = idx.size(1), int(self.lengths.min()), int(self.lengths.max())
         if longest + T > self.max_len:
             raise ValueError(f"a row of {longest} tokens and {T} new ones do not fit a KVCache of {self.max_len}")
-        self._end = longest + T
+        end = longest + T
         ragged = shortest < longest
         starts = self.lengths if ragged else self.lengths[:1]
         positions = (starts[:, None] + torch.arange(T)).to(self.k.device)  # (B or 1, T)
         if ragged:
             # A shorter row leaves a gap here. Attention gives it a weight of 0, but if something that was not finite
             # was left there, 0 times that is NaN.
-            self.k[:, :, :, longest : self._end] = 0
-            self.v[:, :, :, longest : self._end] = 0
+            self.k[:, :, :, longest:end] = 0
+            self.v[:, :, :, longest:end] = 0
+        slots: tuple = (slice(None), slice(longest, end))
         if ragged or compiled:  # slices are faster, but compiled code would be bound to their numbers
-            self._slots = (torch.arange(self.batch_size, device=self.k.device)[:, None], positions)
-        else:
-            self._slots = (slice(None), slice(longest, self._end))
-        self.ids[self._slots] = idx
+            slots = (torch.arange(self.batch_size, device=self.k.device)[:, None], positions)
+        self.ids[slots] = idx
+        mask = None
         if ragged or (T > 1 and longest > 0):
-            return positions, (torch.arange(self._end, device=self.k.device) <= positions[..., None])[:, None]
-        return positions, None
+            mask = (torch.arange(end, device=self.k.device) <= positions[..., None])[:, None]
+        return positions, mask, self.layers(slots, end)
 
-    def layers(self) -> list[LayerCache]:
-        """Each layer's, for the tokens that `begin` has made room for."""
-        return [LayerCache(k, v, self._slots, self._end) for k, v in zip(self.k, self.v, strict=True)]
+    def layers(self, slots: tuple, end: int) -> list[LayerCache]:
+        """Each layer's part, for new tokens at slots, an index of (B, max_len), among the first `end` positions."""
+        return [LayerCache(k, v, slots, end) for k, v in zip(self.k, self.v, strict=True)]
 
     def commit(self, T: int) -> None:
         self.lengths += T
@@ -567,7 +565,7 @@ class Graphs:
             slots = (torch.arange(B, device=device)[:, None], positions)
             kv_cache.ids[slots] = ids[:, None]
             mask = (torch.arange(size, device=device) <= positions[..., None])[:, None]  # (B, 1, 1, size)
-            layers = [LayerCache(k, v, slots, size) for k, v in zip(kv_cache.k, kv_cache.v, strict=True)]
+            layers = kv_cache.layers(slots, size)
             x = model._read(ids[:, None], positions, mask, layers, model.compiled_block)  # (B, 1, C)
             return model.compiled_logits(model, x[:, -1])
 
@@ -772,8 +770,8 @@ class GPT(nn.Module):
             positions = torch.arange(T, device=idx.device)[None]  # (1, T)
             return self._read(idx, positions, None, [None] * len(self.h), None)
         self._check_cache(kv_cache, B)
-        positions, mask = kv_cache.begin(idx, bool(compiled))  # (B or 1, T), (B or 1, 1, T, S)
-        x = self._read(idx, positions, mask, kv_cache.layers(), compiled)
+        positions, mask, layers = kv_cache.begin(idx, bool(compiled))  # (B or 1, T), (B or 1, 1, T, S)
+        x = self._read(idx, positions, mask, layers, compiled)
         kv_cache.commit(T)
         return x
 
