@@ -856,8 +856,10 @@ class GPT(nn.Module):
 
         With a kv_cache, tokens are what comes after what it holds, and all that is said stays in it: the next turn of
         a conversation reads only what is new. With lookup=N the next N tokens are guessed from what came before and
-        read at once (`Lookup`): the same tokens, sooner where the text repeats. ValueError for an empty prompt, an id
-        outside the vocabulary, a setting out of its range, or a cache that is too small or another model's.
+        read at once (`Lookup`): the same tokens, but for ties within rounding, sooner where the text repeats.
+
+        ValueError for an empty prompt, an id outside the vocabulary, a setting out of its range, or a cache that is too
+        small or another model's.
         """
         filters = (temperature, top_k, top_p, min_p)
         steps = self.generate_batch(
