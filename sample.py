@@ -20,7 +20,7 @@ import torch
 import configurator
 from configurator import RunError, UserError
 from gpt import GPT, KVCache, pick_device
-from tokenizer import Tokenizer
+from sologpt.tokenizer import Tokenizer
 
 DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -158,7 +158,7 @@ def load(config: Config) -> tuple[GPT, Tokenizer, str]:
         raise UserError(str(e)) from e
     if config.init_from:
         try:
-            import hf
+            from sologpt import hf
 
             model, tokenizer = hf.load(config.init_from.removeprefix("hf:"), device, DTYPES[config.dtype])
         except (ImportError, OSError, ValueError) as e:

@@ -279,7 +279,7 @@ def load_checkpoint(source: str, device: torch.device | str = "cpu") -> tuple[GP
     """The model of a checkpoint or of hf:NAME_OR_DIR, in float32, where small steps count, and what is kept with it."""
     try:
         if source.startswith("hf:"):
-            import hf
+            from sologpt import hf
 
             model, tokenizer = hf.load(source.removeprefix("hf:"), device, torch.float32)
             return model, {"tokenizer": tokenizer.to_dict()}

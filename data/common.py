@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # prepare.py runs in any folder
-from tokenizer import Tokenizer
+from sologpt.tokenizer import Tokenizer
 
 SPLITS = ("train", "val")
 PIECE = 2**20  # bytes that are read at a time

@@ -5,7 +5,7 @@ import pytest
 import torch
 from conftest import run
 
-import bench
+from bench import __main__ as bench
 from gpt import GPT, GPTConfig
 
 NANOGPT = '''

@@ -11,11 +11,11 @@ from test_hf_tokenizer import CHATML, write_folder
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 import configurator
-import hf
+from sologpt import hf
 import sample
 from gpt import GPT, KVCache
 from sample import Config
-from tokenizer import Tokenizer
+from sologpt.tokenizer import Tokenizer
 
 # What was thought is left out of the past, as Qwen 3's template does
 FORGETFUL = CHATML.replace("message['content']", "(message['content'] if loop.last else message['content'][3:])")

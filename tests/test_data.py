@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 
 from data import common
 from data.download import download
-from tokenizer import EOT, Tokenizer, train_bpe
+from sologpt.tokenizer import EOT, Tokenizer, train_bpe
 
 
 def prepare_module(name: str):

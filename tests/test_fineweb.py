@@ -15,7 +15,7 @@ from conftest import ROOT, error, run
 
 from data import common
 from data.fineweb import prepare as fineweb
-from tokenizer import Tokenizer
+from sologpt.tokenizer import Tokenizer
 
 SCRIPT = "data/fineweb/prepare.py"
 NAMES = [fineweb.VAL, *fineweb.TRAIN[:3]]

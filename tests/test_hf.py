@@ -16,9 +16,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import configurator
-import hf
+from sologpt import hf
 from gpt import GPT, GPTConfig
-from tokenizer import Tokenizer
+from sologpt.tokenizer import Tokenizer
 
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()

@@ -15,9 +15,9 @@ from test_tokenizer import TORTURE, stream
 from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer
 
-import hf
+from sologpt import hf
 from gpt import GPT
-from tokenizer import EOT, PretrainedTokenizer, Tokenizer
+from sologpt.tokenizer import EOT, PretrainedTokenizer, Tokenizer
 
 TEXT = (
     TORTURE.replace(EOT, "")

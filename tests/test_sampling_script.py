@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sample import Config, Sample, draw
-from tokenizer import Tokenizer
+from sologpt.tokenizer import Tokenizer
 
 BYTES = Tokenizer.from_spec("bytes")
 

@@ -15,7 +15,7 @@ import configurator
 import sample
 import train
 from gpt import GPT
-from tokenizer import Tokenizer
+from sologpt.tokenizer import Tokenizer
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ import tiktoken
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tokenizer import EOT, Tokenizer
+from sologpt.tokenizer import EOT, Tokenizer
 
 TORTURE = (
     "Hello, world! It's 12345.67 — naïve café\r\n\ttabs  and   runs\n\n\n"

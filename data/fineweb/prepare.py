@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import common
 from download import download
 
-from tokenizer import Tokenizer
+from sologpt.tokenizer import Tokenizer
 
 URL = "https://huggingface.co/datasets/kjj0/fineweb10B-gpt2/resolve/main"
 VAL = "fineweb_val_000000.bin"

@@ -27,7 +27,7 @@ from torch import Tensor
 import configurator
 from configurator import RunError, UserError
 from gpt import GPT, GPTConfig
-from tokenizer import BYTE_LEVEL, EOT, PretrainedTokenizer, Tokenizer
+from sologpt.tokenizer import BYTE_LEVEL, EOT, PretrainedTokenizer, Tokenizer
 
 # -----------------------------------------------------------------------------
 # Tokenizers

@@ -30,7 +30,7 @@ import numpy as np
 import torch
 
 import configurator
-import hf
+from sologpt import hf
 from configurator import RunError, UserError
 from gpt import GPT, GPTConfig, KVCache, packed_linear, packs, pick_device
 from train import keep_freed_memory
