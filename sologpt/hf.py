@@ -106,14 +106,16 @@ PROBE = (
 
 
 def tokenizer_json(tokenizer: Tokenizer) -> str:
-    """A tokenizer.json (byte-level BPE) that gives the ids of a `tiktoken.Encoding`. ValueError if there is none.
+    """A tokenizer.json (byte-level BPE) that gives the same ids as a `tiktoken.Encoding`. ValueError if there is none.
 
     tiktoken has a rank for each token, and merges the pair whose merged token has the lowest rank. The `tokenizers`
     library has a rank for each merge, a pair of tokens. The two agree because BPE forms each token by one merge only.
     """
-    import tokenizers
-    from tokenizers import Regex, decoders, models, pre_tokenizers
-
+    try:
+        import tokenizers
+        from tokenizers import Regex, decoders, models, pre_tokenizers
+    except ImportError as e:
+        raise ImportError("writing a tokenizer.json needs the extra 'hf': pip install tokenizers") from e
     d = tokenizer.to_dict()
     ranks = {base64.b64decode(token): rank for rank, token in enumerate(d["tokens"]) if token is not None}
     characters = {byte: character for character, byte in BYTE_LEVEL.items()}
@@ -139,12 +141,12 @@ def tokenizer_json(tokenizer: Tokenizer) -> str:
     theirs.encode_special_tokens = True
     probe = PROBE + " ".join(d["special_tokens"])
     if theirs.encode(probe).ids != tokenizer.encode(probe):
-        raise ValueError(f"the tokenizers library splits text otherwise by the pattern of {tokenizer.name}: {pattern}")
+        raise ValueError(f"the tokenizers library splits text differently by {tokenizer.name}'s pattern: {pattern}")
     return theirs.to_str(pretty=True)
 
 
 def find_merge(token: bytes, ranks: dict[bytes, int]) -> tuple[bytes, bytes] | None:
-    """The merge by which BPE forms a token: the two tokens that its bytes are before it. None if BPE never forms it."""
+    """The merge by which BPE forms a token, as the pair of tokens merged. None if BPE never forms it."""
     parts = [bytes([byte]) for byte in token]
     while len(parts) > 2:
         merged = [ranks.get(a + b, math.inf) for a, b in itertools.pairwise(parts)]

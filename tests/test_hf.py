@@ -446,10 +446,17 @@ def test_a_failed_download_suggests_a_folder(monkeypatch):
             hf.load(name)
 
 
-def test_a_missing_package_names_its_extra(good, monkeypatch):
+def test_a_missing_package_names_its_extra(good, tmp_path, monkeypatch):
+    model, tokenizer = make_model(torch.float32), Tokenizer.from_spec("bytes")
+    monkeypatch.setitem(sys.modules, "tokenizers", None)
+    for call in (lambda: hf.load(good / "single"), lambda: hf.save(model, tokenizer, tmp_path / "new")):
+        with pytest.raises(ImportError, match="the extra 'hf': pip install tokenizers"):
+            call()
+    monkeypatch.undo()
     monkeypatch.setitem(sys.modules, "safetensors", None)
-    with pytest.raises(ImportError, match="the extra 'hf'"):
-        hf.load(good / "single")
+    for call in (lambda: hf.load(good / "single"), lambda: hf.save(model, tokenizer, tmp_path / "new")):
+        with pytest.raises(ImportError, match="the extra 'hf': pip install safetensors"):
+            call()
 
 
 # -----------------------------------------------------------------------------
