@@ -1,9 +1,8 @@
-# A pretrained model goes on with text of yours, whatever its size or family; its shape and tokenizer come with it:
-#   python hf.py import HuggingFaceTB/SmolLM2-135M out/smollm2
+# Fine-tune a pretrained model on your own text. Shape and tokenizer are the checkpoint's:
+#   python -m sologpt.hf import HuggingFaceTB/SmolLM2-135M out/smollm2
 #   python data/text/prepare.py --input my_texts/ --tokenizer out/smollm2/best.pt
 #   python train.py config/finetune.py --init_from=out/smollm2/best.pt
-# Rates are a twentieth and less of those from scratch, since the weights are nearly right; they rise while Adam and
-# Muon gather what a gradient is like, then fall to zero.
+# Learning rates are at most a twentieth of those from scratch, after a warmup, to keep what the model has learned.
 out_dir = "out/finetune"
 dataset = "text"
 

@@ -1,5 +1,6 @@
-# The shape of GPT-2 (124M: 12 layers, 12 heads, 768 channels, context 1024), for a GPU with 80 GB. Half a million
-# tokens a step, 10 billion in all. First prepare the text: python data/text/prepare.py --input DIR --tokenizer gpt2
+# The shape of GPT-2 (124M), for a GPU with 80 GB: half a million tokens per step, 10 billion in all.
+# Prepare the text first:
+#   python data/text/prepare.py --input DIR --tokenizer gpt2
 out_dir = "out/gpt2_124m"
 dataset = "text"
 tokenizer = "gpt2"
@@ -8,7 +9,7 @@ n_layer = 12
 n_head = 12
 n_embd = 768
 sequence_len = 1024
-vocab_size = 50304  # the tokenizer's 50257, rounded up to a multiple of 64 for speed
+vocab_size = 50304  # GPT-2's 50257, padded to a multiple of 64 for speed
 
 batch_size = 32
 gradient_accumulation_steps = 16

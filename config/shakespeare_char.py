@@ -1,5 +1,5 @@
-# nanoGPT's baby GPT (6 layers, 6 heads, 384 channels, context 256) on tiny Shakespeare by the byte, for one GPU.
-# To make it small, for a CPU: --n_layer=4 --n_head=4 --n_embd=128 --sequence_len=64 --batch_size=12 --dropout=0
+# nanoGPT's baby GPT: tiny Shakespeare, one token per byte, on one GPU. For a CPU, add
+#   --n_layer=4 --n_head=4 --n_embd=128 --sequence_len=64 --batch_size=12 --dropout=0
 out_dir = "out/shakespeare_char"
 dataset = "shakespeare"
 tokenizer = "bytes"

@@ -1,5 +1,5 @@
-# The first run: about a minute on a laptop's CPU, from the standard library's source to text that looks like Python.
-# Shape, batch and rates are what bought the lowest validation bits per byte in that minute on 2 cores.
+# The first run: about a minute on a laptop's CPU, on the source of the Python standard library.
+# Shape, batch size and learning rates were tuned for the lowest validation loss after one minute on 2 cores.
 out_dir = "out/tiny"
 dataset = "stdlib"
 tokenizer = "bytes"

@@ -1,6 +1,8 @@
-"""What the datasets share: writing train.bin, val.bin and meta.json, and reading them for training.
+"""What all datasets share: documents to token files, and token files to training batches.
 
-Memory does not grow with the text: a document is read, tokenized and written in pieces, and read back by memory map.
+A dataset is a folder with train.bin and val.bin (flat little-endian token ids, uint16 or uint32) and meta.json (the
+tokenizer, the dtype, token and byte counts). Text is read, tokenized and written in chunks, and token files are
+memory-mapped, so memory use does not grow with the size of a dataset.
 """
 
 import argparse
@@ -8,20 +10,27 @@ import codecs
 import json
 import os
 import re
+import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # prepare.py runs in any folder
+if TYPE_CHECKING:  # torch is imported only where it is used: prepare.py starts fast without it
+    import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # for prepare.py, run from any folder
 from sologpt.tokenizer import Tokenizer
 
+FOLDER = Path(__file__).resolve().parent
 SPLITS = ("train", "val")
-PIECE = 2**20  # bytes that are read at a time
-SCAN = 100 * 2**20  # bytes of a split that are looked through at each start
+FILES = ("train.bin", "val.bin", "meta.json")
+CHUNK = 2**20  # bytes per read
+SCAN = 100 * 2**20  # a token file up to this many bytes is scanned for its largest id when it is loaded
 
 # -----------------------------------------------------------------------------
 # Documents
@@ -29,79 +38,82 @@ SCAN = 100 * 2**20  # bytes of a split that are looked through at each start
 
 @dataclass(frozen=True)
 class Document:
-    """A file's text, or its characters from start to stop, as an iterable of pieces: a large one needs no more memory.
+    """The text of a file, or its characters [start, stop). Iterating yields it in chunks.
 
-    Two pieces meet before a space that follows something else. Tokens meet there too, since the patterns of BPEs join a
-    space to what comes after it, never to what is before: the ids of the pieces, joined, are those of the whole. Two
-    exceptions: a megabyte without such a place is cut at its end, in whatever word that is; and a tokenizer that puts a
-    space before any text, as SentencePiece's do, puts one before each piece.
+    A chunk ends before a space that follows a non-space character. The pre-tokenization patterns of BPE tokenizers
+    attach a space to the word after it, so this is always a token boundary, and the ids of the chunks, concatenated,
+    are the ids of the whole text. There are two exceptions: text without such a space for a whole chunk is cut
+    mid-word, and a tokenizer that prepends a space to its input (SentencePiece) prepends one to each chunk.
     """
 
     path: Path
-    errors: str = "strict"  # what is done about bytes that are not UTF-8: see codecs
+    errors: str = "strict"  # how to handle bytes that are not UTF-8, as in bytes.decode
     start: int = 0
     stop: int = sys.maxsize
 
     def __iter__(self) -> Iterator[str]:
-        at = 0
-        for text in self._pieces():
-            yield text[max(self.start - at, 0) : max(self.stop - at, 0)]
-            at += len(text)
+        position = 0
+        for text in self._chunks():
+            yield text[max(self.start - position, 0) : max(self.stop - position, 0)]
+            position += len(text)
 
-    def _pieces(self) -> Iterator[str]:
+    def _chunks(self) -> Iterator[str]:
         decoder = codecs.getincrementaldecoder("utf-8")(self.errors)
         text, size = "", 0
         with open(self.path, "rb") as f:
-            while piece := f.read(PIECE):
-                size += len(piece)
-                if text:  # and now it is certain that there is more
-                    seam = re.match(r"(?s:.*)\S(?= )", text)
-                    end = seam.end() if seam else len(text)
+            while chunk := f.read(CHUNK):
+                size += len(chunk)
+                if text:
+                    last_boundary = re.match(r"(?s:.*)\S(?= )", text)
+                    end = last_boundary.end() if last_boundary else len(text)
                     yield text[:end]
                     text = text[end:]
-                text += self._decode(decoder, piece, size)
+                text += self._decode(decoder, chunk, size)
         yield text + self._decode(decoder, b"", size)
 
-    def _decode(self, decoder: codecs.IncrementalDecoder, piece: bytes, size: int) -> str:
+    def _decode(self, decoder: codecs.IncrementalDecoder, chunk: bytes, size: int) -> str:
+        """Decode the next chunk, or b"" at the end of the file; `size` is the number of bytes read so far."""
         try:
-            return decoder.decode(piece, final=not piece)
-        except UnicodeDecodeError as e:  # it counts from the bytes that the decoder still held
+            return decoder.decode(chunk, final=not chunk)
+        except UnicodeDecodeError as e:  # e.object starts with the bytes that the decoder had buffered
             raise ValueError(
                 f"{self.path} is not UTF-8 text: {e.reason} at byte {size - len(e.object) + e.start}"
             ) from e
 
 
 def split(documents: list[Document], val_fraction: float) -> tuple[list[Document], list[Document]]:
-    """Documents for training and for validation, each in their order; empty ones are left out.
+    """Training and validation documents, in order; empty files are dropped.
 
-    Of several documents every n-th is for validation, n = 1 / val_fraction. A single one is cut: its end is.
-    ValueError if there is too little for both.
+    Every n-th document is for validation, n = 1 / val_fraction. If there is only one, its end is.
+    ValueError if there is too little text for two splits.
     """
     documents = [document for document in documents if document.path.stat().st_size]
+    if not documents:
+        raise ValueError("there is no text: no input file, or only empty ones")
     if len(documents) > 1:
         n = min(round(1 / val_fraction), len(documents))
         return [d for i, d in enumerate(documents) if i % n < n - 1], documents[n - 1 :: n]
-    length = sum(len(text) for document in documents for text in document)
+    (document,) = documents
+    length = sum(map(len, document))
     cut = int(length * (1 - val_fraction))
     if not 0 < cut < length:
-        raise ValueError("there is no text, or too little to hold some out for validation")
-    return [replace(documents[0], stop=cut)], [replace(documents[0], start=cut)]
+        raise ValueError(f"{document.path} has too little text for a training and a validation split")
+    return [replace(document, stop=cut)], [replace(document, start=cut)]
 
 
 # -----------------------------------------------------------------------------
-# Writing
+# Writing a dataset
 
 
 def write(folder: Path, documents: list[Document], spec: str, val_fraction: float) -> None:
-    """Tokenize documents, <|endoftext|> between them, into folder's train.bin, val.bin and meta.json.
+    """Tokenize documents, separated by <|endoftext|>, into folder's train.bin, val.bin and meta.json.
 
-    What was there is replaced once all is written. ValueError if a split would be empty.
+    An existing dataset is replaced only after everything has been written. ValueError if a split would be empty.
     """
     parts = dict(zip(SPLITS, split(documents, val_fraction), strict=True))
     tokenizer = open_tokenizer(spec, (text for document in parts["train"] for text in document))
     dtype = "uint16" if tokenizer.vocab_size <= 2**16 else "uint32"
     meta: dict[str, Any] = {"tokenizer": tokenizer.to_dict(), "dtype": dtype}
-    names = ("train.bin", "val.bin", "meta.json")
     folder.mkdir(parents=True, exist_ok=True)
     try:
         for name, part in parts.items():
@@ -112,19 +124,19 @@ def write(folder: Path, documents: list[Document], spec: str, val_fraction: floa
                     counts["tokens"] += len(ids)
                     counts["bytes"] += len(text.encode())
                     counts["max_token"] = max(counts["max_token"], max(ids, default=0))
-            meta |= {f"{name}_{what}": n for what, n in counts.items()}
+            meta |= {f"{name}_{key}": count for key, count in counts.items()}
             print(f"{folder / name}.bin: {len(part):,} documents, {counts['tokens']:,} tokens of {tokenizer.name}")
         (folder / "meta.json.tmp").write_text(json.dumps(meta))
-        (folder / "meta.json").unlink(missing_ok=True)  # so that it never stands beside the files of another
-        for name in names:
+        (folder / "meta.json").unlink(missing_ok=True)  # a kill between renames leaves no meta.json beside other files
+        for name in FILES:
             os.replace(folder / f"{name}.tmp", folder / name)
     finally:
-        for name in names:
+        for name in FILES:
             (folder / f"{name}.tmp").unlink(missing_ok=True)
 
 
 def tokenize(documents: list[Document], tokenizer: Tokenizer) -> Iterator[tuple[str, list[int]]]:
-    """The pieces of documents, each with its ids; <|endoftext|>, between two documents, is an id without text."""
+    """Each chunk of text with its ids; the <|endoftext|> between two documents has no text."""
     for i, document in enumerate(documents):
         if i:
             yield "", [tokenizer.eot]
@@ -133,31 +145,32 @@ def tokenize(documents: list[Document], tokenizer: Tokenizer) -> Iterator[tuple[
 
 
 def open_tokenizer(spec: str, texts: Iterable[str] = ()) -> Tokenizer:
-    """The tokenizer of a file, or else the one that `Tokenizer.from_spec` makes, trained on texts if it is bpe:N.
+    """The tokenizer in FILE.json (its dict, or a dataset's meta.json) or FILE.pt (a checkpoint), else
+    Tokenizer.from_spec(spec, texts).
 
-    FILE.json is a tokenizer's dict, or a dataset's meta.json; FILE.pt a checkpoint. ValueError if none is in there,
-    ImportError if it needs an extra that is missing.
+    ValueError if the file has no tokenizer, ImportError if the tokenizer needs a missing extra.
     """
     path = Path(spec)
     if path.suffix not in (".json", ".pt"):
         return Tokenizer.from_spec(spec, texts)
     try:
         if path.suffix == ".pt":
-            import torch  # only here: preparing a dataset is quick to start
+            import torch
 
-            holder = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         else:
-            holder = json.loads(path.read_bytes())
-        tokenizer = Tokenizer.from_dict(holder.get("tokenizer", holder))
-        tokenizer.eot  # noqa: B018  KeyError if there is none to stand between documents
+            content = json.loads(path.read_bytes())
+        tokenizer = Tokenizer.from_dict(content.get("tokenizer", content))
+        tokenizer.eot  # noqa: B018  KeyError if there is no <|endoftext|> to separate documents
         return tokenizer
     except OSError as e:
         raise ValueError(f"--tokenizer={spec} cannot be read: {e.strerror}") from e
-    except ImportError:  # it says which extra is missing
+    except ImportError:
         raise
-    except Exception as e:  # a damaged file can fail in any way
+    except Exception as e:  # a damaged file can raise anything
         raise ValueError(
-            f"--tokenizer={spec} holds no tokenizer, or is damaged: FILE.json is the dict of one, FILE.pt a checkpoint"
+            f"--tokenizer={spec} has no tokenizer, or is damaged: it takes FILE.json (a tokenizer's dict, or a "
+            "dataset's meta.json) or FILE.pt (a checkpoint)"
         ) from e
 
 
@@ -166,11 +179,16 @@ def open_tokenizer(spec: str, texts: Iterable[str] = ()) -> Tokenizer:
 
 
 def main(folder: Path, documents: Callable[[str | None], list[Document]], val_fraction: float, about: str) -> None:
-    """Prepare a dataset of texts: `documents(input)` returns them, input being what --input says or None."""
+    """A whole prepare.py: `documents` gets the value of --input, or None, and returns the documents of the dataset."""
     parser = make_parser(folder, about)
-    parser.add_argument("--input", help="read this file or folder instead")
-    parser.add_argument("--tokenizer", default="bytes", help="bytes, bpe:N, tiktoken's gpt2, ..., FILE.json, FILE.pt")
-    parser.add_argument("--val_fraction", type=float, default=val_fraction, help="share held out for validation")
+    parser.add_argument("--input", help="text file or folder to read")
+    parser.add_argument(
+        "--tokenizer",
+        default="bytes",
+        help="bytes; bpe:N, trained on this text, with N ids; a tiktoken encoding such as gpt2; or the tokenizer of "
+        "FILE.pt (a checkpoint) or FILE.json (a tokenizer or a meta.json)",
+    )
+    parser.add_argument("--val_fraction", type=float, default=val_fraction, help="fraction held out for validation")
     args = parser.parse_args()
     if not 0 < args.val_fraction <= 0.5:
         fail(2, f"--val_fraction must be in (0, 0.5], not {args.val_fraction}")
@@ -178,17 +196,17 @@ def main(folder: Path, documents: Callable[[str | None], list[Document]], val_fr
 
 
 def make_parser(folder: Path, about: str) -> argparse.ArgumentParser:
-    """What every prepare.py takes; its mistakes are one line."""
+    """A parser with --out_dir, whose errors are one line."""
     parser = argparse.ArgumentParser(description=about, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--out_dir", type=Path, default=folder, help="where train.bin, val.bin and meta.json go")
+    parser.add_argument("--out_dir", type=Path, default=folder, help="folder for train.bin, val.bin and meta.json")
     parser.error = lambda message: fail(2, message)  # type: ignore[method-assign]
     return parser
 
 
-def run(folder: Path, prepare: Callable[[], None]) -> None:
-    """Call prepare, which writes to folder. What fails is one line on stderr: status 2 for a mistake, else 1."""
+def run(folder: Path, write_dataset: Callable[[], None]) -> None:
+    """Call write_dataset. An error becomes one line on stderr and exit status 2 (bad input) or 1 (failure)."""
     try:
-        prepare()
+        write_dataset()
     except (ValueError, ImportError, FileNotFoundError) as e:
         fail(2, str(e))
     except OSError as e:
@@ -203,34 +221,71 @@ def fail(status: int, message: str) -> NoReturn:
 
 
 # -----------------------------------------------------------------------------
-# Reading
+# Reading a dataset
+
+
+def find(name: str) -> Path:
+    """The folder data/NAME if there is one, else name as a path."""
+    folder = FOLDER / name
+    return folder if folder.is_dir() else Path(name)
+
+
+def prepare(name: str, spec: str, tokenizer: dict[str, Any] | None = None) -> None:
+    """Run a dataset's prepare.py if its meta.json is missing, with the tokenizer of spec or of a checkpoint (a dict).
+
+    ValueError if there is no such dataset. If prepare.py fails, it has printed the error: exits with its status.
+    """
+    folder = find(name)
+    if (folder / "meta.json").exists():
+        return
+    if not (folder / "prepare.py").exists():
+        if folder.is_dir():
+            return  # load() reports which files are missing
+        names = ", ".join(sorted(path.parent.name for path in FOLDER.glob("*/prepare.py")))
+        raise ValueError(f"--dataset={name}: no such dataset; it takes the path of a folder, or one of {names}")
+    with tempfile.TemporaryDirectory() as scratch:
+        if tokenizer is not None:
+            spec = f"{scratch}/tokenizer.json"
+            Path(spec).write_text(json.dumps(tokenizer))
+        status = subprocess.call([sys.executable, folder / "prepare.py", f"--tokenizer={spec}"])
+    if status:
+        sys.exit(status)
 
 
 @dataclass
 class Dataset:
-    """The two splits as memory-mapped token ids, their tokenizer, and how many bytes of text one token stands for."""
+    """Both splits as memory-mapped token ids, and what to know about them."""
 
+    folder: Path
     train: np.ndarray
     val: np.ndarray
     tokenizer: Tokenizer
-    bytes_per_token: float  # of val, to show its loss as bits per byte
-    max_token: int  # the largest id in both: the model's vocabulary has to be larger
+    bytes_per_token: float  # of val: converts its loss to bits per byte
+    max_token: int  # the largest id in both splits
+
+    def check(self, sequence_len: int, vocab_size: int) -> None:
+        """ValueError if a split is too short for one sequence, or an id is outside the model's vocabulary."""
+        for name, tokens in (("train", self.train), ("val", self.val)):
+            if len(tokens) <= sequence_len:
+                where = f"{self.folder / name}.bin has {len(tokens)} tokens"
+                raise ValueError(f"{where}, too few for --sequence_len={sequence_len}: make that smaller")
+        if self.max_token >= vocab_size:
+            raise ValueError(
+                f"{self.folder} has token id {self.max_token}, outside the vocabulary of {vocab_size}: "
+                "make --vocab_size larger, or 0 for the tokenizer's size"
+            )
 
 
 def load(folder: Path) -> Dataset:
-    """Open a prepared dataset. ValueError if a file is missing or damaged, or if they do not go together, ImportError
-    if its tokenizer needs an extra that is missing.
+    """Open a prepared dataset.
 
-    The largest id is looked for in a split of up to 100 MB. For a longer one meta.json is believed, so that a start
-    takes no longer with more data.
+    A file above SCAN bytes is not scanned for its largest id: meta.json has it, and a start takes no longer with more
+    data. ValueError if a file is missing or damaged or does not match the others, ImportError if the tokenizer needs a
+    missing extra.
     """
+    if missing := [name for name in FILES if not (folder / name).exists()]:
+        raise ValueError(f"{folder} has no {', '.join(missing)}: a prepare.py writes {', '.join(FILES)}")
     meta_path = folder / "meta.json"
-    missing = [name for name in ("train.bin", "val.bin", "meta.json") if not (folder / name).exists()]
-    if missing:
-        raise ValueError(
-            f"{folder} has no {', '.join(missing)}: a dataset is train.bin, val.bin and meta.json, as a prepare.py "
-            "writes them"
-        )
     content = meta_path.read_bytes()
     try:
         meta = json.loads(content)
@@ -243,29 +298,41 @@ def load(folder: Path) -> Dataset:
             raise ValueError(bytes_per_token)
     except ImportError:
         raise
-    except Exception as e:  # a damaged file can fail in any way
-        raise ValueError(f"{meta_path} is not a dataset's, or is damaged: run its prepare.py again") from e
+    except Exception as e:  # a damaged file can raise anything
+        raise ValueError(f"{meta_path} is damaged, or not the meta.json of a dataset: run prepare.py again") from e
     splits = {}
     for name, tokens in lengths.items():
         path = folder / f"{name}.bin"
         size = path.stat().st_size
         if size != tokens * dtype.itemsize or size == 0:
             raise ValueError(
-                f"{path} has {size} bytes where {meta_path} says {tokens} tokens of {dtype.name}: "
-                "run its prepare.py again"
+                f"{path} has {size} bytes, but {meta_path} says {tokens} tokens of {dtype.name}: run prepare.py again"
             )
         if size <= SCAN or largest[name] < 0:
             largest[name] = max_token(path, dtype)
         if largest[name] >= tokenizer.vocab_size:
             raise ValueError(
                 f"{path} has token id {largest[name]}, outside the vocabulary of {tokenizer.vocab_size} "
-                f"({tokenizer.name}): run its prepare.py again"
+                f"({tokenizer.name}): run prepare.py again"
             )
         splits[name] = np.memmap(path, dtype=dtype, mode="r")
-    return Dataset(splits["train"], splits["val"], tokenizer, bytes_per_token, max(largest.values()))
+    return Dataset(folder, splits["train"], splits["val"], tokenizer, bytes_per_token, max(largest.values()))
 
 
 def max_token(path: Path, dtype: np.dtype) -> int:
-    """The largest id in a file, which is read in pieces: to look through a memory map would hold all of it."""
+    """The largest id in a file, by plain reads: the pages of a memory map would all count as this process's memory."""
     with open(path, "rb") as f:
-        return max(int(np.frombuffer(piece, dtype).max()) for piece in iter(lambda: f.read(PIECE), b""))
+        return max(int(np.frombuffer(chunk, dtype).max()) for chunk in iter(lambda: f.read(CHUNK), b""))
+
+
+def get_batch(
+    tokens: np.ndarray, starts: np.ndarray, sequence_len: int, device: "torch.device"
+) -> tuple["torch.Tensor", "torch.Tensor"]:
+    """Inputs and targets, (B, sequence_len) int64, from the positions `starts` (B,): targets are one token ahead."""
+    import torch
+
+    windows = torch.from_numpy(tokens[starts[:, None] + np.arange(sequence_len + 1)].astype(np.int64))  # (B, T + 1)
+    if device.type == "cuda":
+        windows = windows.pin_memory()  # the copy to the GPU is then asynchronous
+    windows = windows.to(device, non_blocking=True)
+    return windows[:, :-1], windows[:, 1:]

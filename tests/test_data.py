@@ -14,12 +14,11 @@ import pytest
 import tiktoken
 import tiktoken_ext.openai_public
 import torch
-from conftest import ROOT, error, make_model, run
+from conftest import ROOT, error, make_model, run, write_prepare
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data import common
-from data.download import download
 from sologpt.tokenizer import EOT, Tokenizer, train_bpe
 
 
@@ -31,7 +30,7 @@ def prepare_module(name: str):
 
 
 def texts(folder, *contents: str) -> list[common.Document]:
-    """A document for each of contents, in files."""
+    """Documents with these contents, in files."""
     folder = folder / "texts"
     folder.mkdir(exist_ok=True)
     for i, content in enumerate(contents):
@@ -51,7 +50,7 @@ def test_a_single_document_is_cut(tmp_path):
     assert "".join(train) == "0123456789" * 9 and "".join(val) == "0123456789"
 
 
-def test_what_is_written_is_what_is_read(tmp_path):
+def test_a_written_dataset_is_read_back(tmp_path):
     common.write(tmp_path, texts(tmp_path, "first é", "second", "third", "fourth"), "bytes", 0.25)
     data = common.load(tmp_path)
     tokenizer = data.tokenizer
@@ -82,7 +81,7 @@ def test_a_large_vocabulary_takes_four_bytes(tmp_path, monkeypatch):
     assert data.val.dtype == np.uint32 and data.val.max() == 70_255 and large.decode(data.val) == " 69999" * 10
 
 
-def test_stdlib_is_python_and_repeats(tmp_path):
+def test_stdlib_is_python_and_always_the_same(tmp_path):
     module = prepare_module("stdlib")
     documents = module.documents(None)
     assert len(documents) > 300 and sum("import" in "".join(d) for d in documents) > 200
@@ -111,12 +110,12 @@ def test_shakespeare_from_a_file(tmp_path):
     assert data.tokenizer.vocab_size == 260 and data.tokenizer.decode(data.train[:8].tolist()).startswith("To be")
 
 
-# ---- documents in pieces
+# ---- documents in chunks
 
 
 @pytest.fixture(scope="module", params=["gpt2", "cl100k_base", "o200k_base", "bpe:600", "bytes"])
 def tokenizer(request) -> Tokenizer:
-    """One that splits text as the named encoding does, with merges learnt here: tiktoken's own are a download."""
+    """A tokenizer with the pre-tokenization pattern of the named encoding, and merges trained here: no download."""
     if request.param in ("bpe:600", "bytes"):
         return Tokenizer.from_spec(request.param, [SOURCE])
     ranks = {token: i for i, token in enumerate(train_bpe([SOURCE], 600))}
@@ -151,33 +150,33 @@ FRAGMENTS = [
 
 @settings(deadline=None)
 @given(st.lists(st.sampled_from(FRAGMENTS)).map("".join), st.integers(1, 20))
-def test_tokens_meet_where_pieces_do(tmp_path_factory, tokenizer, text, size):
-    path = tmp_path_factory.getbasetemp() / "pieces"
+def test_a_chunk_ends_at_a_token_boundary(tmp_path_factory, tokenizer, text, size):
+    path = tmp_path_factory.getbasetemp() / "chunks"
     path.write_bytes(text.encode())
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(common, "PIECE", size)
-        pieces = list(common.Document(path))
-    assert "".join(pieces) == text
-    for i in range(1, len(pieces)):
-        before, after = "".join(pieces[:i]), "".join(pieces[i:])
+        patch.setattr(common, "CHUNK", size)
+        chunks = list(common.Document(path))
+    assert "".join(chunks) == text
+    for i in range(1, len(chunks)):
+        before, after = "".join(chunks[:i]), "".join(chunks[i:])
         if tokenizer.name == "bytes" or (before[-1:].strip() and after[:1] == " "):
             assert tokenizer.encode(before) + tokenizer.encode(after) == tokenizer.encode(text), (before, after)
 
 
-def test_pieces_of_a_real_text_have_the_ids_of_the_whole(tmp_path, tokenizer, monkeypatch):
-    monkeypatch.setattr(common, "PIECE", 1000)
+def test_chunks_of_a_real_text_have_the_ids_of_the_whole(tmp_path, tokenizer, monkeypatch):
+    monkeypatch.setattr(common, "CHUNK", 1000)
     (document,) = texts(tmp_path, SOURCE)
-    pieces = list(document)
-    assert len(pieces) > 50 and [i for piece in pieces for i in tokenizer.encode(piece)] == tokenizer.encode(SOURCE)
+    chunks = list(document)
+    assert len(chunks) > 50 and [i for chunk in chunks for i in tokenizer.encode(chunk)] == tokenizer.encode(SOURCE)
 
 
 @settings(deadline=None)
 @given(st.binary(max_size=40) | st.text(max_size=20).map(str.encode), st.integers(1, 9))
-def test_bytes_in_pieces_are_decoded_as_a_whole(tmp_path_factory, content, size):
+def test_chunks_are_decoded_as_the_whole_file(tmp_path_factory, content, size):
     path = tmp_path_factory.getbasetemp() / "bytes"
     path.write_bytes(content)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(common, "PIECE", size)
+        patch.setattr(common, "CHUNK", size)
         assert "".join(common.Document(path, errors="replace")) == content.decode("utf-8", "replace")
         try:
             assert content.decode() == "".join(common.Document(path))
@@ -188,8 +187,8 @@ def test_bytes_in_pieces_are_decoded_as_a_whole(tmp_path_factory, content, size)
 
 @pytest.mark.parametrize("spec", ["bytes", "bpe:400"])
 @pytest.mark.parametrize("n", [1, 7])
-def test_a_dataset_written_in_pieces_is_that_of_whole_documents(tmp_path, monkeypatch, spec, n):
-    monkeypatch.setattr(common, "PIECE", 500)
+def test_a_dataset_written_in_chunks_is_that_of_whole_documents(tmp_path, monkeypatch, spec, n):
+    monkeypatch.setattr(common, "CHUNK", 500)
     size = len(SOURCE) // n
     contents = [SOURCE[i * size : (i + 1) * size] for i in range(n)]
     common.write(tmp_path, texts(tmp_path, *contents), spec, 0.25)
@@ -211,7 +210,7 @@ def test_memory_does_not_grow_with_the_text(tmp_path):
 import pathlib, re, sys
 sys.path.insert(0, {str(ROOT)!r})
 from data import common
-common.PIECE = 2**16
+common.CHUNK = 2**16
 def peak(name):
     common.write(pathlib.Path("out"), [common.Document(pathlib.Path(name))], "bytes", 0.1)
     return int(re.search("VmHWM:(.*)kB", pathlib.Path("/proc/self/status").read_text())[1]) * 1024
@@ -221,7 +220,7 @@ print(-peak("small") + peak("large"))
     assert int(done.stdout.split()[-1]) < 3e6 < (tmp_path / "large").stat().st_size
 
 
-def test_what_was_there_stays_when_preparing_fails(tmp_path):
+def test_an_existing_dataset_stays_when_preparing_fails(tmp_path):
     common.write(tmp_path, texts(tmp_path, "first", "second"), "bytes", 0.5)
     before = {path.name: path.read_bytes() for path in tmp_path.glob("*.*")}
     first, second = texts(tmp_path, "another", "text")
@@ -265,7 +264,7 @@ def test_a_file_without_a_tokenizer_is_one_line(tmp_path):
     }.items():
         (tmp_path / name).write_bytes(content)
     for path in [path for path in tmp_path.iterdir() if path.name != "whole.pt"]:
-        with pytest.raises(ValueError, match=f"{path.name} holds no tokenizer, or is damaged"):
+        with pytest.raises(ValueError, match=f"{path.name} has no tokenizer, or is damaged"):
             common.open_tokenizer(str(path))
     for name in ("nowhere.pt", "nowhere.json"):
         with pytest.raises(ValueError, match=f"{name} cannot be read: No such file"):
@@ -306,33 +305,49 @@ def server():
     httpd.shutdown()
 
 
-def test_download_retries_checks_and_keeps(server, tmp_path, monkeypatch):
-    monkeypatch.setattr("time.sleep", lambda _: None)
-    sha256 = hashlib.sha256(server.content).hexdigest()
-    server.failures = 2
-    path = download(server.url, tmp_path / "input.txt", sha256)
-    assert path.read_bytes() == server.content and server.requests == 3
-    download(server.url, path, sha256)
-    assert server.requests == 3, "what is there is not fetched again"
-    path.write_bytes(b"damaged")
-    assert download(server.url, path, sha256).read_bytes() == server.content
-
-
-def test_a_wrong_or_failing_download_is_an_error_and_leaves_nothing(server, tmp_path, monkeypatch):
+@pytest.fixture
+def shakespeare(server, tmp_path, monkeypatch):
+    """The shakespeare dataset's prepare.py, which downloads from the server to tmp_path, without pauses."""
     module = prepare_module("shakespeare")
     monkeypatch.setattr("time.sleep", lambda _: None)
     monkeypatch.setattr(module, "URL", server.url)
     monkeypatch.setattr(module, "FOLDER", tmp_path)
+    return module
+
+
+def test_a_download_is_retried_checked_and_kept(server, shakespeare, tmp_path, monkeypatch):
+    monkeypatch.setattr(shakespeare, "SHA256", hashlib.sha256(server.content).hexdigest())
+    server.failures = 2
+    (document,) = shakespeare.documents(None)
+    assert "".join(document) == server.content.decode() and server.requests == 3
+    shakespeare.documents(None)
+    assert server.requests == 3, "an intact file is not downloaded again"
+    document.path.write_bytes(b"damaged")
+    assert "".join(shakespeare.documents(None)[0]) == server.content.decode()
+    assert [path.name for path in tmp_path.iterdir()] == ["input.txt"]
+
+
+def test_a_wrong_or_failing_download_is_an_error_and_leaves_nothing(server, shakespeare, tmp_path):
     with pytest.raises(OSError, match=r"checksum.*--input"):
-        module.documents(None)
-    assert list(tmp_path.iterdir()) == []
-    server.length = 100  # more than it sends: the connection ends within the file
-    with pytest.raises(OSError, match=r"byte 19 of 100.*--input"):
-        module.documents(None)
+        shakespeare.documents(None)
+    server.length = 100  # more than is sent: the connection ends within the file
+    with pytest.raises(OSError, match=r"IncompleteRead.*--input"):
+        shakespeare.documents(None)
     server.failures = 9
-    with pytest.raises(OSError, match=r"503.*--input"):
-        module.documents(None)
-    assert [path.name for path in tmp_path.iterdir()] == ["input.txt.part"]
+    with pytest.raises(OSError, match=r"Service Unavailable.*--input"):
+        shakespeare.documents(None)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_shakespeare_offline_is_one_line(tmp_path):
+    code = f"""
+import runpy, sys, urllib.request
+def refuse(*_, **__): raise urllib.error.URLError(OSError("no route to host"))
+urllib.request.urlopen = refuse
+runpy.run_path({str(ROOT / "data/shakespeare/prepare.py")!r}, run_name="__main__")
+"""
+    line = error("-c", code, "--out_dir", tmp_path, status=1, cwd=tmp_path)
+    assert "no route to host" in line and "--input FILE" in line and not list(tmp_path.iterdir())
 
 
 def test_bad_input_is_one_line(tmp_path):
@@ -366,7 +381,7 @@ def change_meta(folder, **changes):
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
-def test_a_dataset_whose_files_do_not_go_together_is_an_error(copy):
+def test_a_dataset_whose_files_do_not_match_is_an_error(copy):
     whole = (copy / "train.bin").read_bytes()
     (copy / "train.bin").write_bytes(whole[:-1])
     with pytest.raises(ValueError, match=r"train\.bin has .*tokens of uint16: run"):
@@ -386,7 +401,7 @@ def test_a_dataset_whose_files_do_not_go_together_is_an_error(copy):
         (copy / "meta.json").write_text(before)
     for content in (b"{", b"", b"[]", b"\xff", b"[" * 100_000):
         (copy / "meta.json").write_bytes(content)
-        with pytest.raises(ValueError, match=r"meta\.json is not a dataset's, or is damaged"):
+        with pytest.raises(ValueError, match=r"meta\.json is damaged, or not the meta\.json of a dataset"):
             common.load(copy)
     for name in ("meta.json", "train.bin"):
         (copy / name).unlink()
@@ -424,13 +439,13 @@ def test_tokens_outside_the_vocabulary_are_an_error(copy, monkeypatch):
     outside = pytest.raises(ValueError, match=r"train\.bin has token id 257, outside the vocabulary of 257")
     with outside:
         common.load(copy)
-    monkeypatch.setattr(common, "SCAN", 100)  # as if it were a large file: meta.json is believed
+    monkeypatch.setattr(common, "SCAN", 100)  # a large file: not scanned, meta.json has the largest id
     assert common.load(copy).max_token == 256
     change_meta(copy, train_max_token=257)
     with outside:
         common.load(copy)
     meta = json.loads((copy / "meta.json").read_text())
-    del meta["train_max_token"]  # it was written before meta.json had it
+    del meta["train_max_token"]  # then the file is scanned
     (copy / "meta.json").write_text(json.dumps(meta))
     with outside:
         common.load(copy)
@@ -438,5 +453,59 @@ def test_tokens_outside_the_vocabulary_are_an_error(copy, monkeypatch):
 
 def test_preparing_imports_neither_torch_nor_the_model(tmp_path):
     code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import data.common; print('torch' in sys.modules)"
-    assert run("-c", code, cwd=tmp_path).stdout == "False\n"  # a process from scratch: those forked have torch
+    assert run("-c", code, cwd=tmp_path).stdout == "False\n"  # a new process: forked ones have imported torch
     assert sys.modules["data.common"] is common
+
+
+# ---- for train.py
+
+
+def test_a_missing_dataset_is_prepared_once(dataset, tmp_path, monkeypatch, capfd):
+    folder = write_prepare(tmp_path / "other", dataset / "text")
+    common.prepare(str(folder), "bpe:300")
+    assert common.load(folder).tokenizer.name == "bpe:300"
+    before = (folder / "meta.json").stat().st_mtime_ns
+    common.prepare(str(folder), "bytes")
+    assert (folder / "meta.json").stat().st_mtime_ns == before, "a dataset that exists is left alone"
+    other = common.load(folder).tokenizer
+    (folder / "meta.json").unlink()
+    common.prepare(str(folder), "bytes", other.to_dict())
+    assert common.load(folder).tokenizer.to_dict() == other.to_dict(), "the tokenizer of a checkpoint"
+
+    monkeypatch.chdir(tmp_path)
+    assert common.find("other") == Path("other") and common.find("stdlib") == ROOT / "data" / "stdlib"
+    assert common.find(str(folder)) == folder
+
+
+def test_a_dataset_that_cannot_be_prepared_is_an_error(dataset, tmp_path, capfd):
+    with pytest.raises(ValueError, match=r"--dataset=nowhere.*fineweb, shakespeare, stdlib, text"):
+        common.prepare("nowhere", "bytes")
+    folder = write_prepare(tmp_path / "other", dataset / "text")
+    with pytest.raises(SystemExit) as e:
+        common.prepare(str(folder), "words")
+    assert e.value.code == 2
+    err = capfd.readouterr().err
+    assert err.startswith("error: ") and "words" in err and err.count("\n") == 1
+    (folder / "prepare.py").unlink()
+    common.prepare(str(folder), "bytes")  # a folder without prepare.py: load says what is missing
+    with pytest.raises(ValueError, match=r"other has no train\.bin, val\.bin, meta\.json"):
+        common.load(folder)
+
+
+def test_a_dataset_is_checked_against_the_model(dataset):
+    data = common.load(dataset)
+    shortest = min(len(data.train), len(data.val))
+    data.check(shortest - 1, data.max_token + 1)
+    with pytest.raises(ValueError, match=rf"val\.bin has {len(data.val)} tokens.*--sequence_len={len(data.val)}"):
+        data.check(len(data.val), 257)
+    with pytest.raises(ValueError, match=rf"{dataset} has token id 256, outside the vocabulary of 256.*--vocab_size"):
+        data.check(16, 256)
+
+
+def test_targets_are_the_inputs_one_token_ahead(dataset):
+    tokens = common.load(dataset).train
+    starts = np.array([0, 7, len(tokens) - 6])
+    inputs, targets = common.get_batch(tokens, starts, 5, torch.device("cpu"))
+    assert inputs.dtype == targets.dtype == torch.int64
+    assert inputs.tolist() == [tokens[i : i + 5].tolist() for i in starts]
+    assert targets.tolist() == [tokens[i + 1 : i + 6].tolist() for i in starts]

@@ -1,12 +1,14 @@
-"""FineWeb, text of the web, as 10 billion tokens of GPT-2: --shards of 100 million each, downloads of 200 MB.
+"""FineWeb, web text as 10 billion GPT-2 tokens: --shards of 100 million tokens each, 200 MB per download.
 
-A shard belongs to the dataset once it is whole: stop this at any time, and the same command goes on from there.
+Needs the extra 'hf'. Stop it at any time: the same command continues after the last complete shard. For a mirror of
+the Hugging Face Hub, set the environment variable HF_ENDPOINT.
 """
 
+import hashlib
 import json
 import os
+import shutil
 import sys
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,64 +16,135 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import common
-from download import download
 
 from sologpt.tokenizer import Tokenizer
 
-URL = "https://huggingface.co/datasets/kjj0/fineweb10B-gpt2/resolve/main"
+REPO = "kjj0/fineweb10B-gpt2"  # a dataset on the Hugging Face Hub
 VAL = "fineweb_val_000000.bin"
 TRAIN = [f"fineweb_train_{i:06}.bin" for i in range(1, 104)]
-HEADER = 1024  # bytes: int32, of which the first three say MAGIC, VERSION and how many uint16 tokens come after it
+HEADER = 1024  # bytes, as int32: MAGIC, VERSION, the number of tokens, zeros; then the tokens as uint16
 MAGIC, VERSION = 20240520, 1
 FOLDER = Path(__file__).resolve().parent
 
 
-def prepare(folder: Path, url: str, shards: int, spec: str) -> None:
-    """Bring the dataset in folder to the shard for validation and at least so many for training."""
+def prepare(folder: Path, shards: int, spec: str) -> None:
+    """Extend the dataset in folder to the validation shard and at least `shards` training shards."""
     try:
         tokenizer = common.open_tokenizer(spec)
     except OSError as e:
-        raise OSError(f"tokenizer {spec!r} cannot be downloaded, so nothing else was: say --tokenizer=FILE") from e
-    sizes = text_sizes(tokenizer)
+        raise OSError(f"tokenizer {spec!r} cannot be downloaded: use --tokenizer=FILE with the GPT-2 tokenizer") from e
+    token_bytes = bytes_per_id(tokenizer)
     folder.mkdir(parents=True, exist_ok=True)
     meta = open_meta(folder, tokenizer)
-    for name in [VAL, *TRAIN[:shards]]:
-        shard = folder / name
-        if name not in meta["shards"]:
-            download(f"{url.rstrip('/')}/{name}", shard, check=partial(check, name, sizes))
-            append(shard, folder, meta, sizes)
-        shard.unlink(missing_ok=True)
+    downloads = folder / "shards.tmp"
+    if missing := [name for name in (VAL, *TRAIN[:shards]) if name not in meta["shards"]]:
+        checksums = fetch_checksums(missing)
+        for name in missing:
+            shard = download(name, downloads)
+            verify(shard, checksums.get(name))
+            append(shard, folder, meta, token_bytes)
+            shutil.rmtree(downloads)
+    shutil.rmtree(downloads, ignore_errors=True)  # left behind by a kill right after the last append
     for split in common.SPLITS:
         print(f"{folder / split}.bin: {meta[f'{split}_tokens']:,} tokens of {tokenizer.name}")
 
 
-def text_sizes(tokenizer: Tokenizer) -> np.ndarray:
-    """The bytes of text that each id stands for, (2^16,): none for <|endoftext|>, and -1 if there is no such id."""
+def bytes_per_id(tokenizer: Tokenizer) -> np.ndarray:
+    """The number of text bytes of each token id, (2^16,) int: 0 for <|endoftext|>, -1 for ids not in the vocabulary."""
     sizes = np.full(2**16, -1)
     for i in {*range(2**16)}.difference(tokenizer.gaps(2**16)):
         sizes[i] = 0 if i == tokenizer.eot else len(tokenizer.token_bytes(i))
     return sizes
 
 
+# -----------------------------------------------------------------------------
+# Downloading
+
+
+def fetch_checksums(names: list[str]) -> dict[str, str]:
+    """The SHA-256 of each shard, from the Hub: hf_hub_download checks only a file's size."""
+    try:
+        from huggingface_hub import HfApi
+        from huggingface_hub.hf_api import RepoFile
+    except ImportError as e:
+        raise ImportError("the fineweb dataset needs the extra 'hf': pip install huggingface_hub") from e
+    try:
+        files = HfApi().get_paths_info(REPO, names, repo_type="dataset")
+    except Exception as e:  # the library raises its own classes, httpx's and OSError
+        raise download_error("the list of files", e) from e
+    return {file.path: file.lfs.sha256 for file in files if isinstance(file, RepoFile) and file.lfs}
+
+
+def download(name: str, folder: Path) -> Path:
+    """Download one shard from the Hub, unless it is in folder already."""
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.utils import logging
+
+    logging.set_verbosity_error()  # retries are not logged: a failure is one line
+    try:
+        return Path(hf_hub_download(REPO, name, repo_type="dataset", local_dir=folder))
+    except Exception as e:
+        if isinstance(e, OSError) and isinstance(e.errno, int):  # from the file system, such as disk full
+            raise
+        raise download_error(name, e) from e
+
+
+def verify(shard: Path, sha256: str | None) -> None:
+    """OSError if a shard is damaged; it is removed first, so that the next run downloads it again."""
+    with open(shard, "rb") as f:
+        header = f.read(HEADER)
+        f.seek(0)
+        digest = hashlib.file_digest(f, "sha256").hexdigest()
+    magic, version, tokens = np.frombuffer(header[:12].ljust(12, b"\0"), "<i4").tolist()
+    size = shard.stat().st_size
+    if (magic, version) != (MAGIC, VERSION):
+        damage = f"is not a token shard: it begins with {header[:8]!r}"
+    elif size != HEADER + 2 * tokens:
+        damage = f"has {size:,} bytes, but its header says {tokens:,} tokens"
+    elif sha256 not in (None, digest):
+        damage = "has the wrong SHA-256 checksum: run the same command to download it again"
+    else:
+        return
+    shard.unlink()
+    raise OSError(f"{shard.name} {damage}")
+
+
+def download_error(what: str, error: Exception) -> OSError:
+    from huggingface_hub import constants
+
+    cause = error.__cause__ or error
+    reason = str(cause).partition("\n")[0] or type(cause).__name__
+    return OSError(
+        f"cannot download {what} from {constants.ENDPOINT}/datasets/{REPO}: {reason}; "
+        "the same command continues after the last complete shard"
+    )
+
+
+# -----------------------------------------------------------------------------
+# Appending
+
+
 def open_meta(folder: Path, tokenizer: Tokenizer) -> dict[str, Any]:
-    """What meta.json says of the shards that are in train.bin and val.bin already; begun, if there is none."""
+    """Read meta.json, which lists the shards already in train.bin and val.bin, or create it."""
     path = folder / "meta.json"
-    empty = {f"{split}_{what}": 0 for split in common.SPLITS for what in ("tokens", "bytes", "max_token")}
+    counts = {f"{split}_{key}": 0 for split in common.SPLITS for key in ("tokens", "bytes", "max_token")}
     if not path.exists():
         if found := [str(file) for file in (folder / "train.bin", folder / "val.bin") if file.exists()]:
-            raise ValueError(f"no meta.json says what is in {' and '.join(found)}: remove it to start anew")
-        meta = {"tokenizer": tokenizer.to_dict(), "dtype": "uint16", **empty, "shards": []}
+            raise ValueError(f"{folder} has no meta.json for its {' and '.join(found)}: remove them to start over")
+        meta = {"tokenizer": tokenizer.to_dict(), "dtype": "uint16", **counts, "shards": []}
         save_meta(folder, meta)
         return meta
     content = path.read_bytes()
     try:
         meta = json.loads(content)
-        meta |= {"shards": [*meta["shards"]], **{key: int(meta[key]) for key in empty}}
+        meta |= {"shards": [*meta["shards"]], **{key: int(meta[key]) for key in counts}}
         same = meta["tokenizer"] == tokenizer.to_dict()
-    except Exception as e:  # a damaged file can fail in any way
-        raise ValueError(f"{path} is of another dataset, or damaged: say another --out_dir, or remove it") from e
+    except Exception as e:  # a damaged file can raise anything
+        raise ValueError(
+            f"{path} belongs to another dataset, or is damaged: use another --out_dir, or remove it"
+        ) from e
     if not same:
-        raise ValueError(f"{folder} has shards already, with another tokenizer: --tokenizer={path} goes on with that")
+        raise ValueError(f"{folder} was prepared with another tokenizer: --tokenizer={path} continues with that one")
     return meta
 
 
@@ -80,68 +153,54 @@ def save_meta(folder: Path, meta: dict[str, Any]) -> None:
     os.replace(folder / "meta.json.tmp", folder / "meta.json")
 
 
-def append(shard: Path, folder: Path, meta: dict[str, Any], sizes: np.ndarray) -> None:
-    """Copy the tokens of a shard to the end of its split, and enter them into meta.json: only then do they count."""
+def append(shard: Path, folder: Path, meta: dict[str, Any], token_bytes: np.ndarray) -> None:
+    """Append the tokens of a shard to its split. They belong to the dataset once meta.json is saved.
+
+    Whatever fails, the split is truncated to the length in meta.json, now or in the next run.
+    """
     split = "val" if shard.name == VAL else "train"
     path, size = folder / f"{split}.bin", 2 * meta[f"{split}_tokens"]
     path.touch()
     if path.stat().st_size < size:
-        raise ValueError(f"{path} is shorter than {folder / 'meta.json'} says: remove both to start anew")
-    os.truncate(path, size)  # what is past it was being copied when the process was killed
+        raise ValueError(f"{path} is shorter than {folder / 'meta.json'} says: remove both to start over")
+    os.truncate(path, size)
     try:
-        counts = copy(shard, path, sizes)
+        counts = copy(shard, path)
+        if len(unknown := np.flatnonzero((counts > 0) & (token_bytes < 0))):
+            raise ValueError(f"{shard.name} has token id {unknown[0]}, not in the vocabulary of --tokenizer: use gpt2")
     except BaseException:
         os.truncate(path, size)
         raise
     meta[f"{split}_tokens"] += int(counts.sum())
-    meta[f"{split}_bytes"] += int(counts @ sizes)
+    meta[f"{split}_bytes"] += int(counts @ token_bytes)
     meta[f"{split}_max_token"] = max(meta[f"{split}_max_token"], int(np.flatnonzero(counts).max(initial=0)))
     meta["shards"].append(shard.name)
     save_meta(folder, meta)
 
 
-def copy(shard: Path, path: Path, sizes: np.ndarray) -> np.ndarray:
-    """Append the tokens of a shard to path; returns how often each id comes, (2^16,)."""
+def copy(shard: Path, path: Path) -> np.ndarray:
+    """Append the tokens of a shard to path; returns how often each id occurs, (2^16,)."""
     counts = np.zeros(2**16, dtype=np.int64)
     with open(shard, "rb") as source, open(path, "ab") as f:
-        try:
-            check(shard.name, sizes, source.read(HEADER), shard.stat().st_size)
-        except OSError:
-            shard.unlink()  # the next attempt fetches it anew
-            raise
-        while piece := source.read(common.PIECE):
-            counts += np.bincount(np.frombuffer(piece, "<u2"), minlength=2**16)
-            f.write(piece)
+        source.seek(HEADER)
+        while chunk := source.read(common.CHUNK):
+            counts += np.bincount(np.frombuffer(chunk, "<u2"), minlength=2**16)
+            f.write(chunk)
         f.flush()
         os.fsync(f.fileno())
-    check_ids(shard.name, np.flatnonzero(counts), sizes)
     return counts
-
-
-def check(name: str, sizes: np.ndarray, head: bytes, size: int | None) -> None:
-    """OSError if a file of this head and size is no shard, ValueError if its ids are another tokenizer's."""
-    magic, version, tokens = np.frombuffer(head[:12].ljust(12, b"\0"), "<i4").tolist()
-    if (magic, version) != (MAGIC, VERSION):
-        raise OSError(f"{name} is no shard of tokens: it begins with {head[:8]!r}")
-    if size not in (None, HEADER + 2 * tokens):
-        raise OSError(f"{name} has {size:,} bytes, but its header says {tokens:,} tokens, which are not as many")
-    check_ids(name, np.frombuffer(head[HEADER : len(head) // 2 * 2], "<u2"), sizes)
-
-
-def check_ids(name: str, ids: np.ndarray, sizes: np.ndarray) -> None:
-    if len(unknown := ids[sizes[ids] < 0]):
-        raise ValueError(f"{name} has token id {unknown[0]}, which is none of --tokenizer's: the shards are gpt2's")
 
 
 def main() -> None:
     parser = common.make_parser(FOLDER, __doc__)
-    parser.add_argument("--shards", type=int, default=1, help=f"of 100 million tokens to train on, up to {len(TRAIN)}")
-    parser.add_argument("--url", default=URL, help="the address of the folder of shards, say of a mirror")
-    parser.add_argument("--tokenizer", default="gpt2", help="the one of the shards; FILE.json or FILE.pt has it too")
+    parser.add_argument("--shards", type=int, default=1, help=f"training shards in total, 1 to {len(TRAIN)}")
+    parser.add_argument(
+        "--tokenizer", default="gpt2", help="the GPT-2 tokenizer: gpt2, or FILE.json or FILE.pt with it"
+    )
     args = parser.parse_args()
     if not 1 <= args.shards <= len(TRAIN):
         common.fail(2, f"--shards must be from 1 to {len(TRAIN)}, not {args.shards}")
-    common.run(args.out_dir, lambda: prepare(args.out_dir, args.url, args.shards, args.tokenizer))
+    common.run(args.out_dir, lambda: prepare(args.out_dir, args.shards, args.tokenizer))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The source of the Python standard library that runs this: real text that every machine already has."""
+"""The source of the Python standard library that runs this script: real text, already on every machine."""
 
 import sys
 import sysconfig
@@ -7,12 +7,12 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import common
 
-# Not code that teaches much: the tests, tables of characters, generated help, other people's packages.
+# Left out: tests, character tables, generated help, installed packages
 SKIP = {"site-packages", "dist-packages", "test", "tests", "idle_test", "encodings", "pydoc_data", "__pycache__"}
 
 
 def documents(path: str | None) -> list[common.Document]:
-    """One document a module, in the order of their paths."""
+    """One document per module, sorted by path."""
     root = Path(path or sysconfig.get_paths()["stdlib"])
     modules = [m for m in sorted(root.rglob("*.py")) if not SKIP.intersection(m.relative_to(root).parts)]
     if not modules:

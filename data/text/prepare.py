@@ -1,4 +1,4 @@
-"""Your own text: --input FILE, or --input FOLDER for every file in it, a document each."""
+"""Your own text: --input FILE, or --input FOLDER with one document per file."""
 
 import sys
 from pathlib import Path
@@ -8,11 +8,12 @@ import common
 
 
 def documents(path: str | None) -> list[common.Document]:
+    """One document per file, sorted by path; files in hidden folders, and hidden files, are left out."""
     if path is None:
-        raise ValueError("say which text: python data/text/prepare.py --input FILE_OR_FOLDER")
+        raise ValueError("--input is missing: python data/text/prepare.py --input FILE_OR_FOLDER")
     root = Path(path)
     if not root.exists():
-        raise FileNotFoundError(f"there is no {path}")
+        raise FileNotFoundError(f"--input={path} does not exist")
     if root.is_file():
         return [common.Document(root)]
     files = [f for f in sorted(root.rglob("*")) if f.is_file()]

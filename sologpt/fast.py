@@ -1,0 +1,342 @@
+"""Fast inference, attached to a model from outside: packed weights, and decoders that take the place of `GPT.step`.
+
+    decode = fast.prepare(model)  # the best that this machine offers without compiling
+    for token in model.generate(tokens, max_tokens=200, decode=decode): ...
+
+A decoder is a callable (ids (B,), kv_cache) -> logits (B, V) that reads one more token of each row. Each one here
+computes what `GPT.step` computes, up to rounding. It belongs to the caller and outlives a call of generate, so what has
+been compiled or recorded is used again.
+"""
+
+from collections.abc import Callable
+from typing import Any, cast
+from weakref import WeakKeyDictionary
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+import gpt
+from gpt import GPT, Block, Decoder, KVCache, LayerCache, in_float32, rope
+
+
+def prepare(model: GPT, compile: bool = False, lookup: int = 0, rows: int = 1) -> Decoder:
+    """The fastest decoder for the model's device, to be passed to generate as `decode`.
+
+    compile: spend some seconds at the first token on torch.compile. lookup: draft so many tokens ahead where the text
+    repeats itself (`Lookup`), for one row. rows: how many rows will be decoded at once. The model is for inference only
+    from then on, since its weights may be packed (`pack`).
+    """
+    if lookup and rows > 1:
+        raise ValueError(f"lookup reads ahead in one row, not in {rows}")
+    if not compile or rows > 1 or lookup:  # compiled loops for a single token read plain weights faster
+        pack(model)
+    decode: Decoder = model.step
+    if compile:
+        decode = CudaGraphs(model) if model.device.type == "cuda" else Compiled(model)
+    return Lookup(model, lookup, decode) if lookup else decode
+
+
+# -----------------------------------------------------------------------------
+# Packed weights: oneDNN multiplies by a matrix in a blocked layout, into which it reorders a plain one at every product
+
+
+def packs(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether oneDNN multiplies this dtype on this device."""
+    if device.type != "cpu" or not torch.backends.mkldnn.is_available():
+        return False
+    return dtype == torch.float32 or (dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+def pack(model: GPT) -> None:
+    """Replace the model's Linears by ones with packed weights, in place; nothing happens where oneDNN cannot multiply.
+
+    Everything gets faster but compiled decode of one row. It takes no more memory, except that a tied head becomes a
+    second copy of the embedding. A packed model is for inference only: it refuses to be saved, moved or trained.
+    """
+    if not packs(model.device, model.dtype) or isinstance(model.wte, PackedEmbedding):
+        return
+    model.eval().requires_grad_(False)
+    if model.lm_head is None:
+        model.lm_head = cast(nn.Linear, PackedLinear(model.wte.weight, None, tied=True))
+    for module in [
+        m for m in model.modules() if not isinstance(m, nn.Linear)
+    ]:  # holds no Linear: each is freed at once
+        for name, child in module.named_children():
+            if isinstance(child, nn.Linear):
+                setattr(module, name, PackedLinear(child.weight, child.bias))
+    V, C = model.wte.weight.shape
+    model.wte = PackedEmbedding(V, C, _weight=model.wte.weight, _freeze=True)
+
+
+class InferenceOnly(nn.Module):
+    """Refuses to be saved, moved, cast or trained."""
+
+    def _save_to_state_dict(self, *args: Any) -> None:
+        raise RuntimeError("a packed model cannot be saved: save it before fast.pack or fast.prepare")
+
+    def _apply(self, fn: Callable, recurse: bool = True) -> nn.Module:
+        raise RuntimeError("a packed model cannot be moved or cast: do it before fast.pack or fast.prepare")
+
+    def train(self, mode: bool = True) -> "InferenceOnly":
+        if mode:
+            raise RuntimeError("a packed model cannot be trained: load it anew")
+        return super().train(mode)
+
+
+class PackedEmbedding(InferenceOnly, nn.Embedding):
+    """The embedding as it was. It is the model's first module: what it refuses has changed nothing yet."""
+
+
+class PackedLinear(InferenceOnly):
+    """A Linear whose weight is in oneDNN's layout; tied: the weight is another parameter's copy, and no parameter."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, tied: bool = False) -> None:
+        super().__init__()
+        self.out_features, self.in_features = weight.shape
+        packed = torch.ops.mkldnn._reorder_linear_weight(weight)
+        if tied:
+            self.register_buffer("weight", packed)
+        else:
+            self.weight = nn.Parameter(packed, requires_grad=False)
+        self.bias = bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        product = opaque_packed_linear if torch.compiler.is_compiling() else packed_linear
+        return product(x, self.weight, self.bias)
+
+
+def packed_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x (..., C) times a packed weight (N, C): (..., N)."""
+    return torch.ops.mkldnn._linear_pointwise(x.to(weight.dtype), weight, bias, "none", [], "")
+
+
+# torch.compile cannot look into a packed weight: to it, the product is an operator of its own
+opaque_packed_linear = torch.library.custom_op("sologpt::packed_linear", packed_linear, mutates_args=())
+opaque_packed_linear.register_fake(lambda x, weight, bias=None: weight.new_empty(*x.shape[:-1], weight.size(0)))
+
+
+# -----------------------------------------------------------------------------
+# Compiled decode
+
+
+@torch.compiler.substitute_in_graph(gpt.rotate)
+def rotate(x: Tensor, rotations: Tensor) -> Tensor:
+    """`gpt.rotate` in real numbers, for torch.compile, which generates no code for complex ones."""
+    (a, b), (c, d) = in_float32(x).view(*x.shape[:-1], -1, 2).unbind(-1), rotations.unbind(-1)  # (B, T, H or 1, D/2)
+    return torch.stack((a * c - b * d, a * d + b * c), dim=-1).flatten(-2).to(x.dtype)
+
+
+def linear_loop(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """F.linear. For a single token, whose time is spent reading the weights, a product and a sum.
+
+    The compiler fuses them to one loop, which reads memory at twice the speed of a matrix-vector product.
+    """
+    if x.numel() != x.size(-1):
+        return F.linear(x, weight, bias)
+    y = (in_float32(weight) * in_float32(x).flatten()).sum(-1).to(x.dtype).view(*x.shape[:-1], -1)
+    return y if bias is None else y + bias
+
+
+def attention_loop(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float, causal: bool, enable_gqa: bool
+) -> Tensor:
+    """F.scaled_dot_product_attention of one query in each row: q (B, H, 1, D), k and v (B, G, S, D)."""
+    G, D = k.size(1), k.size(3)
+    q = q.view(q.size(0), G, -1, 1, D)  # (B, G, H/G, 1, D)
+    scores = (in_float32(q) * in_float32(k)[:, :, None]).sum(-1) / D**0.5  # (B, G, H/G, S)
+    if mask is not None:
+        scores = scores.masked_fill(~mask, float("-inf"))
+    weights = scores.softmax(-1)[..., None]  # (B, G, H/G, S, 1)
+    return (weights * in_float32(v)[:, :, None]).sum(-2, keepdim=True).flatten(1, 2).to(v.dtype)  # (B, H, 1, D)
+
+
+LOOPS: dict[Callable, Callable] = {F.linear: linear_loop, F.scaled_dot_product_attention: attention_loop}
+
+
+class OneToken(TorchFunctionMode):
+    """Inside, the model's products are the loops above, which torch.compile then fuses."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return LOOPS.get(func, func)(*args, **kwargs or {})
+
+
+def block_of_one_token(
+    block: Block, x: Tensor, rotations: Tensor, mask: Tensor | None, layer: LayerCache | None
+) -> Tensor:
+    with OneToken():
+        return block(x, rotations, mask, layer)
+
+
+def head_of_one_token(model: GPT, x: Tensor) -> Tensor:
+    with OneToken():
+        return model.logits(x)
+
+
+class Compiled:
+    """A decoder whose blocks and head are compiled: once for one row, once for a batch, once for a ragged batch.
+
+    The blocks share their code, which holds for any length of the cache.
+    """
+
+    def __init__(self, model: GPT) -> None:
+        self.model = model
+        self.block = torch.compile(block_of_one_token, dynamic=True)
+        self.head = torch.compile(head_of_one_token, dynamic=True)
+
+    @torch.inference_mode()
+    def __call__(self, ids: Tensor, kv_cache: KVCache) -> Tensor:
+        longest, ragged = int(kv_cache.lengths.max()), bool((kv_cache.lengths != kv_cache.lengths[0]).any())
+        # torch.compile specializes on sizes 0 and 1 and on slices of a whole dimension, and would recompile for them.
+        # Where there is no room, `step` raises.
+        if not 0 < longest < min(kv_cache.max_len - 1, self.model.config.sequence_len):
+            return self.model.step(ids, kv_cache)
+        self.model.check_cache(kv_cache, len(ids))
+        end, lengths, mask = longest + 1, kv_cache.lengths[: None if ragged else 1].to(ids.device), None
+        if ragged:
+            kv_cache.k[:, :, :, longest] = 0  # what is masked must be finite: see KVCache.begin
+            kv_cache.v[:, :, :, longest] = 0
+            mask = (torch.arange(end, device=ids.device) <= lengths[:, None, None])[:, None]  # (B, 1, 1, S)
+        logits = self.read(ids, lengths, mask, kv_cache.ids, kv_cache.layers, end)
+        kv_cache.lengths += 1
+        return logits
+
+    def read(
+        self, ids: Tensor, lengths: Tensor, mask: Tensor | None, cached: Tensor, layers: Callable, end: int
+    ) -> Tensor:
+        """Read one token of each row, (B,), at positions lengths (B or 1,), attending to `end` slots of the cache."""
+        model, positions = self.model, lengths[:, None]  # (B or 1, 1)
+        slots = (torch.arange(len(ids), device=ids.device)[:, None], positions)
+        cached[slots] = ids[:, None]
+        rotations = rope(positions, model.config, model.dtype)
+        x = model.embd_norm(model.wte(ids[:, None]))  # (B, 1, C)
+        for block, layer in zip(model.h, layers(slots, end), strict=True):
+            x = self.block(block, x, rotations, mask, layer)
+        return self.head(model, model.norm(x)[:, -1])
+
+
+def cuda_graph(step: Callable, ids: Tensor, lengths: Tensor) -> Callable:
+    """Record step(ids, lengths) as a CUDA graph; returns a function that replays it for other ids and lengths.
+
+    torch.cuda.make_graphed_callables does the same, but its graphs wait for the garbage collector, which must not run
+    while the next one is recorded. The stream is the graph's own, since cuBLAS's workspace goes with it.
+    """
+    stream, graph = torch.cuda.Stream(ids.device), torch.cuda.CUDAGraph()
+    with torch.cuda.device(ids.device):
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(3):  # compiles, and loads what must not be loaded while recording
+                step(ids, lengths)
+        with torch.cuda.graph(graph, stream=stream):
+            logits = step(ids, lengths)
+
+    def replay(new_ids: Tensor, new_lengths: Tensor) -> Tensor:
+        ids.copy_(new_ids)
+        lengths.copy_(new_lengths)
+        graph.replay()
+        return logits
+
+    return replay
+
+
+class CudaGraphs(Compiled):
+    """Compiled decode on a GPU by CUDA graphs: one launch for all layers instead of hundreds of kernel launches.
+
+    A graph (https://docs.pytorch.org/docs/stable/notes/cuda.html#cuda-graphs) replays kernels on fixed memory and
+    shapes. So one is recorded per cache, and attends to the first `size` slots under a mask. When a row outgrows them,
+    one of twice the size replaces it. Logits hold until the next call.
+    """
+
+    def __init__(self, model: GPT, smallest: int = 256) -> None:
+        super().__init__(model)
+        self.smallest = smallest
+        self.graphs: WeakKeyDictionary[KVCache, tuple[int, Callable]] = WeakKeyDictionary()
+
+    @torch.inference_mode()
+    def __call__(self, ids: Tensor, kv_cache: KVCache) -> Tensor:
+        longest = int(kv_cache.lengths.max())
+        if longest >= min(kv_cache.max_len, self.model.config.sequence_len):
+            return self.model.step(ids, kv_cache)  # raises
+        self.model.check_cache(kv_cache, len(ids))
+        if longest >= self.graphs.get(kv_cache, (0, None))[0]:
+            self.graphs.pop(kv_cache, None)  # frees its memory first
+            self.graphs[kv_cache] = self.record(kv_cache, longest + 1)
+        _, replay = self.graphs[kv_cache]
+        logits = replay(ids, kv_cache.lengths)
+        kv_cache.lengths += 1
+        return logits
+
+    def record(self, kv_cache: KVCache, length: int) -> tuple[int, Callable]:
+        """The size of a graph for rows of up to `length` tokens and more, and the graph."""
+        size = min(max(self.smallest, 2 ** (length - 1).bit_length()), kv_cache.max_len)
+        for b, n in enumerate(kv_cache.lengths.tolist()):  # what is masked must be finite: see KVCache.begin
+            kv_cache.k[:, b, :, n:size] = 0
+            kv_cache.v[:, b, :, n:size] = 0
+        cached, memory, device = kv_cache.ids, list(zip(kv_cache.k, kv_cache.v, strict=True)), kv_cache.k.device
+
+        def layers(slots: tuple, end: int) -> list[LayerCache]:  # holds the memory, and not the cache: it may go
+            return [(k.transpose(1, 2), v.transpose(1, 2), slots, end) for k, v in memory]
+
+        def step(ids: Tensor, lengths: Tensor) -> Tensor:
+            mask = (torch.arange(size, device=device) <= lengths[:, None, None])[:, None]  # (B, 1, 1, size)
+            return self.read(ids, lengths, mask, cached, layers, size)
+
+        lengths = kv_cache.lengths.to(device, copy=True)
+        return size, cuda_graph(step, torch.zeros_like(lengths), lengths)
+
+
+# -----------------------------------------------------------------------------
+# Speculative decoding without a draft model
+
+
+class Lookup:
+    """Prompt lookup decoding (https://github.com/apoorvumang/prompt-lookup-decoding), for one row.
+
+    The draft is what followed the latest earlier match of the last tokens. One forward verifies up to n draft tokens at
+    little more than the price of one. As long as the caller's next token is the draft's, it is committed and the logits
+    are there already; at the first other token, the rest of the draft is dropped.
+    """
+
+    def __init__(self, model: GPT, n: int, decode: Decoder | None = None) -> None:
+        if n < 1:
+            raise ValueError(f"lookup must draft at least 1 token, not {n}")
+        self.model, self.n, self.decode = model, n, decode or model.step
+        self.text = torch.zeros(0, dtype=torch.long)  # what the cache holds if the whole draft is right, (S,)
+        self.logits: list[Tensor] = []  # after each draft token not committed yet, (1, V)
+
+    @torch.inference_mode()
+    def __call__(self, ids: Tensor, kv_cache: KVCache) -> Tensor:
+        if kv_cache.batch_size != 1:
+            raise ValueError(f"lookup reads ahead in one row, not in {kv_cache.batch_size}")
+        length = int(kv_cache.lengths)
+        if self.logits and self.drafted(ids, kv_cache.ids[0], length):
+            kv_cache.lengths += 1
+            return self.logits.pop(0)
+        text = torch.cat((kv_cache.ids[0, :length], ids))
+        room = min(self.model.config.sequence_len, kv_cache.max_len) - len(text)
+        draft = self.draft(text)[: max(room, 0)]
+        if not len(draft):
+            self.logits = []
+            return self.decode(ids, kv_cache)
+        x = self.model.hidden(torch.cat((ids, draft))[None], kv_cache)  # (1, 1 + n, C)
+        kv_cache.truncate(length + 1)  # the draft's keys and values stay in their slots
+        logits, *self.logits = self.model.logits(x[0]).split(1)
+        self.text = torch.cat((text, draft))
+        return logits
+
+    def drafted(self, ids: Tensor, cached: Tensor, length: int) -> bool:
+        """Whether ids is the next draft token and the cache still holds the draft."""
+        n = len(self.text)
+        return length == n - len(self.logits) and bool(ids == self.text[length]) and torch.equal(cached[:n], self.text)
+
+    def draft(self, text: Tensor) -> Tensor:
+        """n tokens after the latest earlier match of the last three, or two, tokens of text (S,), repeated if short."""
+        for ngram in (3, 2):
+            earlier = text[:-1].unfold(0, ngram, 1) if len(text) > ngram else text[:0, None]  # (S - ngram, ngram)
+            matches = (earlier == text[-ngram:]).all(dim=-1).nonzero()  # (matches, 1)
+            if len(matches):
+                start = int(matches[-1]) + ngram
+                return text[start + torch.arange(self.n, device=text.device) % (len(text) - start)]
+        return text[:0]
