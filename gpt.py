@@ -1,10 +1,10 @@
-"""A whole GPT in one file: configuration, layers, KV cache, sampling, and the model. It needs PyTorch and nothing else.
+"""A whole GPT in one file: configuration, layers, KV cache, sampling, loss and the model. It needs PyTorch alone.
 
 The default architecture is nanochat's (https://github.com/karpathy/nanochat), Hugging Face's `NanoChatForCausalLM`:
-- rotary position embeddings (RoFormer, https://arxiv.org/abs/2104.09864)
+- rotary position embeddings (https://arxiv.org/abs/2104.09864)
 - grouped-query attention (https://arxiv.org/abs/2305.13245) with QK-norm (https://arxiv.org/abs/2010.04245)
 - RMSNorm without gains (https://arxiv.org/abs/1910.07467) before each sublayer, after the embedding, before the head
-- an MLP with ReLU squared (Primer, https://arxiv.org/abs/2109.08668), no biases, an untied head
+- an MLP with ReLU squared (https://arxiv.org/abs/2109.08668), no biases, an untied head
 - logits softcapped in float32 (Gemma 2, https://arxiv.org/abs/2408.00118)
 Switches in the config make it Llama (https://arxiv.org/abs/2407.21783), Mistral or Qwen (https://arxiv.org/abs/2505.09388).
 
@@ -14,8 +14,8 @@ D channels each, M = n_hidden, V = vocab_size. The file knows token ids and no t
 
 import math
 import os
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from contextlib import closing, contextmanager, suppress
+from collections.abc import Callable, Generator, Iterable, Sequence
+from contextlib import closing, suppress
 from copy import copy
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -28,19 +28,22 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 Device: TypeAlias = torch.device | str | None
+Dtype: TypeAlias = torch.dtype | None
 Path: TypeAlias = str | os.PathLike
-Limit: TypeAlias = float | None
+LayerCache: TypeAlias = tuple[Tensor, Tensor, tuple, int]  # keys, values (B, max_len, G, D); new tokens' slots; S
+Decoder: TypeAlias = Callable[[Tensor, "KVCache"], Tensor]  # reads ids (B,) into a cache, returns logits (B, V)
+
+LOGITS_PER_CHUNK = 2**24  # computed at a time for the loss
+PREFILL_CHUNK = 1024  # tokens of each row in one forward of a prefill; bounds the memory for activations
+ROPE_SCALINGS = {  # the numbers that each rope_type takes, by Hugging Face's names
+    "linear": {"factor"},
+    "llama3": {"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"},
+}
 
 
 def check(ok: bool, message: str) -> None:
     if not ok:
         raise ValueError(message)
-
-
-ROPE_SCALINGS = {  # the numbers that each rope_type takes, by Hugging Face's names
-    "linear": {"factor"},
-    "llama3": {"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"},
-}
 
 
 @dataclass
@@ -64,6 +67,7 @@ class GPTConfig:
     rope_base: float = 10_000.0  # base of the rotary frequencies
     rope_scaling: dict | None = None  # {"rope_type": "linear", "factor": 2.0}, or "llama3" with its four numbers
     norm_eps: float = 1e-6  # added to the mean square in RMSNorm
+    heads = property(lambda self: (self.n_head, self.n_kv_head, self.head_dim))  # (H, G, D)
 
     def __post_init__(self) -> None:
         self.n_kv_head = self.n_head if self.n_kv_head is None else self.n_kv_head
@@ -79,8 +83,7 @@ class GPTConfig:
         check(self.head_dim % 2 == 0, f"head_dim {self.head_dim} must be even for RoPE (n_embd {C}, n_head {H})")
         check(self.mlp in ("relu2", "swiglu"), f"mlp must be relu2 or swiglu, not {self.mlp!r}")
         check(0 <= self.dropout < 1, f"dropout must be in [0, 1), not {self.dropout}")
-        check(self.softcap >= 0, f"softcap must be at least 0, not {self.softcap}")
-        check(self.norm_eps >= 0, f"norm_eps must be at least 0, not {self.norm_eps}")
+        check(min(self.softcap, self.norm_eps) >= 0, f"negative softcap {self.softcap} or norm_eps {self.norm_eps}")
         check(self.rope_base > 0, f"rope_base must be above 0, not {self.rope_base}")
         if (scaling := self.rope_scaling) is None:
             return
@@ -94,12 +97,6 @@ class GPTConfig:
         low, high = scaling.get("low_freq_factor", 0), scaling.get("high_freq_factor", 1)
         check(low < high, f"rope_scaling: low_freq_factor {low} must be below high_freq_factor {high}")
 
-    @property
-    def heads(self) -> tuple[int, int, int]:
-        """n_head, n_kv_head, head_dim: (H, G, D)."""
-        assert self.n_kv_head and self.head_dim  # set in __post_init__
-        return self.n_head, self.n_kv_head, self.head_dim
-
 
 # ---- layers ----
 def in_float32(x: Tensor) -> Tensor:
@@ -110,8 +107,8 @@ def in_float32(x: Tensor) -> Tensor:
 def rope(positions: Tensor, config: GPTConfig, dtype: torch.dtype) -> Tensor:
     """Cosine and sine of the rotary angles of positions (B or 1, T): (B or 1, T, 1, D/2, 2), in at least float32.
 
-    Channel pair i of a head is rotated by position * base^(-2i/D), so q @ k depends on the distance alone. There is no
-    table to move along with the model, and none for `.to(torch.bfloat16)` to round.
+    Channel pair i is rotated by position * base^(-2i/D), so q @ k depends on distances alone. There is no table, since
+    it would have to move with the model, and `.to(torch.bfloat16)` would round it.
     """
     _, _, D = config.heads
     real = torch.promote_types(dtype, torch.float32)
@@ -123,10 +120,9 @@ def rope(positions: Tensor, config: GPTConfig, dtype: torch.dtype) -> Tensor:
 
 
 def scale_frequencies(frequencies: Tensor, scaling: dict) -> Tensor:
-    """Rotary frequencies (D/2,) for a context `factor` times as long as in pretraining.
+    """Rotary frequencies (D/2,) for a longer context. 'linear' divides them all (https://arxiv.org/abs/2306.15595).
 
-    'linear' divides them all (position interpolation, https://arxiv.org/abs/2306.15595). 'llama3' keeps those with
-    high_freq_factor or more turns in the original context, divides those below low_freq_factor, and blends the rest.
+    'llama3' keeps those of high_freq_factor or more turns in the original context, and blends from low_freq_factor on.
     """
     factor = scaling["factor"]
     if scaling["rope_type"] == "linear":
@@ -146,11 +142,6 @@ def rotate(x: Tensor, rotations: Tensor) -> Tensor:
 
 def rms_norm(channels: int, config: GPTConfig) -> nn.Module:
     return nn.RMSNorm(channels, eps=config.norm_eps, elementwise_affine=config.norm_weight)
-
-
-# One layer of a KVCache during a forward: keys and values (B, max_len, G, D), an index of (B, max_len) that says where the
-# new tokens go, and S, the length to attend to
-LayerCache: TypeAlias = tuple[Tensor, Tensor, tuple, int]
 
 
 class Attention(nn.Module):
@@ -219,15 +210,13 @@ class Block(nn.Module):
 
 # ---- KV cache ----
 class KVCache:
-    """Keys and values of all layers, allocated once and written in place. Row b holds `lengths[b]` tokens.
+    """Keys and values of all layers, allocated once and written in place. Row b holds `lengths[b]` tokens, `ids[b]`.
 
-    `lengths` (B,) stay on the CPU, so that reading them never waits for the device; `ids` (B, max_len) are the token
-    ids. The caller owns the cache, `GPT.forward` appends to it. No gradient flows through it.
+    `lengths` (B,) is on the CPU: reading it never waits for the device. The caller owns the cache, `GPT.forward`
+    appends to it, and no gradient flows through it.
     """
 
-    def __init__(
-        self, config: GPTConfig, batch_size: int, max_len: int, device: Device = None, dtype: torch.dtype | None = None
-    ) -> None:
+    def __init__(self, config: GPTConfig, batch_size: int, max_len: int, device: Device = None, dtype: Dtype = None):
         _, G, D = config.heads
         shape = (config.n_layer, batch_size, G, max_len, D)
         self.k = torch.zeros(shape, device=device, dtype=dtype)  # (n_layer, B, G, max_len, D)
@@ -236,42 +225,33 @@ class KVCache:
         self.lengths = torch.zeros(batch_size, dtype=torch.long)
         self.batch_size, self.max_len = batch_size, max_len
 
-    @property
-    def nbytes(self) -> int:
-        """2 (keys, values) * n_layer * batch_size * n_kv_head * max_len * head_dim * bytes of the dtype."""
-        return self.k.nbytes + self.v.nbytes
+    # 2 (keys, values) * n_layer * batch_size * n_kv_head * max_len * head_dim * bytes of the dtype
+    nbytes = property(lambda self: self.k.nbytes + self.v.nbytes)
 
     def begin(self, idx: Tensor) -> tuple[Tensor, Tensor | None, list[LayerCache]]:
-        """Where new tokens idx (B, T) go. ValueError, before anything is written, if there is too little room.
+        """Make room for tokens idx (B, T). ValueError, before anything is written, if there is too little.
 
-        Returns positions (B or 1, T), the attention mask (B or 1, 1, T, S), None if plain causal, and each layer's cache.
+        Returns positions (B or 1, T), the mask (B or 1, 1, T, S) or None for causal, and the cache of each layer.
         """
-        T, shortest, longest = idx.size(1), int(self.lengths.min()), int(self.lengths.max())
-        end, device = longest + T, self.k.device
+        T, longest, device = idx.size(1), int(self.lengths.max()), self.k.device
+        ragged, end = int(self.lengths.min()) < longest, longest + T
         check(end <= self.max_len, f"{longest} tokens and {T} new ones do not fit into a KVCache of {self.max_len}")
-        ragged = shortest < longest
-        starts = self.lengths if ragged else self.lengths[:1]
-        positions = (starts[:, None] + torch.arange(T)).to(device)  # (B or 1, T)
+        positions = (self.lengths[: None if ragged else 1, None] + torch.arange(T)).to(device)  # (B or 1, T)
         slots: tuple = (slice(None), slice(longest, end))
         if ragged:
             slots = (torch.arange(self.batch_size, device=device)[:, None], positions)
             # Shorter rows leave slots here that are masked: their attention weight is 0, but 0 * NaN is NaN
-            self.k[:, :, :, longest:end] = 0
-            self.v[:, :, :, longest:end] = 0
+            self.k[:, :, :, longest:end], self.v[:, :, :, longest:end] = 0, 0
         self.ids[slots] = idx
-        mask = None
-        if ragged or (T > 1 and longest > 0):
-            mask = (torch.arange(end, device=device) <= positions[..., None])[:, None]  # (B or 1, 1, T, S)
-        return positions, mask, self.layers(slots, end)
-
-    def layers(self, slots: tuple, end: int) -> list[LayerCache]:
-        return [(k.transpose(1, 2), v.transpose(1, 2), slots, end) for k, v in zip(self.k, self.v, strict=True)]
+        mask = (torch.arange(end, device=device) <= positions[..., None])[:, None]  # (B or 1, 1, T, S)
+        layers = [(k.transpose(1, 2), v.transpose(1, 2), slots, end) for k, v in zip(self.k, self.v, strict=True)]
+        return positions, mask if ragged or (T > 1 and longest > 0) else None, layers
 
     def truncate(self, n: int | Sequence[int] | Tensor) -> None:
         """Forget all tokens past the first n: an int for all rows, or one per row. Shorter rows stay as they are."""
         n = torch.as_tensor(n, dtype=torch.long)
-        check(n.shape in ((), (1,), (self.batch_size,)), f"truncate got {n.numel()} lengths for {self.batch_size} rows")
-        check(bool((n >= 0).all()), f"cannot truncate to {int(n.min())} tokens")
+        fits = n.shape in ((), (1,), (self.batch_size,)) and bool((n >= 0).all())
+        check(fits, f"cannot truncate {self.batch_size} rows to lengths of {n.tolist()}")
         torch.minimum(self.lengths, n, out=self.lengths)
 
     def reset(self) -> None:
@@ -282,99 +262,84 @@ class KVCache:
         """The token ids of each row."""
         return [row[:n] for row, n in zip(self.ids.tolist(), self.lengths.tolist(), strict=True)]
 
-    def expand(self, n: int) -> "KVCache":
-        """A new cache with n copies of each row next to each other, so that one prefill serves n samples."""
+    def rows(self, index: slice | Tensor) -> "KVCache":
+        """A KVCache of some rows: on the same memory for a slice, a copy for a tensor of row numbers."""
         cache = copy(self)
-        cache.k, cache.v = (x.repeat_interleave(n, dim=1) for x in (self.k, self.v))
-        cache.ids, cache.lengths = (x.repeat_interleave(n, dim=0) for x in (self.ids, self.lengths))
-        cache.batch_size = n * self.batch_size
+        cache.k, cache.v, cache.ids = self.k[:, index], self.v[:, index], self.ids[index]
+        cache.lengths, cache.batch_size = self.lengths[index], len(cache.ids)
         return cache
 
     def row(self, b: int) -> "KVCache":
-        """Row b as a KVCache of batch size 1 that shares its memory."""
+        """Row b, on the same memory."""
         if not 0 <= b < self.batch_size:
             raise IndexError(f"there is no row {b} in a KVCache of {self.batch_size} rows")
-        cache, rows = copy(self), slice(b, b + 1)
-        cache.k, cache.v, cache.ids, cache.lengths = (
-            self.k[:, rows],
-            self.v[:, rows],
-            self.ids[rows],
-            self.lengths[rows],
-        )
-        cache.batch_size = 1
-        return cache
+        return self.rows(slice(b, b + 1))
 
-
-# A decoder reads one more token of each row: (ids (B,), kv_cache) -> logits (B, V). `GPT.step` is the plain one.
-Decoder: TypeAlias = Callable[[Tensor, KVCache], Tensor]
+    def expand(self, n: int) -> "KVCache":
+        """n copies of each row next to each other, so that one prefill serves n samples."""
+        return self.rows(torch.arange(self.batch_size).repeat_interleave(n))
 
 
 # ---- sampling ----
-def filter_logits(
-    logits: Tensor, temperature: float = 1.0, top_k: Limit = None, top_p: Limit = None, min_p: Limit = None
-) -> Tensor:
-    """Logits (B, V) divided by temperature, and -inf where a filter removes a token: Hugging Face's, in its order.
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is drawn from logits. The filters are Hugging Face's, in its order; None or 0 is off."""
 
-    top_k keeps the k most likely tokens and ties with the last of them, top_p the fewest whose probabilities sum to p
-    (https://arxiv.org/abs/1904.09751), min_p those at least min_p times as likely as the most likely one
-    (https://arxiv.org/abs/2407.01082). None or 0 switches a filter off.
-    """
-    logits = logits / temperature
-    if top_k:
-        kth = logits.topk(min(int(top_k), logits.size(-1))).values[:, -1:]  # (B, 1)
-        logits = logits.masked_fill(logits < kth, -math.inf)
-    if top_p and top_p < 1:
-        ascending, order = logits.sort(dim=-1)
-        tail = ascending.softmax(dim=-1).cumsum(dim=-1) <= 1 - top_p  # (B, V), in ascending order
-        tail[:, -1] = False
-        logits = logits.masked_fill(tail.scatter(-1, order, tail), -math.inf)
-    if min_p:
-        probs = logits.softmax(dim=-1)
-        logits = logits.masked_fill(probs < min_p * probs.amax(dim=-1, keepdim=True), -math.inf)
-    return logits
+    temperature: float = 1.0  # divides the logits; 0 takes the most likely token
+    top_k: int | None = None  # keep the k most likely tokens, and ties with the last of them
+    top_p: float | None = None  # keep the fewest whose probabilities sum to p (https://arxiv.org/abs/1904.09751)
+    min_p: float | None = None  # keep those min_p times as likely as the top one (https://arxiv.org/abs/2407.01082)
+    repetition_penalty: float = 1.0  # above 1, seen tokens become less likely (CTRL, https://arxiv.org/abs/1909.05858)
+    stop_tokens: Iterable[int] = ()  # a row ends with the first of these
+    seed: int = 42  # the same seed gives the same tokens
+    suppress_tokens: Iterable[int] = ()  # never drawn
+
+    def __post_init__(self) -> None:
+        t = self.temperature
+        check(t == 0 or 1e-30 < t < 1e30, f"temperature must be 0, or positive and finite, not {t}")
+        check(not self.top_k or self.top_k >= 1, f"top_k must be at least 1, or 0 for no limit, not {self.top_k}")
+        check(not self.top_p or 0 < self.top_p <= 1, f"top_p must be in (0, 1], or 0 for no limit, not {self.top_p}")
+        check(not self.min_p or 0 < self.min_p < 1, f"min_p must be in (0, 1), or 0 for no limit, not {self.min_p}")
+        check(self.repetition_penalty > 0, f"repetition_penalty must be above 0, not {self.repetition_penalty}")
+        check(-(2**63) <= self.seed < 2**63, f"seed must be a 64-bit integer, not {self.seed}")
+
+    def filter(self, logits: Tensor, seen: Tensor | None = None) -> Tensor:
+        """Logits (B, V) after penalty, temperature and filters, which set tokens to -inf; seen is (B, V) bool."""
+        if seen is not None:
+            penalty = self.repetition_penalty
+            logits = torch.where(seen, torch.where(logits < 0, logits * penalty, logits / penalty), logits)
+        logits = logits / (self.temperature or 1)
+        if self.top_k:
+            kth = logits.topk(min(self.top_k, logits.size(-1))).values[:, -1:]  # (B, 1)
+            logits = logits.masked_fill(logits < kth, -math.inf)
+        if self.top_p and self.top_p < 1:
+            ascending, order = logits.sort(dim=-1)
+            tail = ascending.softmax(dim=-1).cumsum(dim=-1) <= 1 - self.top_p  # (B, V), in ascending order
+            tail[:, -1] = False
+            logits = logits.masked_fill(tail.scatter(-1, order, tail), -math.inf)
+        if self.min_p:
+            probs = logits.softmax(dim=-1)
+            logits = logits.masked_fill(probs < self.min_p * probs.amax(dim=-1, keepdim=True), -math.inf)
+        return logits
+
+    def draw(self, logits: Tensor, generator: torch.Generator | None = None, seen: Tensor | None = None) -> Tensor:
+        """A token id for each row of logits: (B, V) to (B,) int64."""
+        logits = self.filter(logits, seen)
+        if self.temperature == 0:
+            return logits.argmax(dim=-1)
+        return torch.multinomial(logits.softmax(dim=-1), 1, generator=generator).squeeze(-1)
 
 
 def sample(
     logits: Tensor,
     temperature: float = 1.0,
-    top_k: Limit = None,
-    top_p: Limit = None,
-    min_p: Limit = None,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    min_p: float | None = None,
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """Draw a token id for each row of logits after `filter_logits`: (B, V) to (B,) int64. temperature=0 is argmax."""
-    if temperature == 0:
-        return logits.argmax(dim=-1)
-    probs = filter_logits(logits, temperature, top_k, top_p, min_p).softmax(dim=-1)
-    return torch.multinomial(probs, num_samples=1, generator=generator).squeeze(-1)
-
-
-def penalize(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
-    """CTRL's repetition penalty (https://arxiv.org/abs/1909.05858) on the tokens that a row has seen, (B, V) bool."""
-    return torch.where(seen, torch.where(logits < 0, logits * penalty, logits / penalty), logits)
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How `generate` draws tokens. ValueError for a setting out of its range."""
-
-    temperature: float = 1.0
-    top_k: Limit = None
-    top_p: Limit = None
-    min_p: Limit = None
-    repetition_penalty: float = 1.0
-    stop_tokens: Iterable[int] = ()
-    seed: int = 42
-    suppress_tokens: Iterable[int] = ()
-
-    def __post_init__(self) -> None:
-        t, k, p, m = self.temperature, self.top_k, self.top_p, self.min_p
-        check(t == 0 or 1e-30 < t < 1e30, f"temperature must be 0, or positive and finite, not {t}")
-        check(not k or k >= 1, f"top_k must be at least 1, or 0 for no limit, not {k}")
-        check(not p or 0 < p <= 1, f"top_p must be in (0, 1], or 0 for no limit, not {p}")
-        check(not m or 0 < m < 1, f"min_p must be in (0, 1), or 0 for no limit, not {m}")
-        check(self.repetition_penalty > 0, f"repetition_penalty must be above 0, not {self.repetition_penalty}")
-        check(-(2**63) <= self.seed < 2**63, f"seed must be a 64-bit integer, not {self.seed}")
+    """Draw a token id for each row of logits: (B, V) to (B,) int64. See `Sampling`."""
+    return Sampling(temperature, top_k, top_p, min_p).draw(logits, generator)
 
 
 # ---- loss ----
@@ -382,9 +347,6 @@ def softcapped(logits: Tensor, softcap: float) -> Tensor:
     """Logits in at least float32, squashed into +-softcap; 0 switches the cap off."""
     logits = in_float32(logits)
     return torch.tanh(logits / softcap) * softcap if softcap else logits
-
-
-LOGITS_PER_CHUNK = 2**24
 
 
 class ChunkedCrossEntropy(torch.autograd.Function):
@@ -397,8 +359,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, head: Tensor, targets: Tensor, softcap: float) -> Tensor:
         dx, dhead, losses = torch.empty_like(x), torch.zeros_like(head), []
-        rows = max(1, LOGITS_PER_CHUNK // len(head))
-        counted = targets != -1  # (N,)
+        rows, counted = max(1, LOGITS_PER_CHUNK // len(head)), targets != -1  # (N,)
         weights = in_float32(counted.to(x.dtype))[:, None] / counted.sum()  # (N, 1)
         for i in range(0, len(x), rows):
             chunk, target, w = x[i : i + rows], targets[i : i + rows], weights[i : i + rows]  # (R, C), (R,), (R, 1)
@@ -421,10 +382,6 @@ class ChunkedCrossEntropy(torch.autograd.Function):
 
 
 # ---- the model ----
-
-PREFILL_CHUNK = 1024  # tokens per row in one forward of a prefill; bounds the memory for activations
-
-
 class GPT(nn.Module):
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
@@ -435,36 +392,26 @@ class GPT(nn.Module):
         self.h = nn.ModuleList([Block(config) for _ in range(config.n_layer)])
         self.norm = rms_norm(config.n_embd, config)
         self.lm_head = None if config.tie_embd else nn.Linear(config.n_embd, config.vocab_size, bias=False)
-        self.modes: list[bool] = []  # see eval_mode
+        self.modes: list[bool] = []  # of before each generator that runs
         self.init_weights()
 
     @torch.no_grad()
     def init_weights(self) -> None:
         """Every block starts as the identity and the head near zero, so the first loss is ln(vocab_size)."""
         bound = math.sqrt(3 / self.config.n_embd)  # uniform in +-bound has standard deviation 1 / sqrt(n_embd)
-        table: dict[str, Callable] = {  # by the end of the parameter's name; the first match counts
+        table: dict[Any, Callable] = {  # by the end of the parameter's name; the first match counts
             "wte.weight": partial(nn.init.normal_, std=0.001 if self.config.tie_embd else 1.0),
             "lm_head.weight": partial(nn.init.normal_, std=0.001),
             "norm.weight": nn.init.ones_,
-            "c_proj.weight": nn.init.zeros_,
-            "bias": nn.init.zeros_,
+            ("c_proj.weight", "bias"): nn.init.zeros_,
             "weight": partial(nn.init.uniform_, a=-bound, b=bound),
         }
         for name, parameter in self.named_parameters():
             next(init for end, init in table.items() if name.endswith(end))(parameter)
 
-    @property
-    def head_weight(self) -> Tensor:
-        """The head's matrix (V, C); with tie_embd, the embedding's."""
-        return self.wte.weight if self.lm_head is None else self.lm_head.weight
-
-    @property
-    def device(self) -> torch.device:
-        return self.wte.weight.device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.wte.weight.dtype
+    device = property(lambda self: self.wte.weight.device)
+    dtype = property(lambda self: self.wte.weight.dtype)
+    head_weight = property(lambda self: (self.lm_head or self.wte).weight)  # (V, C); with tie_embd, the embedding's
 
     def num_params(self) -> int:
         return sum(p.numel() for p in self.parameters())
@@ -483,8 +430,7 @@ class GPT(nn.Module):
         """All layers but the head: idx (B, T) int64 to (B, T, C)."""
         B, T = idx.shape
         past = 0 if kv_cache is None else int(kv_cache.lengths.max())
-        window = self.config.sequence_len
-        check(past + T <= window, f"{past + T} tokens are more than sequence_len {window}")
+        check(past + T <= (n := self.config.sequence_len), f"{past + T} tokens are more than sequence_len {n}")
         positions, mask = torch.arange(T, device=idx.device)[None], None  # (1, T)
         layers: Sequence[LayerCache | None] = [None] * len(self.h)
         if kv_cache is not None:
@@ -508,8 +454,8 @@ class GPT(nn.Module):
     ) -> Tensor:
         """Logits (B, T, V) of idx (B, T) int64, which follow what the cache holds; with targets (B, T), the loss.
 
-        The loss is the cross entropy in nats, -1 ignored: a scalar, or (B*T,) with loss_reduction='none'. ValueError for
-        more tokens than sequence_len or the cache can hold, IndexError for a target that is no token id and not -1.
+        The loss is the cross entropy in nats, with -1 ignored: a scalar, or (B*T,) with loss_reduction='none'.
+        ValueError for more tokens than sequence_len or the cache can hold, IndexError for a target that is no token id.
         """
         x = self.hidden(idx, kv_cache)  # (B, T, C)
         if targets is None:
@@ -521,148 +467,123 @@ class GPT(nn.Module):
             return ChunkedCrossEntropy.apply(x, self.head_weight, targets, self.config.softcap)
         rows = max(1, LOGITS_PER_CHUNK // self.config.vocab_size)
         chunks = zip(x.split(rows), targets.split(rows), strict=True)  # (R, C), (R,)
-        each = [F.cross_entropy(self.logits(h), t, ignore_index=-1, reduction="none") for h, t in chunks]
-        losses = torch.cat(each)  # (B*T,)
+        losses = torch.cat([F.cross_entropy(self.logits(h), t, ignore_index=-1, reduction="none") for h, t in chunks])
         return losses if loss_reduction == "none" else losses.sum() / (targets != -1).sum()
 
     def check_cache(self, kv_cache: KVCache, B: int) -> None:
         c, k = self.config, kv_cache.k
         have = (*k.shape[:3], k.size(4), k.dtype, k.device)
-        want = (c.n_layer, B, c.n_kv_head, c.head_dim, self.dtype, self.device)
-        names = "n_layer, batch_size, n_kv_head, head_dim, dtype, device"
-        check(have == want, f"the KVCache has {names} {have}, but the model needs {want}")
+        need = (c.n_layer, B, c.n_kv_head, c.head_dim, self.dtype, self.device)
+        what = "n_layer, batch_size, n_kv_head, head_dim, dtype, device"
+        check(have == need, f"the KVCache has {what} {have}, the model needs {need}")
 
-    def generate(
-        self,
-        tokens: Sequence[int],
-        max_tokens: int,
-        temperature: float = 1.0,
-        top_k: int | None = None,
-        top_p: float | None = None,
-        min_p: float | None = None,
-        repetition_penalty: float = 1.0,
-        stop_tokens: Sequence[int] = (),
-        seed: int = 42,
-        suppress_tokens: Sequence[int] = (),
-        kv_cache: KVCache | None = None,
-        decode: Decoder | None = None,
-    ) -> Generator[int, None, str]:
-        """Continue tokens: yields one token id at a time; the return value is why it ended, 'length' or 'stop'.
+    def generate(self, tokens: Iterable[int], max_tokens: int, *how: Any, **settings: Any) -> Generator[int, None, str]:
+        """Continue tokens: yields token ids, and returns why it ended, 'length' or 'stop'. ValueError, at the call.
 
-        The same seed gives the same tokens; temperature=0 takes the most likely one. For top_k, top_p and min_p see
-        `filter_logits`. A token of stop_tokens is yielded, then ends it; suppress_tokens are never drawn. The model is
-        in eval mode until the generator ends or is closed. ValueError, at the call, for what cannot be.
-
-        When sequence_len is full, the last half of the window is prefilled anew, and generation goes on. Of a longer
-        prompt the last sequence_len tokens are read. With a kv_cache, tokens follow what it holds, and all that is
-        generated stays in it: the next turn of a conversation prefills only what is new. `decode` takes the place of
-        `GPT.step`: see sologpt/fast.py.
+        generate(tokens, max_tokens, temperature=1.0, top_k=None, ..., kv_cache=None, decode=None): see `Sampling`.
+        A full window of sequence_len tokens is cut to its last half, which is prefilled anew; of a longer prompt, the
+        last sequence_len tokens count. With a kv_cache, tokens follow what it holds, and all that is generated stays in
+        it, so that the next turn of a conversation prefills only what is new. `decode` replaces `GPT.step`: see
+        sologpt/fast.py. The model is in eval mode until the generator ends or is closed.
         """
-        how = Sampling(temperature, top_k, top_p, min_p, repetition_penalty, stop_tokens, seed, suppress_tokens)
-        return first_row(self.generate_batch([tokens], max_tokens, 1, kv_cache, decode, **vars(how)))
+        steps = self.generate_batch([tokens], max_tokens, 1, *how, **settings)
+
+        def only_row() -> Generator[int, None, str]:
+            with closing(steps):
+                try:
+                    while True:
+                        yield next(steps)[0]  # type: ignore[misc]  # never None: a batch ends with its last row
+                except StopIteration as end:
+                    return end.value[0]
+
+        return only_row()
 
     def generate_batch(
         self,
         prompts: Iterable[Iterable[int]],
         max_tokens: int,
         num_samples: int = 1,
+        *how: Any,
         kv_cache: KVCache | None = None,
         decode: Decoder | None = None,
-        **sampling: Any,
+        **settings: Any,
     ) -> Generator[list[int | None], None, list[str]]:
         """`generate` for prompts of any lengths, with num_samples rows for each, next to each other.
 
-        Yields a list per step: a token id for each row, None for a row that has ended. Returns the list of reasons.
+        Yields a list per step: the token id of each row, None for a row that has ended. Returns the list of reasons.
         Greedy tokens of a row are what it would get alone. A kv_cache has one row per prompt, and num_samples is 1.
         """
-        how, texts = Sampling(**sampling), [[*prompt] for prompt in prompts]
-        stop, suppressed, V = {*how.stop_tokens}, [*how.suppress_tokens], self.config.vocab_size
+        sampling, texts = Sampling(*how, **settings), [[*prompt] for prompt in prompts]
+        stop, suppressed, V = {*sampling.stop_tokens}, [*sampling.suppress_tokens], self.config.vocab_size
         check(max_tokens >= 0, f"max_tokens must be at least 0, not {max_tokens}")
         check(num_samples >= 1, f"num_samples must be at least 1, not {num_samples}")
         check(min(map(len, texts), default=0) > 0, "the prompt is empty: generate needs at least one token")
         outside = [token for tokens in (*texts, suppressed) for token in tokens if not 0 <= token < V]
         check(not outside, f"token id {outside[:1]} is outside the vocabulary of {V}")
         check(len({*suppressed}) < V, "suppress_tokens leaves no token to draw")
-        longest = max(map(len, texts)) + (0 if kv_cache is None else int(kv_cache.lengths.max()))
-        max_len = min(self.config.sequence_len, longest + max_tokens)
+        past = 0 if kv_cache is None else int(kv_cache.lengths.max())
+        max_len = min(self.config.sequence_len, past + max(map(len, texts)) + max_tokens)
         if kv_cache is not None:
             self.check_cache(kv_cache, len(texts))
             check(num_samples == 1, f"num_samples must be 1 with a kv_cache, not {num_samples}")
-            have = kv_cache.max_len
-            check(have >= max_len, f"a KVCache of {have} tokens is too small: {max_len} are needed")
+            check(kv_cache.max_len >= max_len, f"a KVCache of {kv_cache.max_len} tokens is too small for {max_len}")
 
         @torch.inference_mode()
         def steps() -> Generator[list[int | None], None, list[str]]:
-            with self.eval_mode():
+            self.modes.append(self.training)
+            self.eval()
+            unread: Tensor | None = None  # the tokens drawn last, (B,), until they are decoded
+            try:
                 # 1. Prefill the prompts
                 cache = kv_cache or KVCache(self.config, len(texts), max_len, self.device, self.dtype)
-                contexts = [[*past, *prompt] for past, prompt in zip(cache.tokens(), texts, strict=True)]
+                seen: Tensor | None = None
+                if sampling.repetition_penalty != 1:
+                    seen = torch.zeros(len(texts), V, dtype=torch.bool, device=self.device)  # (B, V)
+                    for row, past, text in zip(seen, cache.tokens(), texts, strict=True):
+                        row[past + text] = True
                 logits = self.prefill(texts, cache)  # (B, V)
-
                 # 2. Copy each row for its samples
                 if num_samples > 1:
                     cache, logits = cache.expand(num_samples), logits.repeat_interleave(num_samples, dim=0)
-                B, penalty = logits.size(0), how.repetition_penalty
-                if penalty != 1:
-                    seen = torch.zeros_like(logits, dtype=torch.bool)  # (B, V)
-                    for b in range(B):
-                        seen[b, contexts[b // num_samples]] = True
-
+                    seen = None if seen is None else seen.repeat_interleave(num_samples, dim=0)
                 # 3. Draw a token of each row, yield, stop, decode
-                generator = torch.Generator(self.device).manual_seed(how.seed)
-                reasons, running = ["length"] * B, set(range(B))
-                ends = torch.full((B,), cache.max_len + 1)  # the lengths at which rows have ended
-                unread: Tensor | None = None  # the tokens drawn last, not in the cache yet, (B,)
+                B, generator = len(logits), torch.Generator(self.device).manual_seed(sampling.seed)
+                running, ended = {*range(B)}, list[int]()  # the rows; of the ended ones, only those read to their end
+                for n in range(1, max_tokens + 1):
+                    if suppressed:
+                        logits[:, suppressed] = -math.inf
+                    unread = sampling.draw(logits, generator, seen)
+                    if seen is not None:
+                        seen.scatter_(1, unread[:, None], True)
+                    tokens = unread.tolist()
+                    yield [tokens[b] if b in running else None for b in range(B)]
+                    running = {b for b in running if tokens[b] not in stop}
+                    if n == max_tokens or not running:
+                        break
+                    ids, unread = unread, None  # should decode fail, they are not read a second time
+                    logits = self.read(ids, cache, ended, decode or self.step)  # (B, V)
+                    ended = [b for b in range(B) if b not in running]
+                return ["length" if b in running else "stop" for b in range(B)]
+            finally:  # also when the caller walks away
                 try:
-                    for _ in range(max_tokens):
-                        if unread is not None:
-                            ids, unread = unread, None  # should decode fail, they are not read a second time
-                            logits = self.read(ids, cache, ends, decode or self.step)  # (B, V)
-                            if ended := [b for b in range(B) if b not in running]:
-                                ends[ended] = cache.lengths[ended]
-                        if penalty != 1:
-                            logits = penalize(logits, seen, penalty)
-                        if suppressed:
-                            logits[:, suppressed] = -math.inf
-                        unread = sample(logits, how.temperature, how.top_k, how.top_p, how.min_p, generator)  # (B,)
-                        if penalty != 1:
-                            seen.scatter_(1, unread[:, None], True)
-                        tokens = unread.tolist()
-                        yield [tokens[b] if b in running else None for b in range(B)]
-                        for b in [b for b in running if tokens[b] in stop]:
-                            reasons[b] = "stop"
-                            running.remove(b)
-                        if not running:
-                            break
-                    return reasons
-                finally:  # also when the caller walks away
                     if kv_cache is not None and unread is not None:
-                        self.read(unread, cache, ends, decode or self.step)
+                        self.read(unread, cache, ended, decode or self.step)
+                finally:
+                    self.train(self.modes.pop())  # generators may end in any order: the last restores the first's mode
 
         return steps()
-
-    @contextmanager
-    def eval_mode(self) -> Iterator[None]:
-        """Eval mode inside. The last generator to leave restores the first one's mode, in whatever order they end."""
-        self.modes.append(self.training)
-        self.eval()
-        try:
-            yield
-        finally:
-            self.train(self.modes.pop())
 
     def prefill(self, prompts: Sequence[Sequence[int]], kv_cache: KVCache) -> Tensor:
         """Read prompts of any lengths into the cache, after what it holds. Returns their last logits, (B, V).
 
-        If a row would outgrow sequence_len, the last sequence_len tokens of each row are read into an empty cache.
-        Shorter prompts are padded on the right: causality hides the padding from real tokens, and it is truncated.
+        If a row would outgrow sequence_len, all restart with their last sequence_len tokens. Shorter prompts are padded
+        on the right: causality hides the padding, which is then truncated.
         """
         window = self.config.sequence_len
         if int(kv_cache.lengths.max()) + max(map(len, prompts)) > window:
-            contexts = zip(kv_cache.tokens(), prompts, strict=True)
-            prompts = [[*past, *prompt][-window:] for past, prompt in contexts]
+            prompts = [[*past, *new][-window:] for past, new in zip(kv_cache.tokens(), prompts, strict=True)]
             kv_cache.reset()
-        sizes = torch.tensor([len(prompt) for prompt in prompts])
+        sizes = torch.tensor([*map(len, prompts)])
         idx = nn.utils.rnn.pad_sequence([torch.tensor(prompt) for prompt in prompts], batch_first=True)  # (B, T)
         lengths = kv_cache.lengths + sizes
         last = torch.empty(len(prompts), self.config.n_embd, device=self.device, dtype=self.dtype)  # (B, C)
@@ -677,26 +598,21 @@ class GPT(nn.Module):
         """The plain decoder: read one more token of each row, (B,); returns the next logits, (B, V)."""
         return self.logits(self.hidden(ids[:, None], kv_cache)[:, -1])  # (B, 1) -> (B, C) -> (B, V)
 
-    def read(self, ids: Tensor, kv_cache: KVCache, ends: Tensor, decode: Decoder) -> Tensor:
-        """Decode ids (B,) to logits (B, V), whatever the state of a row.
-
-        A row whose window is full restarts with the last half of it. A row that has ended, at length ends[b] (B,), is
-        decoded with the others and truncated back; if it is full, it makes room by reading its last token again.
-        """
-        window = self.config.sequence_len
+    def read(self, ids: Tensor, kv_cache: KVCache, ended: list[int], decode: Decoder) -> Tensor:
+        """Decode ids (B,) to logits (B, V). A row whose window is full restarts with the last half of it."""
+        window, lengths = self.config.sequence_len, kv_cache.lengths.clone()
+        if ended:  # these are decoded along: they read their last token again, and stay as they are
+            kv_cache.lengths[ended] -= 1
+            ids[ended] = kv_cache.ids[ended, kv_cache.lengths[ended]]
         for b in (kv_cache.lengths == window).nonzero().flatten().tolist():
-            row = kv_cache.row(b)
-            if ends[b] == window:
-                row.truncate(window - 1)
-                ids[b] = row.ids[0, window - 1]
-            else:
-                tail = row.ids[:, window - max(1, window // 2) + 1 : window].clone()  # and the newest token is in ids
-                row.reset()
-                if tail.numel():
-                    self.hidden(tail, row)
-        logits = decode(ids, kv_cache)
-        kv_cache.truncate(ends)
-        return logits
+            tail = kv_cache.ids[b : b + 1, window - max(1, window // 2) + 1 : window].clone()  # the newest is in ids
+            kv_cache.row(b).reset()
+            if tail.numel():
+                self.hidden(tail, kv_cache.row(b))
+        try:
+            return decode(ids, kv_cache)
+        finally:
+            kv_cache.lengths[ended] = lengths[ended]
 
     def save(self, path: Path, **extra: Any) -> None:
         """Write weights, config and extra (tensors and plain Python values) to path, atomically."""
@@ -712,14 +628,12 @@ class GPT(nn.Module):
                 os.remove(temporary)
 
     @classmethod
-    def load(cls, path: Path, device: Device = None, dtype: torch.dtype | None = None) -> "GPT":
+    def load(cls, path: Path, device: Device = None, dtype: Dtype = None) -> "GPT":
         """The model that `save` wrote, in eval mode. OSError for a missing file, RuntimeError for a damaged one."""
         return cls.load_checkpoint(path, device, dtype)[0]
 
     @classmethod
-    def load_checkpoint(
-        cls, path: Path, device: Device = None, dtype: torch.dtype | None = None
-    ) -> tuple["GPT", dict[str, Any]]:
+    def load_checkpoint(cls, path: Path, device: Device = None, dtype: Dtype = None) -> tuple["GPT", dict[str, Any]]:
         """`load`, and the extra that was saved. Runs no code from the file (weights_only)."""
         with open(path, "rb") as f:
             try:
@@ -728,19 +642,7 @@ class GPT(nn.Module):
                     model = cls(GPTConfig(**checkpoint.pop("config")))
                 model.load_state_dict(checkpoint.pop("model"), assign=True)
             except Exception as e:  # a damaged file can fail anywhere: zip, pickle, a missing key, a shape
-                if isinstance(e, MemoryError) or "can't allocate memory" in str(e):
+                if isinstance(e, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(e):
                     raise
                 raise RuntimeError(f"{os.fspath(path)} is not a checkpoint of a GPT, or is damaged") from e
         return model.to(device, dtype).eval(), checkpoint
-
-
-def first_row(steps: Generator[list[int | None], None, list[str]]) -> Generator[int, None, str]:
-    """`generate` from a generate_batch of one row."""
-    with closing(steps):
-        while True:
-            try:
-                [token] = next(steps)
-            except StopIteration as end:
-                return end.value[0]
-            assert token is not None
-            yield token

@@ -1,1 +1,1 @@
-"""What stands around gpt.py: open weights, text, speed, optimizers, processes and logs. Each module is imported by name."""
+"""What stands around gpt.py: fast inference, optimizers, text, open weights, processes, logs. Import each by name."""

@@ -175,6 +175,9 @@ def head_of_one_token(model: GPT, x: Tensor) -> Tensor:
         return model.logits(x)
 
 
+Memory = tuple[Tensor, Tensor, Tensor]  # k, v and ids of a KVCache
+
+
 class Compiled:
     """A decoder whose blocks and head are compiled: once for one row, once for a batch, once for a ragged batch.
 
@@ -199,21 +202,19 @@ class Compiled:
             kv_cache.k[:, :, :, longest] = 0  # what is masked must be finite: see KVCache.begin
             kv_cache.v[:, :, :, longest] = 0
             mask = (torch.arange(end, device=ids.device) <= lengths[:, None, None])[:, None]  # (B, 1, 1, S)
-        logits = self.read(ids, lengths, mask, kv_cache.ids, kv_cache.layers, end)
+        logits = self.read(ids, lengths, mask, (kv_cache.k, kv_cache.v, kv_cache.ids), end)
         kv_cache.lengths += 1
         return logits
 
-    def read(
-        self, ids: Tensor, lengths: Tensor, mask: Tensor | None, cached: Tensor, layers: Callable, end: int
-    ) -> Tensor:
+    def read(self, ids: Tensor, lengths: Tensor, mask: Tensor | None, memory: Memory, end: int) -> Tensor:
         """Read one token of each row, (B,), at positions lengths (B or 1,), attending to `end` slots of the cache."""
-        model, positions = self.model, lengths[:, None]  # (B or 1, 1)
+        model, positions, (keys, values, cached) = self.model, lengths[:, None], memory  # (B or 1, 1)
         slots = (torch.arange(len(ids), device=ids.device)[:, None], positions)
         cached[slots] = ids[:, None]
         rotations = rope(positions, model.config, model.dtype)
         x = model.embd_norm(model.wte(ids[:, None]))  # (B, 1, C)
-        for block, layer in zip(model.h, layers(slots, end), strict=True):
-            x = self.block(block, x, rotations, mask, layer)
+        for block, k, v in zip(model.h, keys, values, strict=True):
+            x = self.block(block, x, rotations, mask, (k.transpose(1, 2), v.transpose(1, 2), slots, end))
         return self.head(model, model.norm(x)[:, -1])
 
 
@@ -274,14 +275,11 @@ class CudaGraphs(Compiled):
         for b, n in enumerate(kv_cache.lengths.tolist()):  # what is masked must be finite: see KVCache.begin
             kv_cache.k[:, b, :, n:size] = 0
             kv_cache.v[:, b, :, n:size] = 0
-        cached, memory, device = kv_cache.ids, list(zip(kv_cache.k, kv_cache.v, strict=True)), kv_cache.k.device
-
-        def layers(slots: tuple, end: int) -> list[LayerCache]:  # holds the memory, and not the cache: it may go
-            return [(k.transpose(1, 2), v.transpose(1, 2), slots, end) for k, v in memory]
+        memory, device = (kv_cache.k, kv_cache.v, kv_cache.ids), kv_cache.k.device  # not the cache itself: it may go
 
         def step(ids: Tensor, lengths: Tensor) -> Tensor:
             mask = (torch.arange(size, device=device) <= lengths[:, None, None])[:, None]  # (B, 1, 1, size)
-            return self.read(ids, lengths, mask, cached, layers, size)
+            return self.read(ids, lengths, mask, memory, size)
 
         lengths = kv_cache.lengths.to(device, copy=True)
         return size, cuda_graph(step, torch.zeros_like(lengths), lengths)

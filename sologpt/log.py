@@ -16,8 +16,8 @@ Record = dict[str, Any]  # {"step": int, "loss": float, "val_loss": float, ...}
 class Log:
     """metrics.jsonl, one JSON object per logged step, and a progress line, which a terminal shows in place.
 
-    A resumed run goes on with the records before first_step. config is the run's, with wandb_log and tensorboard; run_id
-    is how the services recognize it. OSError if out_dir cannot be written, ImportError if an extra is missing.
+    A resumed run goes on with the records before first_step. config is the run's, with wandb_log and tensorboard;
+    run_id is how the services recognize it. OSError if out_dir cannot be written, ImportError if an extra is missing.
     """
 
     def __init__(self, out_dir: Path, config: dict[str, Any], first_step: int, run_id: str) -> None:

@@ -171,8 +171,8 @@ def test_nbytes_is_the_formula():
     "make, words",
     [
         (lambda m: KVCache(m.config, 1, 8, dtype=m.dtype), ("6", "4", "8")),  # too small
-        (lambda m: KVCache(m.config, 2, 32, dtype=m.dtype), ("(3, 2, 2, 8)", "(3, 1, 2, 8)")),  # another batch
-        (lambda m: KVCache(make_model(n_layer=1).config, 1, 32, dtype=m.dtype), ("(1, 1, 2, 8)", "(3, 1, 2, 8)")),
+        (lambda m: KVCache(m.config, 2, 32, dtype=m.dtype), ("(3, 2, 2, 8,", "(3, 1, 2, 8,")),  # another batch
+        (lambda m: KVCache(make_model(n_layer=1).config, 1, 32, dtype=m.dtype), ("(1, 1, 2, 8,", "(3, 1, 2, 8,")),
         (lambda m: KVCache(m.config, 1, 32, dtype=torch.float32), ("float32", "float64")),
         (lambda m: KVCache(m.config, 1, 32, "meta", m.dtype), ("meta", "cpu")),
     ],

@@ -101,3 +101,25 @@ def test_no_code_is_run_from_a_checkpoint(tmp_path):
     with pytest.raises(RuntimeError):
         GPT.load(tmp_path / "m.pt")
     assert not (tmp_path / "ran").exists()
+
+
+def test_too_little_memory_and_a_missing_device_are_not_damage(tmp_path, monkeypatch):
+    """What goes wrong beside the file says so itself."""
+    make_model(torch.float32).save(tmp_path / "m.pt")
+    with pytest.raises((RuntimeError, AssertionError)) as e:
+        GPT.load(tmp_path / "m.pt", device="cuda:99")
+    assert "damaged" not in str(e.value)
+
+    for error in (
+        MemoryError("none left"),
+        torch.OutOfMemoryError("out of memory"),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 10 bytes"),
+    ):
+
+        def fail(*args, error=error, **kwargs):
+            raise error
+
+        with monkeypatch.context() as patch, pytest.raises(type(error)) as e:
+            patch.setattr(torch, "load", fail)
+            GPT.load(tmp_path / "m.pt")
+        assert e.value is error

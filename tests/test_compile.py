@@ -60,7 +60,7 @@ def test_compiled_decode_is_exact(kind):
 @pytest.mark.parametrize("rows", [1, 3])
 @pytest.mark.parametrize("kind", [{}, QWEN], ids=["nanochat", "qwen"])
 def test_the_arithmetic_that_is_compiled_is_that_of_the_model(kind, rows, monkeypatch):
-    """Without the compiler: the loops in place of products, and the slots and masks of the cache, to float64's rounding."""
+    """Without the compiler, to float64's rounding: the loops in place of products, the slots and masks of the cache."""
     monkeypatch.setattr(torch, "compile", lambda function, dynamic: function)
     model = make_model(sequence_len=48, **kind)
     decode = fast.Compiled(model)

@@ -285,7 +285,7 @@ class Outer:
 
     # ---- shape
     depth: int = 0  # layers; 0 means as many as there are
-    shape: dict = configurator.keys_of(Shape)  # noqa: RUF009
+    shape: dict = configurator.keys_of(Shape)
     # a remark that is no title
     seed: int = 1  # of everything
 

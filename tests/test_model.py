@@ -9,10 +9,12 @@ import torch.nn.functional as F
 from conftest import LLAMA, QWEN, ROOT, make_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import gpt
 from bench.__main__ import as_transformers
 from gpt import GPT, GPTConfig, rope, rotate
+from sologpt import parallel
 
 LLAMA3 = {
     "rope_type": "llama3",
@@ -106,6 +108,53 @@ def test_the_loss_in_chunks_under_autocast(monkeypatch):
     assert (grad - exact_grad).norm() <= 1.5 * (whole_grad - exact_grad).norm()
 
 
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("grad", [True, False])
+@pytest.mark.parametrize("target", [-100, -2, 61, 1000])
+def test_only_minus_one_is_ignored(target, grad, reduction):
+    """PyTorch's and Hugging Face's -100 is an error, and not a token to learn."""
+    model = make_model()
+    idx, targets = torch.randint(61, (2, 2, 16))
+    targets[1, 3] = target
+    with torch.set_grad_enabled(grad), pytest.raises((ValueError, IndexError)):
+        model(idx, targets, loss_reduction=reduction)
+
+
+def test_without_gradients_the_loss_costs_no_gradient(monkeypatch):
+    """Under no_grad, and where nothing requires one, no product makes a tensor of the head's shape."""
+    idx, targets = torch.randint(61, (2, 2, 16))
+
+    def made(model) -> bool:
+        """Whether an operation has a result of the shape of the head, (61, 32)."""
+        shapes = set()
+
+        class Watch(TorchDispatchMode):
+            def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+                out = func(*args, **kwargs or {})
+                if isinstance(out, torch.Tensor) and "view" not in str(func) and not out._is_view():
+                    shapes.add(tuple(out.shape))
+                return out
+
+        with Watch():
+            model(idx, targets)
+        return (61, 32) in shapes
+
+    model = make_model()
+    assert made(model)
+    with torch.no_grad():
+        assert not made(model)
+    assert not made(model.requires_grad_(False))
+
+
+def test_a_second_derivative_of_the_loss_is_an_error():
+    model = make_model()
+    idx, targets = torch.randint(61, (2, 2, 16))
+    weight = model.h[0].mlp.c_fc.weight
+    (grad,) = torch.autograd.grad(model(idx, targets), weight, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.square().sum().backward()
+
+
 def test_no_target_at_all_is_not_a_number_as_in_pytorch():
     model = make_model()
     nothing = torch.full((1, 4), -1)
@@ -113,12 +162,13 @@ def test_no_target_at_all_is_not_a_number_as_in_pytorch():
 
 
 def test_activation_checkpointing_changes_no_gradient():
-    model = make_model(dropout=0.2)
     idx, targets = torch.randint(61, (2, 2, 16))
-    grads = []
-    for model.activation_checkpointing in (False, True):
+    grads, world = [], parallel.World(0, 0, 1, torch.device("cpu"))
+    for checkpointing in (False, True):
+        model, forward = parallel.wrap_model(make_model(dropout=0.2), world, activation_checkpointing=checkpointing)
         torch.manual_seed(0)
-        grads.append(torch.autograd.grad(model(idx, targets), list(model.parameters())))
+        grads.append(torch.autograd.grad(forward(idx, targets), list(model.parameters())))
+        assert model.state_dict().keys() == make_model().state_dict().keys()
     assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
 
 

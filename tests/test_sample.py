@@ -3,7 +3,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers.generation import logits_process as theirs
 
-from gpt import filter_logits, penalize, sample
+from gpt import Sampling, sample
 
 
 def by_transformers(logits, temperature, top_k, top_p, min_p) -> torch.Tensor:
@@ -35,7 +35,7 @@ def test_each_filter_and_all_together_leave_what_transformers_leaves(
     if levels:
         logits = (logits * levels / 9).round()
     expected = by_transformers(logits.clone(), temperature, top_k, top_p, min_p)
-    ours = filter_logits(logits, temperature, top_k, top_p, min_p).softmax(-1)
+    ours = Sampling(temperature, top_k, top_p, min_p).filter(logits).softmax(-1)
     assert torch.equal(ours > 0, expected > 0)
     assert torch.allclose(ours, expected)
 
@@ -47,7 +47,7 @@ def test_the_penalty_gives_the_logits_of_transformers(V, B, penalty, seed):
     logits, tokens = torch.randn(B, V), torch.randint(V, (B, 10))
     seen = torch.zeros(B, V, dtype=torch.bool).scatter_(1, tokens, True)
     expected = theirs.RepetitionPenaltyLogitsProcessor(penalty)(tokens, logits.clone())
-    assert torch.equal(penalize(logits, seen, penalty), expected)
+    assert torch.equal(Sampling(repetition_penalty=penalty).filter(logits, seen), expected)
 
 
 def test_draws_agree_with_the_probabilities():
@@ -69,7 +69,7 @@ def test_what_is_filtered_out_is_never_drawn():
         dict(min_p=0.3),
         dict(temperature=0.5, top_k=9, top_p=0.8, min_p=0.1),
     ):
-        allowed = filter_logits(logits, **filters)[0].isfinite().nonzero().flatten().tolist()
+        allowed = Sampling(**filters).filter(logits)[0].isfinite().nonzero().flatten().tolist()
         draws = sample(logits.expand(2000, -1), **filters, generator=generator)
         assert set(draws.tolist()) == set(allowed)
 

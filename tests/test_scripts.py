@@ -15,6 +15,7 @@ import configurator
 import sample
 import train
 from gpt import GPT
+from sologpt import parallel
 from sologpt.tokenizer import Tokenizer
 
 
@@ -75,11 +76,11 @@ def test_a_run_stopped_and_resumed_ends_with_the_same_bits(dataset, tmp_path, ex
 import sys, signal
 sys.path.insert(0, {str(ROOT)!r})
 import train
-scale = train.lr_scale
+lr_at = train.lr_at
 def kill(config, step):  # as if the power failed
     if step == 13: signal.raise_signal(signal.SIGKILL)
-    return scale(config, step)
-train.lr_scale = kill
+    return lr_at(config, step)
+train.lr_at = kill
 train.main()
 """
     killed = tmp_path / "b"
@@ -144,6 +145,52 @@ def test_fine_tuning_keeps_the_shape_of_the_checkpoint(trained, dataset, tmp_pat
     dropped, extra = GPT.load_checkpoint(tmp_path / "ckpt.pt")
     assert dropped.config.dropout == extra["train_config"]["dropout"] == 0.5
     assert not torch.equal(dropped.lm_head.weight, model.lm_head.weight)  # what it has learned is something else
+
+
+def test_fine_tuning_into_another_shape_is_an_error(trained, dataset, tmp_path, error_here):
+    """The shape comes from the checkpoint: what differs would be dropped without a word. Shorter sequences are fine."""
+    flags = [f"--dataset={dataset}", f"--out_dir={tmp_path}", f"--init_from={trained / 'best.pt'}", "--max_iters=1"]
+    for flag, words in (
+        ("--n_layer=3", "n_layer=2"),
+        ("--sequence_len=32", "sequence_len=16"),
+        ("--qk_norm=false", "qk_norm"),
+    ):
+        line = error_here(train, *flags, flag)
+        assert words in line and "comes from there" in line
+    run("train.py", *flags, "--n_layer=2", "--sequence_len=8", "--dropout=0.1", "--sample_tokens=0")
+    model, extra = GPT.load_checkpoint(tmp_path / "best.pt")
+    assert model.config.sequence_len == 16 and extra["train_config"]["sequence_len"] == 8
+
+
+def test_a_state_whose_parameters_are_grouped_by_shape_resumes_to_the_same_bits(dataset, tmp_path):
+    """As they were in earlier checkpoints: one group of Muon's for each shape."""
+    flags = [*SMALL, f"--dataset={dataset}", "--max_iters=12", "--eval_interval=6", "--mlp=swiglu", "--sample_tokens=0"]
+    run("train.py", *flags, f"--out_dir={tmp_path / 'a'}", "--keep_checkpoints=3")
+    state = torch.load(tmp_path / "a" / "ckpt_00000006.pt", weights_only=True)
+    [group] = state["optimizers"][0]["param_groups"]
+    by_shape = {}
+    for i in group["params"]:
+        by_shape.setdefault(state["optimizers"][0]["state"][i]["momentum_buffer"].shape, []).append(i)
+    assert len(by_shape) > 2 and [i for stack in by_shape.values() for i in stack] == group["params"]
+    state["optimizers"][0]["param_groups"] = [group | {"params": params} for params in by_shape.values()]
+    (tmp_path / "b").mkdir()
+    torch.save(state, tmp_path / "b" / "ckpt.pt")
+    run("train.py", *flags, f"--out_dir={tmp_path / 'b'}", "--init_from=resume")
+    a, b = (weights(tmp_path / name / "ckpt.pt") for name in "ab")
+    assert all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_tokens_per_second_counts_what_a_device_still_computes_at_an_evaluation(dataset, tmp_path, monkeypatch):
+    """A GPU's work is done when `synchronize` returns: the time until then is training's, the time after it is not."""
+    monkeypatch.setattr(parallel.World, "synchronize", lambda self: time.sleep(0.3))
+    monkeypatch.setattr(train, "evaluate", lambda *a, f=train.evaluate: time.sleep(0.6) or f(*a))
+    flags = [*SMALL, f"--dataset={dataset}", f"--out_dir={tmp_path}", "--max_iters=4", "--sample_tokens=0"]
+    monkeypatch.setattr(sys, "argv", ["train.py", *flags, "--log_interval=3", "--eval_interval=2"])
+    train.main()
+    logged = {line["step"]: line for line in records(tmp_path)}
+    tokens = {2: 2, 3: 1}  # steps since the line before
+    seconds = {step: n * 4 * 16 / logged[step]["tokens_per_second"] for step, n in tokens.items()}
+    assert 0.3 < seconds[2] < 0.6 and seconds[3] < 0.3
 
 
 def test_an_earlier_run_is_not_lost_to_a_new_one(trained, dataset, tmp_path):

@@ -95,14 +95,13 @@ def test_what_changes_when_a_run_is_resumed_is_said(trained, dataset, tmp_path):
 
 def test_a_gradient_that_is_not_finite_is_never_saved(dataset, tmp_path, monkeypatch, capsys):
     """The loss may be finite still, where its gradient is not, and ckpt_interval saves without an evaluation."""
-    train_step = train.Run.train_step
 
-    def poisoned(self):
-        if self.step == 5:
-            self.model.lm_head.weight.register_hook(lambda grad: grad * float("inf"))
-        return train_step(self)
+    def poisoned(config, world, run, *args, forward_backward=train.forward_backward):
+        if run.step == 5:
+            run.model.lm_head.weight.register_hook(lambda grad: grad * float("inf"))
+        return forward_backward(config, world, run, *args)
 
-    monkeypatch.setattr(train.Run, "train_step", poisoned)
+    monkeypatch.setattr(train, "forward_backward", poisoned)
     flags = [*SMALL, f"--dataset={dataset}", f"--out_dir={tmp_path}", "--ckpt_interval=1", "--max_iters=20"]
     monkeypatch.setattr("sys.argv", ["train.py", *flags])
     with pytest.raises(configurator.RunError, match=r"gradient at step 6.*learning_rate.*float32"):
