@@ -2,12 +2,12 @@
 
     config = configurator.parse(Config)     # python train.py config/tiny.py --max_iters=200 --compile
 
-Files and flags apply from left to right, so the last word wins. A file is plain assignments of literals, and of
-arithmetic over names assigned above: it is parsed, never executed. The comment behind a default is its documentation.
+Files and flags apply from left to right, so the last one wins. A file holds plain assignments of literals, and of
+arithmetic over names assigned above: it is parsed, never executed. The comment behind a default is its help line, and a
+comment line of its own, `# ---- data`, begins a group of --help.
 """
 
 import ast
-import dataclasses
 import difflib
 import inspect
 import io
@@ -16,89 +16,189 @@ import os
 import re
 import signal
 import sys
-import tokenize
+import textwrap
 import types
 import typing
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 C = TypeVar("C")
 BOOLS = {"true": True, "false": False, "1": True, "0": False}
+TYPE_NAMES = {int: "a whole number", float: "a number", str: "text", bool: "true or false", types.NoneType: "None"}
 
-
-class UserError(Exception):
-    """A mistake of the user's: what, where, what to do. Exit status 2."""
-
-
-class RunError(Exception):
-    """A failure of the run: disk full, loss not finite, damaged checkpoint. Exit status 1."""
-
-
-FAILURES = {  # of Python and of PyTorch, by what they say, that are no bug
+KNOWN_FAILURES = {  # a pattern in Python's or PyTorch's message: what to print instead of a traceback
     "MemoryError|out of memory|can't allocate memory": (
         "out of memory: try a smaller batch_size, num_samples, sequence_len or model"
     ),
-    "No working C\\+\\+ compiler": "--compile needs a C++ compiler, such as g++, and there is none",
+    "No working C\\+\\+ compiler": "--compile needs a C++ compiler, such as g++, and none was found",
 }
+
+
+class UserError(Exception):
+    """A mistake of the user: what, where, what to do. One line on stderr, exit status 2."""
+
+
+class RunError(Exception):
+    """A failure of the run: disk full, loss not finite, damaged checkpoint. One line on stderr, exit status 1."""
 
 
 def run(main: Callable[[], None]) -> NoReturn:
     """Call a script's main and exit: one `error:` line for a UserError or RunError, a traceback for a bug."""
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")  # a character that the terminal does not have is no reason to fail
+        sys.stdout.reconfigure(errors="replace")  # a character that the terminal cannot show must not end the run
     try:
         main()
         sys.stdout.flush()
-    except (UserError, RunError) as e:
-        print(f"error: {e}", file=sys.stderr)
-        sys.exit(2 if isinstance(e, UserError) else 1)
-    except (MemoryError, RuntimeError) as e:
-        what = [line for pattern, line in FAILURES.items() if re.search(pattern, f"{type(e).__name__}: {e}")]
-        if not what:
+    except (UserError, RunError, MemoryError, RuntimeError) as e:
+        known = [line for pattern, line in KNOWN_FAILURES.items() if re.search(pattern, f"{type(e).__name__}: {e}")]
+        if not known and not isinstance(e, UserError | RunError):
             raise
-        print(f"error: {what[0]}", file=sys.stderr)
-        sys.exit(1)
+        print("error:", *(known or str(e).splitlines()), file=sys.stderr)
+        sys.exit(2 if isinstance(e, UserError) else 1)
     except KeyboardInterrupt:
         sys.exit(128 + signal.SIGINT)
-    except BrokenPipeError:  # the reader of our output has left (`| head`)
+    except BrokenPipeError:  # the reader of our output has exited (`| head`)
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(128 + signal.SIGPIPE)
     sys.exit(0)
 
 
-def parse(cls: type[C], argv: Sequence[str] | None = None) -> C:
-    """An instance of the dataclass cls with what argv (default: the command line) says. UserError for bad input."""
-    values: dict[str, Any] = {}
-    flags: set[str] = set()
-    for where, key, value in _assignments(cls, sys.argv[1:] if argv is None else argv):
-        value = _checked(cls, where, key, value)
-        if type(value) is tuple and key in flags and where.startswith("--"):  # a flag that is given several times
-            value = values[key] + value
-        values[key] = value
-        (flags.add if where.startswith("--") else flags.discard)(key)
+@contextmanager
+def reported() -> Iterator[None]:
+    """Turn a library's exceptions into ours: bad input or a missing package is a UserError, a failure a RunError."""
     try:
-        return cls(**values)
-    except ValueError as e:  # values that do not go together, say n_embd and n_head
+        yield
+    except OSError as e:
+        raise UserError(f"{e.filename}: {e.strerror}" if e.filename and e.strerror else str(e)) from e
+    except (ValueError, ImportError) as e:
         raise UserError(str(e)) from e
+    except RuntimeError as e:
+        raise RunError(str(e)) from e
+
+
+@contextmanager
+def writing(path: str | os.PathLike) -> Iterator[None]:
+    """Turn a failure to write path into a RunError. On a full disk, torch.save raises a RuntimeError."""
+    try:
+        yield
+    except (OSError, RuntimeError) as e:
+        raise RunError(f"cannot write {os.fspath(path)}: {getattr(e, 'strerror', None) or e}") from e
+
+
+# -----------------------------------------------------------------------------
+# The keys of a config
+
+
+@dataclass(frozen=True)
+class Key:
+    """What a key takes, (int, NoneType) for `int | None`, and what --help says about it."""
+
+    name: str
+    kinds: tuple[Any, ...]
+    default: Any
+    comment: str
+    group: str
+    part: str = ""  # the field of `keys_of` whose dict gets the value
+
+    def read(self, text: str) -> Any:
+        """The value of a flag: text is taken as it is, anything else is read as in a config file."""
+        if tuple[str, ...] in self.kinds:
+            return (text,)
+        if str in self.kinds and not (text == "None" and types.NoneType in self.kinds):
+            return text
+        if bool in self.kinds and text.lower() in BOOLS:
+            return BOOLS[text.lower()]
+        try:
+            return _evaluate(ast.parse(text.strip(), mode="eval").body, {})
+        except (ValueError, ArithmeticError, SyntaxError, RecursionError, MemoryError) as e:
+            raise self.mismatch(f"--{self.name}", text[:99]) from e
+
+    def check(self, where: str, value: Any) -> Any:
+        """The value in one of the key's types: a whole float is accepted as an int, an int as a float."""
+        texts = type(value) is tuple and {*map(type, value)} <= {str}
+        if type(value) in self.kinds or (texts and tuple[str, ...] in self.kinds):
+            return value
+        if int in self.kinds and type(value) is float and value.is_integer():
+            return int(value)
+        if float in self.kinds and type(value) is int:
+            return float(value)
+        raise self.mismatch(where, value)
+
+    def mismatch(self, where: str, value: Any) -> UserError:
+        kinds = (TYPE_NAMES.get(kind) or ("a dict" if kind is dict else "a tuple of texts") for kind in self.kinds)
+        return UserError(f"{where}: {self.name} must be {' or '.join(kinds)}, not {value!r}")
+
+
+def keys_of(cls: type) -> Any:
+    """A dict field for the keys of another dataclass that files and flags set: `model: dict = keys_of(GPTConfig)`."""
+    return field(default_factory=dict, metadata={"keys_of": cls})
+
+
+def keys(cls: type) -> dict[str, Key]:
+    """Every key that files and flags may set, in the order of the fields."""
+    found: dict[str, Key] = {}
+    hints, comments = typing.get_type_hints(cls), _comments(cls)
+    for f in fields(cls):
+        hint, inner = hints[f.name], f.metadata.get("keys_of")
+        if inner:
+            parts = (replace(key, group=f.name, part=f.name) for key in keys(inner).values())
+            found |= {key.name: key for key in parts if key.name not in hints}  # the outer dataclass's own key wins
+        else:
+            kinds = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+            found[f.name] = Key(f.name, kinds, f.default, *comments[f.name])
+    return found
+
+
+def _comments(cls: type) -> dict[str, tuple[str, str]]:
+    """The comment on each field's line and the title of its group, base classes included."""
+    found: dict[str, tuple[str, str]] = {}
+    for base in filter(is_dataclass, reversed(cls.__mro__)):
+        group = ""
+        for line in textwrap.dedent(inspect.getsource(base)).splitlines():
+            if title := re.match(r"    # ---- (.+)", line):
+                group = title[1]
+            elif named := re.match(r"    (\w+): .*?(?:  # (.+))?$", line):
+                found[named[1]] = (named[2] or "", group)
+    return found
 
 
 def help_text(cls: type) -> str:
-    """Every key with its default and its comment."""
+    """Every key with its default and its comment, by group."""
     doc = (inspect.getdoc(sys.modules[cls.__module__]) or "").split("\n\n")[0]
-    comments = _comments(cls)
-    lines = [doc, "", f"usage: python {Path(sys.argv[0]).name} [config/FILE.py ...] [--key=value ...]", ""]
-    for field in dataclasses.fields(cls):  # type: ignore[arg-type]
-        key = f"  --{field.name}={field.default!r}"
-        lines.append(f"{key:<38}  {comments.get(field.name, '')}".rstrip())
+    lines = [doc, "", f"usage: python {Path(sys.argv[0]).name} [config/FILE.py ...] [--key=value ...]"]
+    flags = {f"  --{key.name}={key.default!r}": key for key in keys(cls).values()}
+    for group in dict.fromkeys(key.group for key in flags.values()):
+        lines += ["", f"{group}:"] if group else [""]
+        pad = max(map(len, flags))
+        lines += [f"{flag:<{pad}}  {key.comment}".rstrip() for flag, key in flags.items() if key.group == group]
     return "\n".join(lines)
 
 
 # -----------------------------------------------------------------------------
-# Where assignments come from, as (where, key, value)
+# From files and flags to values
 
 
-def _assignments(cls: type, argv: Sequence[str]) -> Iterator[tuple[str, str, Any]]:
+def parse(cls: type[C], argv: Sequence[str] | None = None) -> C:
+    """An instance of the dataclass cls, set by argv (default: the command line). UserError for bad input."""
+    known = keys(cls)
+    arguments: dict[str, Any] = {}
+    origins: dict[str, str] = {}
+    for where, key, value in _assignments(cls, known, sys.argv[1:] if argv is None else argv):
+        values = arguments.setdefault(key.part, {}) if key.part else arguments
+        value = key.check(where, value)
+        if type(value) is tuple and origins.get(key.name) == where == f"--{key.name}":  # a repeated flag adds to it
+            value = values[key.name] + value
+        values[key.name], origins[key.name] = value, where
+    with reported():  # a ValueError for values that do not fit each other, such as n_embd and n_head
+        config = cls(**arguments)
+    return config
+
+
+def _assignments(cls: type, known: dict[str, Key], argv: Sequence[str]) -> Iterator[tuple[str, Key, Any]]:
+    """The assignments of files and flags in order, as (where, key, value)."""
     args = list(argv)
     while args:
         arg = args.pop(0)
@@ -108,32 +208,33 @@ def _assignments(cls: type, argv: Sequence[str]) -> Iterator[tuple[str, str, Any
         if not arg.startswith("--"):
             if arg.startswith("-") or not arg.endswith(".py"):
                 raise UserError(f"{arg!r} is neither a config file (FILE.py) nor a flag (--key=value); see --help")
-            yield from read_file(cls, arg)
+            yield from _read_file(known, arg)
             continue
-        key, equals, text = arg[2:].partition("=")
-        key = key.replace("-", "_")
-        kind = _kinds(cls, f"--{key}", key)
+        name, equals, text = arg[2:].partition("=")
+        key = _find(known, f"--{name}", name.replace("-", "_"))
         if not equals:
-            if bool in kind and not (args and args[0].lower() in BOOLS):
-                text = "true"
-            elif args:
-                text = args.pop(0)
-            else:
-                raise UserError(f"--{key} needs a value: --{key}=VALUE")
-        yield f"--{key}", key, _literal(f"--{key}", key, text, kind)
+            bare = bool in key.kinds and not (args and args[0].lower() in BOOLS)  # --compile means --compile=true
+            if not bare and not args:
+                raise UserError(f"--{name} needs a value: --{name}=VALUE")
+            text = "true" if bare else args.pop(0)
+        yield f"--{key.name}", key, key.read(text)
 
 
-def read_file(cls: type, path: str) -> Iterator[tuple[str, str, Any]]:
-    """The assignments of a config file, as (where, key, value)."""
+def _find(known: dict[str, Key], where: str, name: str) -> Key:
+    if name in known:
+        return known[name]
+    close = difflib.get_close_matches(name, known, n=1)
+    hint = f"did you mean {close[0]!r}?" if close else "--help lists all keys"
+    raise UserError(f"{where}: unknown key {name!r}; {hint}")
+
+
+def _read_file(known: dict[str, Key], path: str) -> Iterator[tuple[str, Key, Any]]:
     try:
-        source = Path(path).read_text(encoding="utf-8-sig")
-        tree = ast.parse(source)
-    except OSError as e:
-        raise UserError(f"cannot read the config file {path}: {e.strerror}") from e
+        tree = ast.parse(Path(path).read_text(encoding="utf-8-sig"))
     except SyntaxError as e:
         raise UserError(f"{path}:{e.lineno}: {e.msg}") from e
-    except (ValueError, RecursionError, MemoryError) as e:  # not UTF-8, a null byte, nested without end
-        raise UserError(f"{path}: not a config file: {e}") from e
+    except (OSError, ValueError, RecursionError, MemoryError) as e:  # also: not UTF-8, a null byte, nested too deep
+        raise UserError(f"cannot read the config file {path}: {getattr(e, 'strerror', None) or e}") from e
     values: dict[str, Any] = {}
     for node in tree.body:
         where = f"{path}:{node.lineno}"
@@ -141,28 +242,18 @@ def read_file(cls: type, path: str) -> Iterator[tuple[str, str, Any]]:
             continue  # a docstring
         if not isinstance(node, ast.Assign) or len(node.targets) != 1 or not isinstance(node.targets[0], ast.Name):
             raise UserError(f"{where}: a config file holds plain assignments, key = value, and no other code")
-        key = node.targets[0].id
-        _kinds(cls, where, key)
+        name = node.targets[0].id
+        key = _find(known, where, name)
         try:
-            values[key] = _evaluate(node.value, values)
-        except (ArithmeticError, RecursionError, MemoryError) as e:
-            raise UserError(f"{where}: {key} cannot be computed: {e}") from e
-        except ValueError as e:
-            raise UserError(f"{where}: {e}") from e
-        yield where, key, values[key]
+            values[name] = _evaluate(node.value, values)
+        except (ValueError, ArithmeticError, RecursionError, MemoryError) as e:
+            raise UserError(f"{where}: {name} cannot be computed: {e}") from e
+        yield where, key, values[name]
 
 
-OPERATORS: dict[type, Callable] = {
-    ast.Add: operator.add,
-    ast.Sub: operator.sub,
-    ast.Mult: operator.mul,
-    ast.Div: operator.truediv,
-    ast.FloorDiv: operator.floordiv,
-    ast.Mod: operator.mod,
-    ast.Pow: operator.pow,
-    ast.UAdd: operator.pos,
-    ast.USub: operator.neg,
-}
+OPERATORS: dict[type, Callable] = {ast.UAdd: operator.pos, ast.USub: operator.neg, ast.Pow: operator.pow}
+OPERATORS |= {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul}
+OPERATORS |= {ast.Div: operator.truediv, ast.FloorDiv: operator.floordiv, ast.Mod: operator.mod}
 
 
 def _evaluate(node: ast.expr, names: dict[str, Any]) -> Any:
@@ -192,71 +283,7 @@ def _evaluate(node: ast.expr, names: dict[str, Any]) -> Any:
 
 
 def _sensible(value: Any) -> Any:
-    """The value; ValueError for a number in it that is complex, infinite, not a number, or beyond 2^1000."""
-    for item in value.values() if type(value) is dict else ():
-        _sensible(item)
+    """The value; ValueError for a number that is complex, infinite, not a number, or beyond 2^1000."""
     if isinstance(value, complex) or (isinstance(value, int | float) and not abs(value) <= 2**1000):
         raise ValueError("this is not a real number of a sensible size")
     return value
-
-
-# -----------------------------------------------------------------------------
-# What a key may hold
-
-
-def _kinds(cls: type, where: str, key: str) -> tuple[Any, ...]:
-    """The types that a key takes: (int,), or (int, NoneType) for `int | None`."""
-    hints = typing.get_type_hints(cls)
-    if key not in {field.name for field in dataclasses.fields(cls)}:  # type: ignore[arg-type]
-        close = difflib.get_close_matches(key, hints, n=1)
-        hint = f"did you mean {close[0]!r}?" if close else "--help lists them all"
-        raise UserError(f"{where}: unknown key {key!r}; {hint}")
-    hint = hints[key]
-    return typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-
-
-def _literal(where: str, key: str, text: str, kinds: tuple[Any, ...]) -> Any:
-    """Read what stands on the command line as one of kinds: text as it is, all else as in a config file."""
-    if tuple[str, ...] in kinds:
-        return (text,)
-    if str in kinds and not (text == "None" and types.NoneType in kinds):
-        return text
-    if bool in kinds and text.lower() in BOOLS:
-        return BOOLS[text.lower()]
-    try:
-        return _sensible(ast.literal_eval(text))
-    except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError) as e:
-        raise UserError(f"{where}: {key} must be {_names(kinds)}, not {text[:99]!r}") from e
-
-
-def _checked(cls: type, where: str, key: str, value: Any) -> Any:
-    """The value as the key's type: a whole float serves as an int, an int as a float."""
-    kinds = _kinds(cls, where, key)
-    for kind in kinds:
-        if type(value) is kind or (kind == tuple[str, ...] and type(value) is tuple and {*map(type, value)} <= {str}):
-            return value
-    if int in kinds and type(value) is float and value.is_integer():
-        return int(value)
-    if float in kinds and type(value) is int:
-        return float(value)
-    raise UserError(f"{where}: {key} must be {_names(kinds)}, not {value!r}")
-
-
-def _names(kinds: tuple[Any, ...]) -> str:
-    names = {types.NoneType: "None", tuple[str, ...]: "a tuple of str"}
-    return " or ".join(names.get(kind) or kind.__name__ for kind in kinds)
-
-
-def _comments(cls: type) -> dict[str, str]:
-    """The comment that stands on the line of each field, base classes included."""
-    comments: dict[str, str] = {}
-    for base in reversed(cls.__mro__):
-        if dataclasses.is_dataclass(base):
-            name = ""
-            for token in tokenize.generate_tokens(io.StringIO(inspect.getsource(base)).readline):
-                if token.type == tokenize.NAME and token.line.lstrip().startswith(f"{token.string}:"):
-                    name = token.string
-                elif token.type == tokenize.COMMENT and name and token.start[1] > 8:
-                    comments[name] = token.string.lstrip("# ")
-                    name = ""
-    return comments

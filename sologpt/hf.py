@@ -1,12 +1,16 @@
-"""Hugging Face checkpoints in and out.
+"""Hugging Face models, loaded and saved exactly.
 
-model, tokenizer = hf.load("HuggingFaceTB/SmolLM2-135M-Instruct")  # or a folder
-hf.save(model, tokenizer, "out/mine")
+    model, tokenizer = hf.load("HuggingFaceTB/SmolLM2-135M-Instruct")  # a name on the Hub, or a folder
+    hf.save(model, tokenizer, "out/mine")  # a folder for transformers, vLLM, llama.cpp, ...
 
-python hf.py import NAME_OR_DIR out/x [--dtype=bfloat16]
-python hf.py export out/x/best.pt DIR
+    python -m sologpt.hf import NAME_OR_DIR OUT_DIR [--dtype=bfloat16]
+    python -m sologpt.hf export CHECKPOINT NEW_DIR [--dtype=bfloat16]
+
+A model that GPTConfig cannot express exactly is refused by a ValueError that names the key. Weights are read from
+safetensors only, never from a pickle, and no code that comes with a model is run.
 """
 
+import argparse
 import base64
 import functools
 import itertools
@@ -17,16 +21,16 @@ import re
 import sys
 import tempfile
 import typing
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 
-import configurator
-from configurator import RunError, UserError
 from gpt import GPT, GPTConfig
+from sologpt.load import load_model
 from sologpt.tokenizer import BYTE_LEVEL, EOT, PretrainedTokenizer, Tokenizer
 
 # -----------------------------------------------------------------------------
@@ -34,39 +38,39 @@ from sologpt.tokenizer import BYTE_LEVEL, EOT, PretrainedTokenizer, Tokenizer
 
 
 def load_tokenizer(folder: Path) -> Tokenizer:
-    """The tokenizer of a folder, with the ids that end a text (generation_config.json's, else config.json's).
+    """The tokenizer of a model folder; its eos tokens are those of generation_config.json, else of config.json.
 
-    ValueError for a file that is missing or damaged, or for a tokenizer that decodes in a way of its own.
+    ValueError if a file is missing or damaged, or if the tokenizer's decoder is not supported.
     """
     path = folder / "tokenizer.json"
     if not path.exists():
         raise ValueError(
-            f"{folder} has no tokenizer.json; transformers makes one of a tokenizer.model or a vocab.json: "
+            f"{folder} has no tokenizer.json; transformers converts a tokenizer.model or vocab.json to one: "
             "AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR)"
         )
     files = ("config", "generation_config", "special_tokens_map", "tokenizer_config")
-    config, generation, special_map, said = (read_json_if_any(folder / f"{name}.json") for name in files)
-    special = {}
-    for key, token in (special_map | said).items():
+    config, generation, special_tokens_map, tokenizer_config = (read_json(folder / f"{name}.json") for name in files)
+    special_tokens = {}
+    for key, token in (special_tokens_map | tokenizer_config).items():
         text = token.get("content") if isinstance(token, dict) else token
         if key.endswith("_token") and isinstance(text, str):
-            special[key] = text
+            special_tokens[key] = text
     eos: Any = generation.get("eos_token_id", config.get("eos_token_id"))
     eos = eos if isinstance(eos, list) else [eos]
     try:
-        template = said.get("chat_template") or ""
-        if isinstance(template, list):  # of several, each with a name
+        template = tokenizer_config.get("chat_template") or ""
+        if isinstance(template, list):  # several templates, each with a name
             template = {each["name"]: each["template"] for each in template}.get("default", "")
         if (folder / "chat_template.jinja").exists():
             template = (folder / "chat_template.jinja").read_text(encoding="utf-8")
         name, text = config.get("model_type", "tokenizers"), path.read_text(encoding="utf-8")
-        return PretrainedTokenizer(name, text, special, eos, template)
+        return PretrainedTokenizer(name, text, special_tokens, eos, template)
     except (ValueError, TypeError, KeyError) as e:
         raise ValueError(f"the tokenizer in {folder} cannot be read: {e}") from e
 
 
-def read_json_if_any(path: Path) -> dict:
-    """The object in a JSON file, {} if there is no such file; ValueError if there is something else in it."""
+def read_json(path: Path) -> dict:
+    """The object in a JSON file; {} if there is no such file. ValueError if it holds anything else."""
     if not path.exists():
         return {}
     try:
@@ -79,10 +83,7 @@ def read_json_if_any(path: Path) -> dict:
 
 
 def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
-    """Write tokenizer.json and tokenizer_config.json into a folder, for AutoTokenizer, vLLM and llama.cpp.
-
-    ValueError if the `tokenizers` library would give other ids than ours.
-    """
+    """Write tokenizer.json and tokenizer_config.json. ValueError if `tokenizers` would give other ids than ours."""
     config: dict = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
     if isinstance(tokenizer, PretrainedTokenizer):
         text = tokenizer.tokenizer_json
@@ -96,7 +97,7 @@ def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
     (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False), encoding="utf-8")
 
 
-# Text that two ways to cut it into pieces would cut differently: cases, digits, apostrophes, white space, scripts
+# Text on which two pre-tokenization patterns are likely to differ: cases, digits, apostrophes, whitespace, scripts
 PROBE = (
     "It's I'LL we'Ve 's 'S 1 12 123 1234567890 x2 CamelCase ABC $99.50 f(x)[i]={};//--\r\n\r\n\tif a:\n        b  \n"
     " \n  c\n\n d\u00a0e\u3000f\u2028g café ÇA Straße \u017f \u212a ελληνικά Русский العربية १२३ 中文字 日本語かな ไทย "
@@ -105,30 +106,32 @@ PROBE = (
 
 
 def tokenizer_json(tokenizer: Tokenizer) -> str:
-    """The text of a tokenizer.json that gives the ids of a `tiktoken.Encoding`. ValueError if there is none.
+    """A tokenizer.json (byte-level BPE) that gives the same ids as a `tiktoken.Encoding`. ValueError if there is none.
 
-    tiktoken ranks the tokens and joins whichever pair makes the lowest; the `tokenizers` library ranks the pairs. They
-    agree because a token comes about from one pair only: what is left of its bytes once all that ranks lower is joined.
+    tiktoken has a rank for each token, and merges the pair whose merged token has the lowest rank. The `tokenizers`
+    library has a rank for each merge, a pair of tokens. The two agree because BPE forms each token by one merge only.
     """
-    import tokenizers
-    from tokenizers import Regex, decoders, models, pre_tokenizers
-
+    try:
+        import tokenizers
+        from tokenizers import Regex, decoders, models, pre_tokenizers
+    except ImportError as e:
+        raise ImportError("writing a tokenizer.json needs the extra 'hf': pip install tokenizers") from e
     d = tokenizer.to_dict()
     ranks = {base64.b64decode(token): rank for rank, token in enumerate(d["tokens"]) if token is not None}
-    letters = {byte: letter for letter, byte in BYTE_LEVEL.items()}
-    spelled = {token: "".join(letters[byte] for byte in token) for token in ranks}
-    pairs = [last_pair(token, ranks) for token in ranks if len(token) > 1]
+    characters = {byte: character for character, byte in BYTE_LEVEL.items()}
+    spelled = {token: "".join(characters[byte] for byte in token) for token in ranks}
+    merges = [find_merge(token, ranks) for token in ranks if len(token) > 1]
     model = models.BPE(
         vocab={spelled[token]: rank for token, rank in ranks.items()} | d["special_tokens"],
-        merges=[(spelled[a], spelled[b]) for a, b in filter(None, pairs)],
-        ignore_merges=None in pairs,  # a piece of text that is a token is that token, even if no joining leads to it
+        merges=[(spelled[a], spelled[b]) for a, b in filter(None, merges)],
+        ignore_merges=None in merges,  # tiktoken looks a whole pre-token up first: no merges need to lead to it
     )
-    # Of Oniguruma's dialect: $ is the end of any line, and {1,3}+ repeats
+    # Oniguruma's syntax: $ would match at the end of any line, and {1,3}+ would be a repetition, not possessive
     pattern = re.sub(r"(\\p\{\w+\}\{\d+,\d+\})\+", r"(?>\1)", d["pattern"]).replace("$", r"\z")
     try:
         split = pre_tokenizers.Split(Regex(pattern), "isolated")
-    except Exception as e:  # the library has no narrower class
-        raise ValueError(f"the pattern of {tokenizer.name} means nothing to the tokenizers library: {pattern}") from e
+    except Exception as e:  # the library raises plain Exceptions
+        raise ValueError(f"the tokenizers library cannot read the pattern of {tokenizer.name}: {pattern}") from e
     theirs = tokenizers.Tokenizer(model)
     theirs.pre_tokenizer = pre_tokenizers.Sequence(
         [split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
@@ -138,26 +141,26 @@ def tokenizer_json(tokenizer: Tokenizer) -> str:
     theirs.encode_special_tokens = True
     probe = PROBE + " ".join(d["special_tokens"])
     if theirs.encode(probe).ids != tokenizer.encode(probe):
-        raise ValueError(f"the pattern of {tokenizer.name} means something else to the tokenizers library: {pattern}")
+        raise ValueError(f"the tokenizers library splits text differently by {tokenizer.name}'s pattern: {pattern}")
     return theirs.to_str(pretty=True)
 
 
-def last_pair(token: bytes, ranks: dict[bytes, int]) -> tuple[bytes, bytes] | None:
-    """The two tokens that byte pair encoding joins to make token, or None if it never does."""
+def find_merge(token: bytes, ranks: dict[bytes, int]) -> tuple[bytes, bytes] | None:
+    """The merge by which BPE forms a token, as the pair of tokens merged. None if BPE never forms it."""
     parts = [bytes([byte]) for byte in token]
     while len(parts) > 2:
-        joined = [ranks.get(a + b, math.inf) for a, b in itertools.pairwise(parts)]
-        if min(joined) > ranks[token]:
+        merged = [ranks.get(a + b, math.inf) for a, b in itertools.pairwise(parts)]
+        if min(merged) > ranks[token]:
             return None
-        i = joined.index(min(joined))
+        i = merged.index(min(merged))
         parts[i : i + 2] = [parts[i] + parts[i + 1]]
     return parts[0], parts[1]
 
 
 # -----------------------------------------------------------------------------
-# Models: what is the same in their config and ours
+# config.json to GPTConfig and back
 
-KEYS = {  # of config.json, and the fields of GPTConfig
+CONFIG_KEYS = {  # config.json: GPTConfig
     "vocab_size": "vocab_size",
     "hidden_size": "n_embd",
     "intermediate_size": "n_hidden",
@@ -171,29 +174,29 @@ KEYS = {  # of config.json, and the fields of GPTConfig
 }
 DEFAULTS = dict(num_key_value_heads=None, head_dim=None, rms_norm_eps=1e-6, tie_word_embeddings=False)
 
-# Keys that change what any of the models computes, each with the one value that we have
-FIXED: dict[str, Any] = dict(
+# Keys that change the computation of any family, each with the only value that is supported
+SUPPORTED: dict[str, Any] = dict(
     is_causal=True,
     partial_rotary_factor=1.0,
     original_max_position_embeddings=None,
     per_layer_config=None,
     quantization_config=None,
     compression_config=None,
-    auto_map=None,  # code of its own
+    auto_map=None,  # the model's own code
 )
 
 
 @dataclass(frozen=True)
 class Family:
-    """A model_type of transformers, as read from its modeling file."""
+    """A model_type of transformers, as its modeling file computes it."""
 
     architecture: str
-    switches: dict[str, Any]  # fields of GPTConfig that make ours the same
-    fixed: dict[str, Any]  # as FIXED, for this one
-    defaults: dict[str, Any] = field(default_factory=dict)  # of keys that a config.json may leave out
-    keys: dict[str, str] = field(default_factory=dict)  # as KEYS, for this one
-    names: dict[str, str] = field(default_factory=dict)  # as NAMES, for this one
-    clockwise: bool = False  # positions turn the channels by the negative of the angle
+    switches: dict[str, Any]  # GPTConfig fields that make GPT compute the same
+    supported: dict[str, Any]  # like SUPPORTED
+    defaults: dict[str, Any] = field(default_factory=dict)  # of keys that config.json may leave out
+    config_keys: dict[str, str] = field(default_factory=dict)  # like CONFIG_KEYS
+    module_names: dict[str, str] = field(default_factory=dict)  # like MODULE_NAMES
+    inverse_rotation: bool = False  # rotary positions rotate by the negative angle
 
 
 LLAMA = dict(mlp="swiglu", qk_norm=False, embd_norm=False, norm_weight=True, qkv_bias=False, softcap=0.0)
@@ -203,9 +206,9 @@ FAMILIES = {
         dict(mlp="relu2", qk_norm=True, embd_norm=True, norm_weight=False, qkv_bias=False),
         dict(hidden_act="relu2", attention_bias=False, sliding_window=None),
         dict(final_logit_softcapping=15.0),
-        keys={"final_logit_softcapping": "softcap"},
-        names={"mlp.c_fc": "mlp.fc1", "mlp.c_proj": "mlp.fc2"},
-        clockwise=True,
+        config_keys={"final_logit_softcapping": "softcap"},
+        module_names={"mlp.c_fc": "mlp.fc1", "mlp.c_proj": "mlp.fc2"},
+        inverse_rotation=True,
     ),
     "llama": Family(
         "LlamaForCausalLM",
@@ -233,32 +236,32 @@ FAMILIES = {
 }
 
 
-def to_gpt_config(said: dict[str, Any]) -> GPTConfig:
-    """The GPTConfig that computes what a config.json says. ValueError, with the key, if there is none."""
-    family = FAMILIES.get(str(said.get("model_type")))
+def to_gpt_config(config_json: dict[str, Any]) -> GPTConfig:
+    """The GPTConfig of a config.json. ValueError, with the key, if GPT cannot compute exactly the same."""
+    family = FAMILIES.get(str(config_json.get("model_type")))
     if family is None:
-        raise ValueError(f"model_type {said.get('model_type')!r} is none of {', '.join(FAMILIES)}")
-    said = DEFAULTS | family.defaults | said
-    for key, value in (FIXED | family.fixed).items():
-        if said.get(key, value) != value:
-            raise ValueError(f"{key} is {said[key]!r}, and soloGPT has only {value!r}")
-    if {*(said.get("layer_types") or [])} - {"full_attention"}:
-        raise ValueError(f"layer_types are {said['layer_types']!r}, and soloGPT has only 'full_attention'")
-    said["final_logit_softcapping"] = said.get("final_logit_softcapping") or 0.0  # none is null there, and 0 here
-    fields, kinds = {}, typing.get_type_hints(GPTConfig)
-    for key, ours in (KEYS | family.keys).items():
-        if not isinstance(said.get(key), kinds[ours] | int):  # in JSON, a float may be without its .0
-            raise ValueError(f"{key} is {said.get(key)!r}")
-        fields[ours] = said[key]
+        raise ValueError(f"model_type {config_json.get('model_type')!r} is not supported, only {', '.join(FAMILIES)}")
+    config_json = DEFAULTS | family.defaults | config_json
+    for key, value in (SUPPORTED | family.supported).items():
+        if config_json.get(key, value) != value:
+            raise ValueError(f"{key} is {config_json[key]!r}, but only {value!r} is supported")
+    if {*(config_json.get("layer_types") or [])} - {"full_attention"}:
+        raise ValueError(f"layer_types are {config_json['layer_types']!r}, but only 'full_attention' is supported")
+    config_json["final_logit_softcapping"] = config_json.get("final_logit_softcapping") or 0.0  # null is off
+    fields, types = {}, typing.get_type_hints(GPTConfig)
+    for key, ours in (CONFIG_KEYS | family.config_keys).items():
+        if not isinstance(config_json.get(key), types[ours] | int):  # JSON may write the float 1.0 as 1
+            raise ValueError(f"{key} has the wrong type: {config_json.get(key)!r}")
+        fields[ours] = config_json[key]
 
-    # transformers 5 has rope_parameters; before, rope_theta stood beside rope_scaling, whose rope_type was once "type"
-    rope = said.get("rope_scaling") or said.get("rope_parameters") or {}
+    # transformers 5 writes rope_parameters. Before, rope_theta stood beside rope_scaling, and rope_type was once "type"
+    rope = config_json.get("rope_scaling") or config_json.get("rope_parameters") or {}
     if not isinstance(rope, dict):
-        raise ValueError(f"the rotary positions are {rope!r}")
-    rope = {"rope_type": rope.get("type", "default"), "rope_theta": said.get("rope_theta", 10_000.0)} | rope
+        raise ValueError(f"rope_parameters are {rope!r}, not an object")
+    rope = {"rope_type": rope.get("type", "default"), "rope_theta": config_json.get("rope_theta", 10_000.0)} | rope
     base = rope.pop("rope_theta")
     if not isinstance(base, int | float):
-        raise ValueError(f"rope_theta is {base!r}")
+        raise ValueError(f"rope_theta is {base!r}, not a number")
     rope.pop("type", None)
     if rope.get("partial_rotary_factor") == 1:
         del rope["partial_rotary_factor"]
@@ -267,31 +270,31 @@ def to_gpt_config(said: dict[str, Any]) -> GPTConfig:
 
 
 def to_hf_config(config: GPTConfig) -> dict[str, Any]:
-    """The config.json of the model that computes what ours does. ValueError, with our switch, if there is none."""
-    unlike = {
+    """The config.json of a GPTConfig. ValueError, with our field, if no model of transformers computes the same."""
+    mismatches = {
         name: [key for key, value in family.switches.items() if getattr(config, key) != value]
         for name, family in FAMILIES.items()
     }
-    if config.n_embd % config.n_head:
-        unlike["llama"].append("n_head")  # LlamaConfig checks it for no need; mistral, else the same, does not
-    name = min(unlike, key=lambda name: len(unlike[name]))
-    if unlike[name]:
-        differences = ", ".join(f"{key}={getattr(config, key)!r}" for key in unlike[name])
-        raise ValueError(f"transformers has no such model: the nearest is {name}, but for {differences}")
+    if config.n_embd % config.n_head:  # LlamaConfig refuses it without need; mistral, otherwise the same, does not
+        mismatches["llama"].append("n_head")
+    name = min(mismatches, key=lambda name: len(mismatches[name]))
+    if mismatches[name]:
+        differences = ", ".join(f"{key}={getattr(config, key)!r}" for key in mismatches[name])
+        raise ValueError(f"transformers has no such model: the nearest is {name}, which does not have {differences}")
     family = FAMILIES[name]
-    said: dict[str, Any] = {"architectures": [family.architecture], "model_type": name}
-    said |= {key: getattr(config, ours) for key, ours in (KEYS | family.keys).items()} | family.fixed
-    if said.get("final_logit_softcapping") == 0:
-        said["final_logit_softcapping"] = None
-    # The older keys of the positions: transformers 5 reads them too, and other programs know no others
-    return said | {"rope_theta": config.rope_base, "rope_scaling": config.rope_scaling}
+    config_json: dict[str, Any] = {"architectures": [family.architecture], "model_type": name}
+    config_json |= {key: getattr(config, ours) for key, ours in (CONFIG_KEYS | family.config_keys).items()}
+    config_json |= family.supported
+    if config_json.get("final_logit_softcapping") == 0:
+        config_json["final_logit_softcapping"] = None
+    # The older rotary keys: transformers 5 reads them too, and other programs know only these
+    return config_json | {"rope_theta": config.rope_base, "rope_scaling": config.rope_scaling}
 
 
 # -----------------------------------------------------------------------------
-# Models: what is the same in their weights and ours
+# Tensor names and layouts
 
-# Their modules by the names of ours: of the whole model, and of a block
-NAMES = {
+MODULE_NAMES = {  # ours: theirs, for the whole model and within a block
     "wte": "model.embed_tokens",
     "norm": "model.norm",
     "lm_head": "lm_head",
@@ -307,117 +310,122 @@ NAMES = {
     "mlp.c_fc": "mlp.up_proj",
     "mlp.c_proj": "mlp.down_proj",
 }
-TURNED = {"attn.c_q", "attn.c_k", "attn.q_norm", "attn.k_norm"}  # by rotary positions, in pairs of channels
+ROTATED = {"attn.c_q", "attn.c_k", "attn.q_norm", "attn.k_norm"}  # rotary positions act on their output channels
 
 
-def table(model: GPT, family: Family) -> list[tuple[str, str, bool]]:
-    """Of each tensor: its name here, its name there, and whether its channels stand in another order there."""
-    rows = []
+def tensor_names(model: GPT, family: Family) -> list[tuple[str, str, bool]]:
+    """For each tensor of the state dict: our name, their name, whether the rotary layout permutes it."""
+    names = []
     for ours in model.state_dict():
         layer, module, kind = re.fullmatch(r"(?:h\.(\d+)\.)?(.+)\.(weight|bias)", ours).groups()  # type: ignore[union-attr]
         block = f"model.layers.{layer}." if layer else ""
-        rows.append((ours, f"{block}{(NAMES | family.names)[module]}.{kind}", module in TURNED))
-    return rows
+        names.append((ours, f"{block}{(MODULE_NAMES | family.module_names)[module]}.{kind}", module in ROTATED))
+    return names
 
 
-def to_pairs(x: Tensor, D: int, clockwise: bool) -> Tensor:
-    """From their order to ours: there channel i of a head turns with i + D/2, here 2i with 2i + 1.
+def to_interleaved(x: Tensor, D: int, inverse_rotation: bool) -> Tensor:
+    """From their half-split rotary layout, where channel i pairs with i + D/2, to ours, where 2i pairs with 2i + 1.
 
-    To turn by the negative of an angle is to swap the two, turn, and swap them back.
+    Rotating a pair by the negative angle is rotating the swapped pair by the angle, so inverse_rotation swaps it.
     """
     x = x.unflatten(0, (-1, 2, D // 2)).transpose(1, 2)  # (heads, D/2, 2, ...)
-    return (x.flip(2) if clockwise else x).flatten(0, 2)
+    return (x.flip(2) if inverse_rotation else x).flatten(0, 2)
 
 
-def to_halves(x: Tensor, D: int, clockwise: bool) -> Tensor:
-    """From our order to theirs."""
+def to_half_split(x: Tensor, D: int, inverse_rotation: bool) -> Tensor:
+    """The inverse of `to_interleaved`."""
     x = x.unflatten(0, (-1, D // 2, 2))  # (heads, D/2, 2, ...)
-    return (x.flip(2) if clockwise else x).transpose(1, 2).flatten(0, 2)
+    return (x.flip(2) if inverse_rotation else x).transpose(1, 2).flatten(0, 2)
 
 
 # -----------------------------------------------------------------------------
-# In
+# Load
 
-TEXTS = ["*config.json", "tokenizer.json", "special_tokens_map.json", "*.jinja", "model.safetensors.index.json"]
-WEIGHTS = ["model.safetensors", "model-*.safetensors"]
+CONFIG_FILES = ["*config.json", "tokenizer.json", "special_tokens_map.json", "*.jinja", "model.safetensors.index.json"]
+WEIGHT_FILES = ["model.safetensors", "model-*.safetensors"]
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+TensorInfo = tuple[Path, tuple[int, ...], str]  # file, shape, a key of DTYPES
 
 
 def load(
     name_or_dir: str | Path, device: torch.device | str | None = None, dtype: torch.dtype | None = None
 ) -> tuple[GPT, Tokenizer]:
-    """The model, in eval mode, and the tokenizer of a folder, or of a name on the Hugging Face Hub.
+    """The model in eval mode and its tokenizer, from a folder or a name on the Hugging Face Hub.
 
-    dtype: None keeps that of the weights. Tensors are read one by one, each straight to where it stays, so that the
-    peak of memory is about one copy of the model. ValueError for a model that ours cannot be exactly, or a damaged
-    one; OSError for files that cannot be had; ImportError, with the name of the extra, for a missing package.
+    dtype: None keeps that of the weights. Tensors are read one by one, each straight to its device: peak memory is
+    about one copy of the model. ValueError for a model that is not supported or damaged, OSError for a file that is
+    missing or cannot be downloaded, ImportError for a missing extra.
     """
-    folder = find_folder(name_or_dir, TEXTS)
+    folder = local_folder(name_or_dir, CONFIG_FILES)
     path = folder / "config.json"
     if not path.exists():
         raise FileNotFoundError(f"{folder} has no config.json: it is not the folder of a model")
-    said = read_json_if_any(path)
+    config_json = read_json(path)
     try:
-        config = to_gpt_config(said)
+        config = to_gpt_config(config_json)
     except (ValueError, TypeError) as e:
         raise ValueError(f"{path}: {e}") from e
     tokenizer = load_tokenizer(folder)
-    find_folder(name_or_dir, WEIGHTS)  # what is refused has been refused before they are downloaded
-    with torch.device("meta"):  # no memory and no time for initial values
+    local_folder(name_or_dir, WEIGHT_FILES)  # only now: no download for a model that is refused
+    with torch.device("meta"):  # skips the initialization
         model = GPT(config)
-    model.load_state_dict(read_weights(folder, model, FAMILIES[said["model_type"]], device, dtype), assign=True)
+    weights = read_weights(folder, model, FAMILIES[config_json["model_type"]], device, dtype)
+    model.load_state_dict(weights, assign=True)
     return model.eval(), tokenizer
 
 
-def find_folder(name_or_dir: str | Path, patterns: list[str]) -> Path:
-    """The folder, or, for a name on the Hub, the one that it is downloaded to: the files like patterns."""
+def local_folder(name_or_dir: str | Path, patterns: list[str]) -> Path:
+    """The folder itself or, for a name on the Hub, the one to which the files that match patterns are downloaded."""
     if Path(name_or_dir).is_dir():
         return Path(name_or_dir)
     try:
         from huggingface_hub import snapshot_download
     except ImportError as e:
-        raise ImportError(f"there is no folder {name_or_dir}; to download it, pip install huggingface_hub") from e
+        raise ImportError(
+            f"{name_or_dir} is not a folder; a download needs the extra 'hf': pip install huggingface_hub"
+        ) from e
     try:
         return Path(snapshot_download(str(name_or_dir), allow_patterns=patterns))
-    except Exception as e:  # of half a dozen classes, from HTTP to the name's spelling
+    except Exception as e:  # half a dozen unrelated classes, from HTTP errors to an invalid name
         reason = " ".join(str(e).split())
         raise OSError(
-            f"{name_or_dir} is no folder and cannot be downloaded (without a network, a folder works): {reason}"
+            f"{name_or_dir} is not a folder and cannot be downloaded; without a network, give a folder: {reason}"
         ) from e
 
 
-def find_tensors(folder: Path) -> dict[str, tuple[Path, tuple[int, ...], str]]:
-    """The file, shape and dtype of each tensor in a folder's safetensors. ValueError if they are not as they should."""
-    whole, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
-    if whole.exists():
-        return look_into(whole)
+def find_tensors(folder: Path) -> dict[str, TensorInfo]:
+    """Where each tensor of a folder's safetensors is. ValueError for a damaged file or an index that disagrees."""
+    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if single.exists():
+        return read_header(single)
     if not index.exists():
         others = [path.name for path in sorted(folder.iterdir()) if path.suffix in (".bin", ".pth", ".gguf")]
         raise FileNotFoundError(
-            f"{folder} has no model.safetensors{', only ' + ', '.join(others) if others else ''}: no other kind of "
-            "weights is read, least of all a pickle, which may run code"
+            f"{folder} has no model.safetensors{', only ' + ', '.join(others) if others else ''}: other formats are "
+            "not read, and a pickle may run code; transformers converts to safetensors by save_pretrained"
         )
-    weight_map = read_json_if_any(index).get("weight_map")
+    weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise ValueError(f"{index} has no weight_map")
     for file in weight_map.values():
         if not isinstance(file, str) or Path(file).name != file or not file.endswith(".safetensors"):
             raise ValueError(f"{index}: {file!r} is not the name of a safetensors file in that folder")
-    found: dict[str, tuple[Path, tuple[int, ...], str]] = {}
+    found: dict[str, TensorInfo] = {}
     for file in sorted(set(weight_map.values())):
-        inside = look_into(folder / file)
-        astray = sorted(inside.keys() ^ {name for name in weight_map if weight_map[name] == file})
-        if astray:
-            raise ValueError(f"{folder / file}: the index does not agree about {', '.join(astray[:3])}")
-        found |= inside
+        header = read_header(folder / file)
+        mismatches = sorted(header.keys() ^ {name for name in weight_map if weight_map[name] == file})
+        if mismatches:
+            raise ValueError(f"{folder / file} and the index do not agree on {', '.join(mismatches[:3])}")
+        found |= header
     return found
 
 
-def look_into(path: Path) -> dict[str, tuple[Path, tuple[int, ...], str]]:
+def read_header(path: Path) -> dict[str, TensorInfo]:
+    """The tensors of one safetensors file. ValueError if it is damaged, ImportError without the extra."""
     try:
         from safetensors import SafetensorError, safe_open
     except ImportError as e:
-        raise ImportError("an open model's weights need the extra 'hf': pip install safetensors") from e
+        raise ImportError("reading safetensors needs the extra 'hf': pip install safetensors") from e
     try:
         with safe_open(path, framework="pt") as f:
             slices = {name: f.get_slice(name) for name in f.keys()}  # noqa: SIM118
@@ -427,7 +435,7 @@ def look_into(path: Path) -> dict[str, tuple[Path, tuple[int, ...], str]]:
 
 
 def read_tensor(path: Path, name: str) -> Tensor:
-    """A view of the file: opened anew for each, so that what has been read does not stay mapped to memory."""
+    """A memory-mapped tensor. The file is opened anew for each, so that pages already read do not stay mapped."""
     from safetensors import safe_open
 
     with safe_open(path, framework="pt") as f:
@@ -437,11 +445,12 @@ def read_tensor(path: Path, name: str) -> Tensor:
 def read_weights(
     folder: Path, model: GPT, family: Family, device: torch.device | str | None, dtype: torch.dtype | None
 ) -> dict[str, Tensor]:
-    """The state dict of model, from a folder's safetensors. What can be wrong with them is found before any is read."""
-    found, rows, state = find_tensors(folder), table(model, family), model.state_dict()
-    wanted = {theirs for _, theirs, _ in rows}
-    extra = {name for name in found.keys() - wanted if not name.endswith("rotary_emb.inv_freq")}  # an old, computed one
-    if missing := sorted(wanted - found.keys()):
+    """The state dict of model, from a folder's safetensors. All names, shapes and dtypes are checked before reading."""
+    found, names, state = find_tensors(folder), tensor_names(model, family), model.state_dict()
+    expected = {theirs for _, theirs, _ in names}
+    # Old checkpoints hold the rotary frequencies, which are computed here
+    extra = {name for name in found.keys() - expected if not name.endswith("rotary_emb.inv_freq")}
+    if missing := sorted(expected - found.keys()):
         raise ValueError(f"{folder}: {len(missing)} tensors are missing: {', '.join(missing[:3])}")
     if model.config.tie_embd and "lm_head.weight" in extra:
         both = ("lm_head.weight", "model.embed_tokens.weight")
@@ -450,49 +459,51 @@ def read_weights(
             raise ValueError(f"{folder}: tie_word_embeddings is true, but lm_head.weight is not the embedding")
         extra.remove("lm_head.weight")
     if extra:
-        raise ValueError(f"{folder}: {len(extra)} tensors have no place: {', '.join(sorted(extra)[:3])}")
-    for ours, theirs, _ in rows:
+        raise ValueError(f"{folder}: {len(extra)} tensors are unexpected: {', '.join(sorted(extra)[:3])}")
+    for ours, theirs, _ in names:
         path, shape, kind = found[theirs]
         if shape != state[ours].shape:
-            raise ValueError(f"{path}: {theirs} is {shape}, where config.json makes it {tuple(state[ours].shape)}")
+            raise ValueError(f"{path}: {theirs} is {shape}, but {tuple(state[ours].shape)} by config.json")
         if kind not in DTYPES:
-            raise ValueError(f"{path}: {theirs} is {kind}, and soloGPT has only {', '.join(DTYPES)}")
+            raise ValueError(f"{path}: {theirs} is {kind}, but only {', '.join(DTYPES)} are supported")
 
-    dtype = dtype or functools.reduce(torch.promote_types, {DTYPES[found[theirs][2]] for theirs in wanted})
-    rows.sort(key=lambda row: -state[row[0]].numel())  # the largest first, while there is room for two of it
+    dtype = dtype or functools.reduce(torch.promote_types, {DTYPES[found[theirs][2]] for theirs in expected})
+    names.sort(key=lambda row: -state[row[0]].numel())  # largest first: two copies of it exist for a moment
     weights, (_, _, D) = {}, model.config.heads
-    for ours, theirs, turned in rows:
+    for ours, theirs, permuted in names:
         x = read_tensor(found[theirs][0], theirs)
-        weights[ours] = (to_pairs(x, D, family.clockwise) if turned else x).to(device, dtype, copy=True)
+        x = to_interleaved(x, D, family.inverse_rotation) if permuted else x
+        weights[ours] = x.to(device, dtype, copy=True)
     return weights
 
 
 # -----------------------------------------------------------------------------
-# Out
+# Save
 
 
 def export(model: GPT) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """The config.json and the weights of the same model in transformers. ValueError if it has none."""
+    """The config.json and the weights of the same model in transformers. ValueError if there is none."""
     config, (_, _, D), state = to_hf_config(model.config), model.config.heads, model.state_dict()
     family = FAMILIES[config["model_type"]]
     config["dtype"] = str(model.dtype).removeprefix("torch.")
-    weights = {
-        theirs: (to_halves(state[ours], D, family.clockwise) if turned else state[ours]).contiguous()
-        for ours, theirs, turned in table(model, family)
-    }
+    weights = {}
+    for ours, theirs, permuted in tensor_names(model, family):
+        x = to_half_split(state[ours], D, family.inverse_rotation) if permuted else state[ours]
+        weights[theirs] = x.contiguous()
     return config, weights
 
 
 def save(model: GPT, tokenizer: Tokenizer, folder: str | Path) -> None:
-    """Write a new folder that AutoModelForCausalLM and AutoTokenizer open: whole, or not at all.
+    """Write a new folder for AutoModelForCausalLM and AutoTokenizer, atomically.
 
-    ValueError if transformers has no such model, or no such tokenizer; FileExistsError if something is there already.
+    ValueError if transformers has no such model or tokenizer, FileExistsError if the folder is not new or empty.
     """
     folder = Path(folder).absolute()
     config, weights = export(model)
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
-        raise FileExistsError(f"{folder} is there already: give a new folder, or an empty one")
+        raise FileExistsError(f"{folder} exists already: give a new or an empty folder")
     try:
+        from safetensors import SafetensorError
         from safetensors.torch import save_file
     except ImportError as e:
         raise ImportError("writing safetensors needs the extra 'hf': pip install safetensors") from e
@@ -501,13 +512,17 @@ def save(model: GPT, tokenizer: Tokenizer, folder: str | Path) -> None:
         new = Path(temporary) / folder.name
         new.mkdir()
         save_tokenizer(tokenizer, new)
-        (new / "config.json").write_text(json.dumps(config | special_ids(tokenizer), indent=2) + "\n", encoding="utf-8")
-        save_file(weights, new / "model.safetensors", metadata={"format": "pt"})
+        config |= special_token_ids(tokenizer)
+        (new / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        try:
+            save_file(weights, new / "model.safetensors", metadata={"format": "pt"})
+        except SafetensorError as e:  # a full disk
+            raise OSError(str(e)) from e
         os.replace(new, folder)
 
 
-def special_ids(tokenizer: Tokenizer) -> dict[str, Any]:
-    """What config.json says of the tokens that begin and end a text, and that pad it."""
+def special_token_ids(tokenizer: Tokenizer) -> dict[str, Any]:
+    """bos_token_id, eos_token_id and pad_token_id of config.json."""
     eos = tokenizer.eos_tokens
     ids: dict[str, Any] = {"bos_token_id": tokenizer.eot, "eos_token_id": eos[0] if len(eos) == 1 else eos or None}
     if isinstance(tokenizer, PretrainedTokenizer):
@@ -517,63 +532,105 @@ def special_ids(tokenizer: Tokenizer) -> dict[str, Any]:
 
 
 # -----------------------------------------------------------------------------
-# The command line
-
-
-@dataclass
-class Config:
-    dtype: str = "auto"  # of the weights: float32, bfloat16, float16, or auto for what they are
-
-    def __post_init__(self) -> None:
-        if self.dtype not in ("auto", "float32", "bfloat16", "float16"):
-            raise ValueError(f"dtype must be float32, bfloat16, float16 or auto, not {self.dtype!r}")
+# Command line
 
 
 def import_checkpoint(source: str, out_dir: Path, dtype: torch.dtype | None) -> None:
+    """Write out_dir/best.pt from a Hugging Face model. RuntimeError if it cannot be written."""
     path = out_dir / "best.pt"
     if path.exists():
-        raise UserError(f"{path} is there already: give another folder")
-    try:
-        model, tokenizer = load(source, dtype=dtype)
-    except (ValueError, OSError, ImportError) as e:
-        raise UserError(str(e)) from e
+        raise FileExistsError(f"{path} exists already: give another folder")
+    model, tokenizer = load(source, dtype=dtype)
     try:
         out_dir.mkdir(parents=True, exist_ok=True)
         model.save(path, tokenizer=tokenizer.to_dict(), step=0, source=source)
-    except (OSError, RuntimeError) as e:  # torch.save has RuntimeErrors of its own for a full disk
-        raise RunError(f"cannot write {path}: {e}") from e
-    print(f"{model.num_params() / 1e6:.2f}M parameters in {model.dtype}: python sample.py --ckpt={path}")
+    except (OSError, RuntimeError) as e:  # torch.save raises RuntimeError when the disk is full
+        raise RuntimeError(f"cannot write {path}: {e}") from e
+    print(f"wrote {path}: {model.num_params() / 1e6:.2f}M parameters in {model.dtype}")
 
 
-def export_checkpoint(path: Path, folder: Path, dtype: torch.dtype | None) -> None:
-    try:
-        model, extra = GPT.load_checkpoint(path, dtype=dtype)
-        tokenizer = Tokenizer.from_dict(extra["tokenizer"])
-    except (OSError, ImportError) as e:
-        raise UserError(f"cannot read the checkpoint {path}: {e}") from e
-    except (RuntimeError, KeyError, ValueError) as e:
-        raise RunError(f"{path} is no checkpoint of train.py, or is damaged") from e
+def export_checkpoint(source: str | Path, folder: Path, dtype: torch.dtype | None) -> None:
+    """Write a Hugging Face folder from a checkpoint or an out_dir. RuntimeError if it cannot be written."""
+    model, tokenizer, _ = load_model(source, dtype=dtype)
     try:
         save(model, tokenizer, folder)
-    except (ValueError, ImportError, FileExistsError) as e:
-        raise UserError(str(e)) from e
+    except FileExistsError:
+        raise
     except OSError as e:
-        raise RunError(f"cannot write {folder}: {e}") from e
-    print(f"AutoModelForCausalLM.from_pretrained({str(folder)!r}) opens it")
+        raise RuntimeError(f"cannot write {folder}: {e}") from e
+    print(f"wrote {folder}: AutoModelForCausalLM.from_pretrained({str(folder)!r}) loads it")
 
 
-def main() -> None:
-    words = list(itertools.takewhile(lambda word: not word.startswith("-"), sys.argv[1:]))
-    config = configurator.parse(Config, sys.argv[1 + len(words) :])
-    dtype = None if config.dtype == "auto" else getattr(torch, config.dtype)
-    match words:
-        case ["import", source, out_dir]:
-            import_checkpoint(source, Path(out_dir), dtype)
-        case ["export", path, folder]:
-            export_checkpoint(Path(path), Path(folder), dtype)
-        case _:
-            raise UserError("say python hf.py import NAME_OR_DIR OUT_DIR, or python hf.py export CHECKPOINT NEW_DIR")
+class Parser(argparse.ArgumentParser):
+    """argparse with errors of one line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"error: {message}; see {self.prog} --help\n")
+
+
+def make_parser() -> Parser:
+    parser = Parser(
+        prog="python -m sologpt.hf",
+        description="Convert a Hugging Face model to a soloGPT checkpoint, or a checkpoint to a Hugging Face model.",
+        epilog=(
+            "examples:\n"
+            "  python -m sologpt.hf import HuggingFaceTB/SmolLM2-135M out/smollm2 --dtype=bfloat16\n"
+            "  python -m sologpt.hf export out/smollm2/best.pt smollm2"
+        ),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    options = Parser(add_help=False)
+    options.add_argument(
+        "--dtype",
+        choices=("auto", "float32", "bfloat16", "float16"),
+        default="auto",
+        help="dtype of the weights that are written; auto (the default) keeps the one they have",
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="{import,export}")
+    command = commands.add_parser(
+        "import",
+        parents=[options],
+        help="Hugging Face model to checkpoint",
+        description=f"Convert a Hugging Face model to a checkpoint.\nModel types: {', '.join(FAMILIES)}.",
+        epilog="example:\n  python -m sologpt.hf import HuggingFaceTB/SmolLM2-135M out/smollm2 --dtype=bfloat16",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    command.add_argument(
+        "source",
+        metavar="NAME_OR_DIR",
+        help="a name on the Hugging Face Hub, or a folder with config.json, tokenizer.json and safetensors",
+    )
+    command.add_argument(
+        "out_dir", metavar="OUT_DIR", type=Path, help="the folder that best.pt is written to; it must not hold one yet"
+    )
+    command = commands.add_parser(
+        "export",
+        parents=[options],
+        help="checkpoint to Hugging Face model",
+        description="Convert a checkpoint to a Hugging Face model, for transformers, vLLM, llama.cpp, ...",
+        epilog="example:\n  python -m sologpt.hf export out/smollm2/best.pt smollm2",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    command.add_argument("checkpoint", metavar="CHECKPOINT", help="a checkpoint file, or the out_dir of a training run")
+    command.add_argument("new_dir", metavar="NEW_DIR", type=Path, help="the folder to write; it must be new or empty")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = make_parser().parse_args(argv)
+    dtype = None if args.dtype == "auto" else getattr(torch, args.dtype)
+    try:
+        if args.command == "import":
+            import_checkpoint(args.source, args.out_dir, dtype)
+        else:
+            export_checkpoint(args.checkpoint, args.new_dir, dtype)
+    except (ValueError, OSError, ImportError, RuntimeError, MemoryError) as e:
+        message = " ".join(str(e).split()) or "out of memory"
+        print(f"error: {message}", file=sys.stderr)
+        sys.exit(1 if isinstance(e, RuntimeError | MemoryError) else 2)
+    except KeyboardInterrupt:
+        sys.exit(130)
 
 
 if __name__ == "__main__":
-    configurator.run(main)
+    main()

@@ -1,8 +1,11 @@
 """Text to token ids and back.
 
-A Tokenizer wraps a `tiktoken.Encoding`, and is a plain dict of JSON types to whoever stores it: the dict holds every
-token's bytes, so that a checkpoint needs neither the dataset nor the network to be sampled from. A PretrainedTokenizer
-is the same for what comes with an open model: there the dict holds its tokenizer.json and its chat template.
+    tokenizer = Tokenizer.from_spec("bytes")  # or "bpe:4096", trained on documents, or tiktoken's "gpt2"
+    tokenizer.decode(tokenizer.encode("Hello"))
+
+A Tokenizer wraps a `tiktoken.Encoding`. A PretrainedTokenizer wraps a Hugging Face model's tokenizer.json, special
+tokens and chat template. Both convert to a dict of JSON types that holds the whole vocabulary. The dict is saved in
+every checkpoint: sampling needs neither the dataset nor a network.
 """
 
 import base64
@@ -17,15 +20,16 @@ import tiktoken
 
 EOT = "<|endoftext|>"  # separates documents
 
-# Byte pairs are merged within such pieces only: a word with the space or sign before it, one or two digits, signs and
-# the line breaks after them, white space up to the last before a word.
+# Pre-tokenization: merges do not cross the borders of these pieces. A word with the space or sign before it, one or two
+# digits, punctuation with the line breaks after it, whitespace without the last space before a word.
 BPE_PATTERN = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,2}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s+(?!\S)|\s+"
 
 
 class Tokenizer:
-    """Text to ids and back, by a `tiktoken.Encoding`.
+    """Text to token ids and back, by a `tiktoken.Encoding`.
 
-    `ids` are those that stand for a token; `eot` stands between documents, and each of `eos_tokens` ends a text.
+    `ids` is the set of ids in the vocabulary, `eot` the id that separates documents, `eos_tokens` the ids that end a
+    text.
     """
 
     def __init__(self, encoding: tiktoken.Encoding) -> None:
@@ -37,10 +41,10 @@ class Tokenizer:
 
     @classmethod
     def from_spec(cls, spec: str, documents: Iterable[str] = ()) -> "Tokenizer":
-        """Make the tokenizer that spec names: 'bytes', 'bpe:N' trained on documents to N ids, or tiktoken's 'gpt2', ...
+        """Make a tokenizer: 'bytes', 'bpe:N' (trained on documents, N ids), or a tiktoken encoding such as 'gpt2'.
 
-        ValueError for a spec that there is not, OSError for an encoding that cannot be downloaded, ImportError with
-        the name of the extra if training needs a package that is missing.
+        ValueError for an unknown spec, OSError for an encoding that cannot be downloaded, ImportError if training
+        needs a missing extra.
         """
         if spec == "bytes":
             return cls._from_tokens("bytes", r"[\s\S]{1,32}", [bytes([i]) for i in range(256)])
@@ -48,15 +52,15 @@ class Tokenizer:
             size = spec.removeprefix("bpe:")
             if not size.isdecimal() or len(size) > 7 or int(size) < 257:
                 raise ValueError(
-                    f"tokenizer {spec!r}: bpe:N takes a vocabulary from 257 (256 bytes and {EOT}) to 9999999"
+                    f"tokenizer {spec!r}: N in bpe:N is the vocabulary size, from 257 (256 bytes and {EOT}) to 9999999"
                 )
             return cls._from_tokens(spec, BPE_PATTERN, train_bpe(documents, int(size) - 1))
         if spec not in tiktoken.list_encoding_names():
             known = ", ".join(tiktoken.list_encoding_names())
-            raise ValueError(f"unknown tokenizer {spec!r}: there are bytes, bpe:N, {known}")
+            raise ValueError(f"unknown tokenizer {spec!r}: choose one of bytes, bpe:N, {known}")
         try:
             return cls(tiktoken.get_encoding(spec))
-        except OSError as e:  # what requests raises are OSErrors
+        except OSError as e:  # the base class of requests' errors
             raise OSError(f"tokenizer {spec!r} cannot be downloaded; 'bytes' and 'bpe:N' need no network") from e
 
     @classmethod
@@ -66,7 +70,7 @@ class Tokenizer:
         return cls(tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=special))
 
     def to_dict(self) -> dict[str, Any]:
-        """All that `from_dict` needs, as JSON types: the tokens by id, in base64, None where there is a gap."""
+        """The tokenizer as JSON types, for `from_dict`. "tokens" are in base64, by id; None is an unused id."""
         encoding = self.encoding
         tokens: list[str | None] = [None] * (max(encoding._mergeable_ranks.values()) + 1)
         for token, rank in encoding._mergeable_ranks.items():
@@ -81,7 +85,7 @@ class Tokenizer:
 
     @classmethod
     def from_dict(cls, d: dict[str, Any]) -> "Tokenizer":
-        """What `to_dict` gave, as a Tokenizer. ValueError if it is something else."""
+        """The tokenizer of a dict from `to_dict`. ValueError for any other dict."""
         try:
             if d["kind"] == "tokenizers":
                 return PretrainedTokenizer(**{key: value for key, value in d.items() if key != "kind"})
@@ -91,7 +95,7 @@ class Tokenizer:
             if len({*ranks.values(), *d["special_tokens"].values()}) < len(d["special_tokens"]) + sum(
                 token is not None for token in d["tokens"]
             ):
-                raise ValueError("an id or a token comes twice")
+                raise ValueError("an id or a token occurs twice")
             return cls(
                 tiktoken.Encoding(
                     d["name"], pat_str=d["pattern"], mergeable_ranks=ranks, special_tokens=d["special_tokens"]
@@ -105,95 +109,96 @@ class Tokenizer:
         return max(self.ids) + 1
 
     def gaps(self, vocab_size: int) -> list[int]:
-        """The ids below vocab_size that stand for no token: a model's vocabulary may be padded, or have holes."""
+        """The ids below vocab_size that are no token: a model's vocabulary may be padded, or have unused ids."""
         return [i for i in range(vocab_size) if i not in self.ids]
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of text. Whatever looks like a special token is text too."""
+        """Token ids of text. The text of a special token is encoded as text."""
         return self.encoding.encode_ordinary(text)
 
     def encode_prompt(self, text: str) -> list[int]:
-        """Token ids of text to go on from: after a token that begins it, where the model's own tokenizer puts one."""
+        """Token ids of a prompt: like `encode`, with the special tokens (BOS) that a pretrained tokenizer adds."""
         return self.encode(text)
 
     def encode_chat(self, messages: Sequence[dict[str, str]]) -> list[int]:
-        """Token ids of a conversation, up to where the model answers.
+        """Token ids of a conversation by the chat template, with the generation prompt at the end.
 
-        messages are {"role": "system", "user" or "assistant", "content": text}. What they say is text, even where it
-        looks like a special token: only the chat template makes those. ValueError if there is no template, or if it
-        does not take these messages.
+        messages are {"role": "system", "user" or "assistant", "content": text}. Only the template makes special
+        tokens: in a message, the text of one is encoded as text. ValueError if there is no template, or if it rejects
+        the messages.
         """
         raise ValueError(f"the tokenizer {self.name} has no chat template")
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Text of ids, special tokens included; what is not UTF-8 becomes U+FFFD. ValueError for an id that is none."""
+        """Text of ids, special tokens included; invalid UTF-8 becomes U+FFFD. ValueError for an unknown id."""
         decoder = self.decoder()
         return "".join([*map(decoder.decode, ids), decoder.flush()])
 
     def token_bytes(self, token: int) -> bytes:
-        """The bytes that a token stands for within a text."""
+        """The bytes of a token within a text. ValueError for an unknown id."""
         try:
             return self.encoding.decode_single_token_bytes(token)
         except (KeyError, OverflowError) as e:
             raise ValueError(f"token id {token} is not in the vocabulary of {self.vocab_size}") from e
 
     def decoder(self, continues: bool = False) -> "StreamDecoder":
-        """Ids to text, one at a time. continues: the ids follow others, so a space at their beginning is one."""
+        """A streaming decoder. continues: the ids continue a text, so a leading space of the first is kept."""
         return StreamDecoder(self)
 
 
 class StreamDecoder:
-    """Ids to text, one at a time: what it returns, joined, is what `decode` gives for all ids at once."""
+    """Streaming decode, one id at a time. The parts joined are what `Tokenizer.decode` gives for all ids at once."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self.tokenizer = tokenizer
         self.utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
 
     def decode(self, token: int) -> str:
-        """The text that is now certain: a character comes when its last byte has."""
+        """The text that this id completes: a character is returned with its last byte."""
         return self.utf8.decode(self.tokenizer.token_bytes(token))
 
     def flush(self) -> str:
-        """What is left at the end: U+FFFD if the ids end within a character."""
+        """The rest of the text at the end of the ids: U+FFFD for an incomplete character."""
         return self.utf8.decode(b"", final=True)
 
 
 def train_bpe(documents: Iterable[str], size: int) -> list[bytes]:
-    """The tokens of a byte pair encoding of documents: the 256 bytes, then those merged, in order, `size` in all."""
+    """The `size` tokens of a byte-level BPE trained on documents: the 256 bytes, then the merges in rank order."""
     try:
         import rustbpe
     except ImportError as e:
         raise ImportError("training a tokenizer needs the extra 'bpe': pip install rustbpe") from e
     trainer = rustbpe.Tokenizer()
-    # As many documents are in memory at a time
+    # buffer_size is the number of documents in memory at a time
     trainer.train_from_iterator(iter(documents), size, buffer_size=64, pattern=BPE_PATTERN)
     return [token for token, _ in sorted(trainer.get_mergeable_ranks(), key=lambda pair: pair[1])]
 
 
 # -----------------------------------------------------------------------------
-# What comes with an open model
+# Pretrained tokenizers
 
-# How tokenizer.json writes bytes as characters (GPT-2's): those that can be seen stand for themselves, the others for
-# the characters from 256 on.
-_visible = {*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)}
+# Byte-level BPE writes each byte as a printable character, in tokenizer.json as in GPT-2: a printable byte as itself,
+# the others as the characters from 256 on.
+_printable = {*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)}
 _others = iter(range(256, 512))
-BYTE_LEVEL = {chr(byte if byte in _visible else next(_others)): byte for byte in range(256)}
+BYTE_LEVEL = {chr(byte if byte in _printable else next(_others)): byte for byte in range(256)}
 
-# The other way, SentencePiece's: ▁ is a space, and a character without a token of its own is bytes, <0xE2> and so on.
+# The decoder of SentencePiece BPE: ▁ is a space, and a character outside the vocabulary is byte-fallback tokens, <0xE2>
 SENTENCEPIECE = [
     {"type": "Replace", "pattern": {"String": "▁"}, "content": " "},
     {"type": "ByteFallback"},
     {"type": "Fuse"},
 ]
-STRIP = {"type": "Strip", "content": " ", "start": 1, "stop": 0}  # the space that encoding puts before a text
+STRIP = {"type": "Strip", "content": " ", "start": 1, "stop": 0}  # the space that encoding prepends to a text
 BYTE_TOKEN = re.compile("<0x([0-9A-Fa-f]{2})>")
 
 
 class PretrainedTokenizer(Tokenizer):
-    """The tokenizer of an open model: the `tokenizers` library on its tokenizer.json, and what is said beside it.
+    """The tokenizer of a Hugging Face model: its tokenizer.json, run by the `tokenizers` library.
 
-    special_tokens are texts by name, {"bos_token": "<s>", ...}; eos_tokens are ids that end a text besides eos_token;
-    chat_template is Jinja, or empty. ValueError if these are no tokenizer, or one that decodes in a way of its own.
+    special_tokens are texts by name, {"bos_token": "<s>", ...}. eos_tokens are ids that end a text besides that of
+    eos_token. chat_template is Jinja, or empty. ValueError for a damaged tokenizer.json, a special token outside the
+    vocabulary, or a decoder that is neither byte-level nor SentencePiece's. ImportError without the extra.
     """
 
     def __init__(
@@ -207,10 +212,10 @@ class PretrainedTokenizer(Tokenizer):
         try:
             import tokenizers
         except ImportError as e:
-            raise ImportError("an open model's tokenizer needs the extra 'hf': pip install tokenizers") from e
+            raise ImportError("a pretrained tokenizer needs the extra 'hf': pip install tokenizers") from e
         try:
             self.backend = tokenizers.Tokenizer.from_str(tokenizer_json)
-        except Exception as e:  # the library has no narrower class
+        except Exception as e:  # the library raises plain Exceptions
             raise ValueError(f"this is not a tokenizer.json: {e}") from e
         self.backend.no_truncation()
         self.backend.no_padding()
@@ -225,10 +230,10 @@ class PretrainedTokenizer(Tokenizer):
             if text not in vocabulary:
                 raise ValueError(f"the special token {text!r} is not in the tokenizer's vocabulary")
         self.eos_tokens = [i for i in dict.fromkeys([vocabulary.get(eos), *eos_tokens]) if i in self.ids]
-        ends = [*self.eos_tokens, *([vocabulary[bos]] if bos else [])]
-        if not ends:
-            raise ValueError("the tokenizer has neither an eos_token nor a bos_token to stand between documents")
-        self.eot = ends[0]
+        separators = [*self.eos_tokens, *([vocabulary[bos]] if bos else [])]
+        if not separators:
+            raise ValueError("the tokenizer has neither an eos_token nor a bos_token to separate documents")
+        self.eot = separators[0]
 
         decoder = json.loads(tokenizer_json).get("decoder") or {}
         steps = decoder.get("decoders", [decoder])
@@ -255,17 +260,18 @@ class PretrainedTokenizer(Tokenizer):
     def encode_prompt(self, text: str) -> list[int]:
         return self._encode(text, add_special_tokens=True)
 
-    def _encode(self, text: str, add_special_tokens: bool = False, read_special_tokens: bool = False) -> list[int]:
-        """add_special_tokens: those around a text; read_special_tokens: where the text has one, it is one."""
-        self.backend.encode_special_tokens = not read_special_tokens
+    def _encode(self, text: str, add_special_tokens: bool = False, parse_special_tokens: bool = False) -> list[int]:
+        """add_special_tokens: BOS and the like around the text. parse_special_tokens: also those in the text."""
+        self.backend.encode_special_tokens = not parse_special_tokens
         text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")  # a lone surrogate has no UTF-8
         return self.backend.encode(text, add_special_tokens=add_special_tokens).ids
 
     def encode_chat(self, messages: Sequence[dict[str, str]]) -> list[int]:
         if not self.chat_template:
             return super().encode_chat(messages)
-        # What looks like a special token in a message is put between two characters that no text has, and these outlive
-        # the template. One alone is left where the template cuts a message, for example after its thoughts.
+        # A message cannot forge a special token: the text of one is put between the noncharacters U+FDD0 and U+FDD1,
+        # which tell it from the template's own after rendering. A template that cuts a message, say to strip its
+        # reasoning, may leave one of the two: it is dropped.
         special = [token.content for token in self.backend.get_added_tokens_decoder().values() if token.special]
         pattern = "|".join(map(re.escape, sorted(special, key=len, reverse=True))) or "(?!)"
         marked = []
@@ -274,19 +280,19 @@ class PretrainedTokenizer(Tokenizer):
             marked.append(message | {"content": re.sub(pattern, "\ufdd0\\g<0>\ufdd1", content)})
         pieces = re.split(f"\ufdd0({pattern})\ufdd1|[\ufdd0\ufdd1]", self.render_chat(marked))
         ids = []
-        for i, piece in enumerate(pieces):  # by turns what the template wrote, and what looks like a special token
-            if piece:
-                ids += self._encode(piece, read_special_tokens=i % 2 == 0)
+        for i, piece in enumerate(pieces):
+            if piece:  # re.split puts what its group matched, a message's special token, at odd indices
+                ids += self._encode(piece, parse_special_tokens=i % 2 == 0)
         return ids
 
     def render_chat(self, messages: Sequence[dict[str, str]]) -> str:
-        """The conversation as text, by the chat template, up to where the model answers. ValueError if it cannot be."""
+        """The conversation as text, by the chat template, with the generation prompt. ValueError if it fails."""
         environment = chat_environment()
         values = dict(messages=messages, tools=None, documents=None, add_generation_prompt=True)
         try:
             return environment.from_string(self.chat_template).render(**values, **self.special_tokens)
-        except Exception as e:  # a template is a program, and fails in any way
-            raise ValueError(f"the chat template does not take this conversation: {e}") from e
+        except Exception as e:  # a template is a program, which can raise anything
+            raise ValueError(f"the chat template rejects this conversation: {e}") from e
 
     def token_bytes(self, token: int) -> bytes:
         if token not in self.tokens:
@@ -301,10 +307,10 @@ class PretrainedTokenizer(Tokenizer):
 
 
 class SentencePieceDecoder(StreamDecoder):
-    """StreamDecoder for tokens some of which are single bytes.
+    """StreamDecoder for a vocabulary with byte-fallback tokens.
 
-    As in the `tokenizers` library, a run of such tokens is text if all of it is UTF-8, else U+FFFD for each byte. So a
-    run comes out once it has ended. strip: the first space is the one that encoding put before the text.
+    As in the `tokenizers` library, a run of byte tokens is text if all of it is valid UTF-8, else U+FFFD for each byte.
+    So a run is returned when it ends. strip: drop a leading space, which encoding has prepended.
     """
 
     def __init__(self, tokenizer: PretrainedTokenizer, strip: bool) -> None:
@@ -332,7 +338,7 @@ class SentencePieceDecoder(StreamDecoder):
 
 
 def chat_environment() -> Any:
-    """Where chat templates run: a sandbox, with what `transformers` gives them."""
+    """The sandboxed Jinja environment of chat templates, with the extensions that `transformers` gives them."""
     try:
         from jinja2 import nodes
         from jinja2.ext import Extension, loopcontrols
@@ -341,7 +347,7 @@ def chat_environment() -> Any:
         raise ImportError("a chat template needs the extra 'hf': pip install jinja2") from e
 
     class Generation(Extension):
-        """{% generation %} ... {% endgeneration %} stands around what a model has said, and changes nothing here."""
+        """{% generation %} ... {% endgeneration %} marks the assistant's tokens for a training mask; a no-op here."""
 
         tags = {"generation"}  # noqa: RUF012
 
@@ -352,8 +358,8 @@ def chat_environment() -> Any:
     def raise_exception(message: str) -> NoReturn:
         raise ValueError(message)
 
-    def tojson(value: Any, ensure_ascii: bool = False, **how: Any) -> str:
-        return json.dumps(value, ensure_ascii=ensure_ascii, **how)  # Jinja's own writes < as HTML must
+    def tojson(value: Any, ensure_ascii: bool = False, **options: Any) -> str:
+        return json.dumps(value, ensure_ascii=ensure_ascii, **options)  # Jinja's own filter escapes HTML
 
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, Generation]

@@ -11,18 +11,17 @@ from test_hf_tokenizer import CHATML, write_folder
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 import configurator
-from sologpt import hf
 import sample
-from gpt import GPT, KVCache
-from sample import Config
+from gpt import GPT
+from sologpt import hf
 from sologpt.tokenizer import Tokenizer
 
-# What was thought is left out of the past, as Qwen 3's template does
+# Drops the start of earlier answers, as Qwen 3's template drops their thoughts
 FORGETFUL = CHATML.replace("message['content']", "(message['content'] if loop.last else message['content'][3:])")
 
 
 def checkpoint(path: Path, family: str = "smollm2", sequence_len: int = 512, **said) -> Path:
-    """A checkpoint of a random model, in float64 so that rounding changes no choice, with that tokenizer."""
+    """A checkpoint of a random model with that family's tokenizer; in float64, so that no argmax is a near tie."""
     tokenizer = hf.load_tokenizer(write_folder(path.parent / family, family, **said))
     model = make_model(vocab_size=tokenizer.vocab_size, sequence_len=sequence_len)
     model.save(path, tokenizer=tokenizer.to_dict(), step=0)
@@ -36,7 +35,7 @@ def chatty(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def here(monkeypatch, capsys):
-    """sample.py in this process, with lines on standard input: its exit status, stdout and stderr."""
+    """Run sample.py in this process, with lines on standard input; returns exit status, stdout and stderr."""
 
     def here(*args, lines: tuple[str, ...] = ()) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["sample.py", *map(str, args)])
@@ -51,7 +50,7 @@ def here(monkeypatch, capsys):
 
 
 def answer(model: GPT, tokenizer: Tokenizer, messages: list[dict[str, str]], max_tokens: int) -> str:
-    """What the model says next, from the whole conversation and without a cache across turns."""
+    """The greedy answer to the whole conversation, without a cache from earlier turns."""
     ids = list(
         model.generate(tokenizer.encode_chat(messages), max_tokens, temperature=0, stop_tokens=tokenizer.eos_tokens)
     )
@@ -59,7 +58,7 @@ def answer(model: GPT, tokenizer: Tokenizer, messages: list[dict[str, str]], max
 
 
 @pytest.mark.parametrize("template, sequence_len", [(CHATML, 512), (FORGETFUL, 512), (CHATML, 90)])
-def test_a_conversation_is_what_each_turn_gives_alone_and_reads_only_what_is_new(
+def test_a_turn_answers_as_without_a_cache_and_prefills_only_what_is_new(
     tmp_path, here, template, sequence_len, monkeypatch
 ):
     path = checkpoint(tmp_path / "best.pt", sequence_len=sequence_len, chat_template=template)
@@ -81,12 +80,12 @@ def test_a_conversation_is_what_each_turn_gives_alone_and_reads_only_what_is_new
     assert status == 0 and out == said + "\n"
     if sequence_len == 512:
         generated = sum(len(tokenizer.encode(message["content"])) for message in messages[2::2])
-        assert sum(read) <= longest + 2 * (generated + 30), "an answer is read twice at most: as it came, and rendered"
+        assert sum(read) <= longest + 2 * (generated + 30), "an answer is read at most twice: generated, then rendered"
     else:
         assert longest > sequence_len and f"the model reads the last {sequence_len}" in err
 
 
-def test_one_message(chatty, here):
+def test_a_single_message(chatty, here):
     model, extra = GPT.load_checkpoint(chatty)
     tokenizer = Tokenizer.from_dict(extra["tokenizer"])
     messages = [{"role": "user", "content": "Hi"}]
@@ -100,23 +99,7 @@ def test_one_message(chatty, here):
     assert here(*flags, "--system=Be brief")[1] == answer(model, tokenizer, messages, 20) + "\n"
 
 
-def test_a_cache_keeps_what_the_conversations_have_in_common():
-    model = make_model()
-    for held, tokens, rest in (
-        ([1, 2, 3], [1, 2, 3, 4], [4]),
-        ([1, 2, 3], [1, 2, 4, 5], [4, 5]),
-        ([1, 2, 3], [1, 2, 3], [3]),
-        ([1, 2, 3], [1, 2], [2]),
-        ([], [1, 2], [1, 2]),
-    ):
-        cache = KVCache(model.config, 1, 8, dtype=model.dtype)
-        if held:
-            model(torch.tensor([held]), kv_cache=cache)
-        assert sample.skip_what_is_held(cache, tokens) == rest
-        assert [*cache.tokens()[0], *rest] == tokens
-
-
-def test_each_of_the_tokens_that_end_a_text_ends_it(tmp_path, here):
+def test_every_end_of_text_token_ends_a_sample(tmp_path, here):
     path = checkpoint(tmp_path / "best.pt")
     model, extra = GPT.load_checkpoint(path)
     first = next(model.generate(Tokenizer.from_dict(extra["tokenizer"]).encode_prompt("a"), 1, temperature=0))
@@ -126,8 +109,8 @@ def test_each_of_the_tokens_that_end_a_text_ends_it(tmp_path, here):
     assert (status, out) == (0, "a\n") and "1 tokens" in err and "stop" in err
 
 
-def test_a_prompt_and_what_follows_it_are_joined_as_the_tokenizer_would(tmp_path, here):
-    """With SentencePiece a word brings its space along: the first one after the prompt keeps it."""
+def test_the_space_between_prompt_and_sample_is_kept(tmp_path, here):
+    """With SentencePiece a word holds the space before it."""
     path = checkpoint(tmp_path / "best.pt", "metaspace")
     model, extra = GPT.load_checkpoint(path)
     tokenizer = Tokenizer.from_dict(extra["tokenizer"])
@@ -152,7 +135,7 @@ def folder(tmp_path_factory) -> Path:
     return path
 
 
-def test_an_open_model_says_what_it_says_in_transformers(folder, here):
+def test_an_open_model_answers_as_in_transformers(folder, here):
     auto, theirs = AutoTokenizer.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(folder).float().eval()
     messages = [{"role": "user", "content": "Hello there"}]
     ids = auto.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=False)
@@ -163,14 +146,17 @@ def test_an_open_model_says_what_it_says_in_transformers(folder, here):
 
 
 @pytest.mark.parametrize("dtype, expected", [("auto", "bfloat16"), ("float32", "float32"), ("bfloat16", "bfloat16")])
-def test_dtype(folder, chatty, dtype, expected):
-    model, tokenizer, source = sample.load(Config(init_from=f"hf:{folder}", dtype=dtype))
-    assert model.dtype == getattr(torch, expected) and tokenizer.chat_template and str(folder) in source
-    expected = "float64" if dtype == "auto" else dtype
-    assert sample.load(Config(ckpt=str(chatty), dtype=dtype))[0].dtype == getattr(torch, expected)
+def test_dtype(folder, chatty, here, monkeypatch, dtype, expected):
+    used, stream_text = [], sample.stream_text
+    monkeypatch.setattr(sample, "stream_text", lambda m, *args, **kw: used.append(m) or stream_text(m, *args, **kw))
+    flags = ["--prompt=a", "--max_tokens=1", f"--dtype={dtype}"]
+    assert str(folder) in here(f"--init_from=hf:{folder}", *flags)[2]
+    assert here(f"--ckpt={chatty}", *flags)[0] == 0
+    expected = [expected, "float64" if dtype == "auto" else dtype]
+    assert [model.dtype for model in used] == [getattr(torch, name) for name in expected]
 
 
-def test_what_is_wrong_is_one_line(chatty, folder, tmp_path, here):
+def test_errors_are_one_line(chatty, folder, tmp_path, here):
     refuses = checkpoint(tmp_path / "refuses.pt", chat_template="{{ raise_exception('no system message') }}")
     plain = tmp_path / "plain.pt"
     make_model(vocab_size=257).save(plain, tokenizer=Tokenizer.from_spec("bytes").to_dict())
@@ -192,7 +178,7 @@ def test_what_is_wrong_is_one_line(chatty, folder, tmp_path, here):
         assert status == 2 and len(lines) == 1 and lines[0].startswith("error: ") and words in lines[0], err
 
 
-def test_nothing_of_this_is_imported_without_being_asked_for(tmp_path):
+def test_extras_are_imported_only_when_needed(tmp_path):
     path = tmp_path / "best.pt"
     make_model(vocab_size=257).save(path, tokenizer=Tokenizer.from_spec("bytes").to_dict())
     code = f"""
@@ -201,6 +187,6 @@ sys.path.insert(0, {str(ROOT)!r})
 sys.argv = ["sample.py", "--ckpt", {str(path)!r}, "--max_tokens=3"]
 import sample
 sample.main()
-assert not {{"hf", "tokenizers", "jinja2", "safetensors"}} & set(sys.modules), set(sys.modules)
+assert not {{"sologpt.hf", "tokenizers", "jinja2", "safetensors"}} & set(sys.modules), set(sys.modules)
 """
-    run("-c", code, cwd=tmp_path)  # a process of its own, where nothing has been imported
+    run("-c", code, cwd=tmp_path)  # in a fresh process

@@ -1,10 +1,12 @@
-"""Open models: `transformers` is the oracle. Their tokenizers are in test_hf_tokenizer.py."""
+"""Hugging Face models: `transformers` is the oracle. Tokenizers are tested in test_hf_tokenizer.py."""
 
 import json
 import os
+import resource
 import shutil
 import subprocess
 import sys
+from contextlib import contextmanager
 from dataclasses import fields, replace
 from pathlib import Path
 
@@ -15,9 +17,8 @@ from conftest import ROOT, error, make_model, run, write_prepare
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-import configurator
-from sologpt import hf
 from gpt import GPT, GPTConfig
+from sologpt import hf
 from sologpt.tokenizer import Tokenizer
 
 transformers.logging.set_verbosity_error()
@@ -69,7 +70,7 @@ MODELS = {
 
 
 def make_theirs(name: str = "llama", **keys):
-    """A small model of theirs whose weights, gains and biases are all random."""
+    """A small transformers model whose weights, gains and biases are all random."""
     torch.manual_seed(len(name))
     config = AutoConfig.for_model(
         name.split("-")[0], **SHAPE | MODELS[name] | keys, bos_token_id=None, eos_token_id=None, pad_token_id=0
@@ -80,23 +81,23 @@ def make_theirs(name: str = "llama", **keys):
     return theirs
 
 
-def write(theirs, folder: Path, **how) -> Path:
-    """The folder that they would write, with a tokenizer of bytes."""
-    theirs.save_pretrained(folder, **how)
+def write(theirs, folder: Path, **options) -> Path:
+    """Save a transformers model to a folder, with a byte tokenizer."""
+    theirs.save_pretrained(folder, **options)
     hf.save_tokenizer(Tokenizer.from_spec("bytes"), folder)
     return folder
 
 
 @pytest.fixture(scope="module", params=MODELS)
-def both(request, tmp_path_factory):
+def models(request, tmp_path_factory):
     theirs = make_theirs(request.param)
     folder = write(theirs, tmp_path_factory.mktemp(request.param))
     return theirs, hf.load(folder)[0], folder
 
 
 @torch.no_grad()
-def test_logits_are_those_of_transformers(both):
-    theirs, ours, _ = both
+def test_logits_are_those_of_transformers(models):
+    theirs, ours, _ = models
     for T in (1, 2, 65, 300):
         idx = torch.randint(ours.config.vocab_size, (2, T))
         expected = theirs(idx).logits
@@ -105,8 +106,8 @@ def test_logits_are_those_of_transformers(both):
 
 
 @torch.no_grad()
-def test_greedy_tokens_are_those_of_transformers(both):
-    theirs, ours, _ = both
+def test_greedy_tokens_are_those_of_transformers(models):
+    theirs, ours, _ = models
     torch.manual_seed(0)
     prompt = torch.randint(1, ours.config.vocab_size, (1, 9))  # 0 is padding to them
     expected = theirs.generate(prompt, max_new_tokens=64, do_sample=False)[0, 9:].tolist()
@@ -114,15 +115,15 @@ def test_greedy_tokens_are_those_of_transformers(both):
     assert list(ours.generate(prompt[0].tolist(), 64, temperature=0)) == expected
 
 
-def test_what_comes_in_goes_out_with_the_same_bits(both, tmp_path):
-    theirs, ours, folder = both
+def test_load_then_save_keeps_every_tensor_and_key(models, tmp_path):
+    theirs, ours, folder = models
     _, tokenizer = hf.load(folder)
     hf.save(ours, tokenizer, tmp_path / "out")
     before, after = (load_file(f / "model.safetensors") for f in (folder, tmp_path / "out"))
     assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
     config = AutoConfig.from_pretrained(tmp_path / "out")
-    assert config.model_type in (theirs.config.model_type, "llama")  # a Mistral without its window is a Llama
-    for key in (*hf.KEYS, *hf.FAMILIES[config.model_type].keys, "hidden_act", "rope_parameters"):
+    assert config.model_type in (theirs.config.model_type, "llama")  # Mistral without a sliding window is Llama
+    for key in (*hf.CONFIG_KEYS, *hf.FAMILIES[config.model_type].config_keys, "hidden_act", "rope_parameters"):
         expected = getattr(theirs.config, key, None)
         if key == "head_dim" and expected is None:
             expected = config.hidden_size // config.num_attention_heads
@@ -131,7 +132,7 @@ def test_what_comes_in_goes_out_with_the_same_bits(both, tmp_path):
 
 
 # -----------------------------------------------------------------------------
-# Out
+# Save
 
 
 @pytest.mark.parametrize(
@@ -140,13 +141,13 @@ def test_what_comes_in_goes_out_with_the_same_bits(both, tmp_path):
         ("nanochat", dict()),
         ("nanochat", dict(n_hidden=40, head_dim=6, softcap=0.0, tie_embd=True)),
         ("llama", hf.LLAMA | dict(rope_scaling=LLAMA3 | dict(original_max_position_embeddings=20))),
-        ("mistral", hf.LLAMA | dict(n_embd=30, head_dim=10)),  # a LlamaConfig takes no n_embd like this
+        ("mistral", hf.LLAMA | dict(n_embd=30, head_dim=10)),  # LlamaConfig refuses it
         ("qwen2", hf.FAMILIES["qwen2"].switches | dict(n_kv_head=None)),
         ("qwen3", hf.FAMILIES["qwen3"].switches | dict(rope_base=1e6, head_dim=12)),
     ],
 )
 @torch.no_grad()
-def test_a_model_of_ours_opens_in_transformers(model_type, switches, tmp_path):
+def test_a_saved_model_gives_the_same_logits_and_tokens_in_transformers(model_type, switches, tmp_path):
     ours = make_model(torch.float32, sequence_len=100, vocab_size=257, **switches)
     for parameter in ours.parameters():
         parameter *= 0.7
@@ -176,21 +177,28 @@ def test_a_model_of_ours_opens_in_transformers(model_type, switches, tmp_path):
         (dict(qkv_bias=True), ("nanochat", "qkv_bias=True")),
     ],
 )
-def test_a_model_that_transformers_has_not_stays_here(switches, words, tmp_path):
+def test_a_model_that_transformers_cannot_express_is_refused(switches, words, tmp_path):
     with pytest.raises(ValueError) as e:
         hf.save(make_model(torch.float32, **switches), Tokenizer.from_spec("bytes"), tmp_path / "out")
     assert all(word in str(e.value) for word in words), str(e.value)
     assert not list(tmp_path.iterdir())
 
 
-def test_every_field_of_our_config_has_its_place_in_theirs():
-    """What is new in GPTConfig has to be thought of in hf.py; dropout is for training alone."""
+def test_every_field_of_gpt_config_is_mapped():
+    """A new field of GPTConfig needs a line in hf.py; dropout is used in training only."""
     for family in hf.FAMILIES.values():
-        places = [*hf.KEYS.values(), *family.keys.values(), *family.switches, "rope_base", "rope_scaling", "dropout"]
+        places = [
+            *hf.CONFIG_KEYS.values(),
+            *family.config_keys.values(),
+            *family.switches,
+            "rope_base",
+            "rope_scaling",
+            "dropout",
+        ]
         assert sorted(places) == sorted(field.name for field in fields(GPTConfig))
 
 
-def test_nothing_is_written_over_and_nothing_half(tmp_path, monkeypatch):
+def test_save_overwrites_nothing_and_is_atomic(tmp_path, monkeypatch):
     model, tokenizer = make_model(torch.float32), Tokenizer.from_spec("bytes")
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thesis.txt").write_text("a")
@@ -201,16 +209,34 @@ def test_nothing_is_written_over_and_nothing_half(tmp_path, monkeypatch):
     (tmp_path / "empty").mkdir()
     hf.save(model, tokenizer, tmp_path / "empty")
     assert (tmp_path / "empty" / "config.json").exists()
-    unsayable = replace(model.config)
-    unsayable.rope_base = {1j}  # JSON has no such thing: the failure comes after the tokenizer was written
-    monkeypatch.setattr(model, "config", unsayable)
+    unserializable = replace(model.config)
+    unserializable.rope_base = {1j}  # no JSON type: it fails after the tokenizer was written
+    monkeypatch.setattr(model, "config", unserializable)
     with pytest.raises(TypeError):
         hf.save(model, tokenizer, tmp_path / "new")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "file", "full"]
 
 
+@contextmanager
+def full_disk(limit: int):
+    """Make a file that grows beyond limit bytes fail, as on a full disk."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+def test_a_full_disk_is_an_os_error(tmp_path):
+    model = make_model(torch.float32)
+    with full_disk(20_000), pytest.raises(OSError):  # tokenizer.json fits, the weights do not
+        hf.save(model, Tokenizer.from_spec("bytes"), tmp_path / "new")
+    assert not list(tmp_path.iterdir())
+
+
 # -----------------------------------------------------------------------------
-# What is refused
+# Models that are refused
 
 
 YARN = dict(rope_type="yarn", factor=4.0, original_max_position_embeddings=64)
@@ -252,23 +278,23 @@ YARN = dict(rope_type="yarn", factor=4.0, original_max_position_embeddings=64)
         ("nanochat", dict(attention_bias=True), ("attention_bias",)),
     ],
 )
-def test_what_ours_cannot_be_exactly_is_refused_by_name(name, keys, words):
-    said = AutoConfig.for_model(name, **SHAPE | MODELS[name]).to_dict()
-    hf.to_gpt_config(said)
+def test_a_config_that_gpt_cannot_compute_exactly_is_refused_with_its_key(name, keys, words):
+    config_json = AutoConfig.for_model(name, **SHAPE | MODELS[name]).to_dict()
+    hf.to_gpt_config(config_json)
     if "rope_scaling" in keys:
-        del said["rope_parameters"]
+        del config_json["rope_parameters"]
     with pytest.raises(ValueError) as e:
-        hf.to_gpt_config(said | keys)
+        hf.to_gpt_config(config_json | keys)
     assert all(word in str(e.value) for word in words), str(e.value)
 
 
-def test_what_a_config_leaves_out_is_what_transformers_takes_it_for():
+def test_defaults_of_missing_keys_are_those_of_transformers():
     for model_type in hf.FAMILIES:
-        said = SHAPE | dict(model_type=model_type, vocab_size=64, num_attention_heads=32, hidden_size=4096)
-        said |= dict(sliding_window=None) if model_type == "mistral" else {}
-        theirs = AutoConfig.for_model(**said)
-        ours = hf.to_gpt_config(said)
-        for key, field in (hf.KEYS | hf.FAMILIES[model_type].keys).items():
+        config_json = SHAPE | dict(model_type=model_type, vocab_size=64, num_attention_heads=32, hidden_size=4096)
+        config_json |= dict(sliding_window=None) if model_type == "mistral" else {}
+        theirs = AutoConfig.for_model(**config_json)
+        ours = hf.to_gpt_config(config_json)
+        for key, field in (hf.CONFIG_KEYS | hf.FAMILIES[model_type].config_keys).items():
             assert getattr(ours, field) == getattr(theirs, key, 128), (model_type, key)
         assert ours.rope_base == theirs.rope_parameters["rope_theta"] and ours.rope_scaling is None
     with pytest.raises(ValueError, match="sliding_window is 4096"):
@@ -276,7 +302,7 @@ def test_what_a_config_leaves_out_is_what_transformers_takes_it_for():
 
 
 @pytest.mark.parametrize(
-    "older",
+    "rope_keys",
     [
         dict(rope_theta=500000, rope_scaling=None),
         dict(rope_scaling=dict(type="linear", factor=2.0)),
@@ -285,10 +311,10 @@ def test_what_a_config_leaves_out_is_what_transformers_takes_it_for():
         dict(rope_parameters=dict(rope_type="linear", factor=2, partial_rotary_factor=1.0)),
     ],
 )
-def test_rotary_positions_in_the_keys_of_older_and_newer_configs(older):
-    said = SHAPE | dict(model_type="llama", vocab_size=64) | older
-    theirs = AutoConfig.for_model(**json.loads(json.dumps(said))).rope_parameters
-    ours = hf.to_gpt_config(said)
+def test_rope_keys_of_older_and_newer_configs(rope_keys):
+    config_json = SHAPE | dict(model_type="llama", vocab_size=64) | rope_keys
+    theirs = AutoConfig.for_model(**json.loads(json.dumps(config_json))).rope_parameters
+    ours = hf.to_gpt_config(config_json)
     assert ours.rope_base == theirs["rope_theta"]
     assert (ours.rope_scaling or {"rope_type": "default"}) == {
         key: value for key, value in theirs.items() if key not in ("rope_theta", "type", "partial_rotary_factor")
@@ -296,22 +322,22 @@ def test_rotary_positions_in_the_keys_of_older_and_newer_configs(older):
 
 
 # -----------------------------------------------------------------------------
-# What is damaged
+# Damaged folders
 
 
 @pytest.fixture(scope="module")
 def good(tmp_path_factory):
-    """A folder in several shards, and one in a single file."""
+    """The same model in several shards, and in a single file."""
     theirs = make_theirs("llama")
     folder = tmp_path_factory.mktemp("good")
     write(theirs, folder / "shards", max_shard_size="20KB")
-    write(theirs, folder / "whole")
+    write(theirs, folder / "single")
     return folder
 
 
-def test_shards_are_the_same_model(good):
+def test_shards_load_like_a_single_file(good):
     assert len(list((good / "shards").glob("model-*.safetensors"))) > 2
-    a, b = (hf.load(good / name)[0].state_dict() for name in ("shards", "whole"))
+    a, b = (hf.load(good / name)[0].state_dict() for name in ("shards", "single"))
     assert all(torch.equal(a[name], b[name]) for name in a | b)
 
 
@@ -343,27 +369,31 @@ HEAD, Q = "lm_head.weight", "model.layers.0.self_attn.q_proj.weight"
 @pytest.mark.parametrize(
     "kind, damage, words",
     [
-        ("whole", lambda f: edit_tensors(f, lambda t: t.pop(Q)), ("missing", Q)),
-        ("whole", lambda f: edit_tensors(f, lambda t: t.update(extra=torch.ones(1))), ("no place", "extra")),
-        ("whole", lambda f: edit_tensors(f, lambda t: t.update({Q: t[Q][:8]})), (Q, "(8, 32)", "(32, 32)")),
-        ("whole", lambda f: edit_tensors(f, lambda t: t.update({Q: t[Q].to(torch.int8)})), (Q, "I8", "F32")),
-        ("whole", lambda f: edit_json(f / "config.json", num_hidden_layers=3), ("missing", "layers.2.")),
-        ("whole", lambda f: edit_json(f / "config.json", num_hidden_layers=1), ("no place", "layers.1.")),
-        ("whole", lambda f: edit_json(f / "config.json", tie_word_embeddings=True), ("tie_word_embeddings", HEAD)),
-        ("whole", lambda f: edit_json(f / "config.json", model_type="qwen3"), ("missing", "q_norm")),
-        ("whole", lambda f: edit_json(f / "config.json", hidden_size=64), ("(101, 32)", "(101, 64)")),
-        ("whole", lambda f: (f / "config.json").write_text("{not json"), ("config.json",)),
-        ("whole", lambda f: (f / "config.json").write_text("[1]"), ("config.json",)),
-        ("whole", lambda f: (f / "config.json").write_bytes(b"\xff\xfe\x00"), ("config.json",)),
-        ("whole", lambda f: (f / "config.json").unlink(), ("config.json",)),
-        ("whole", lambda f: (f / "tokenizer.json").unlink(), ("tokenizer.json",)),
-        ("whole", lambda f: (f / "model.safetensors").write_bytes(b""), ("model.safetensors", "damaged")),
-        ("whole", lambda f: (f / "model.safetensors").write_bytes(b"x" * 99), ("model.safetensors", "damaged")),
-        ("whole", lambda f: os.truncate(f / "model.safetensors", 9000), ("model.safetensors", "damaged")),
-        ("whole", lambda f: (f / "model.safetensors").rename(f / "pytorch_model.bin"), ("pytorch_model.bin", "pickle")),
+        ("single", lambda f: edit_tensors(f, lambda t: t.pop(Q)), ("missing", Q)),
+        ("single", lambda f: edit_tensors(f, lambda t: t.update(extra=torch.ones(1))), ("unexpected", "extra")),
+        ("single", lambda f: edit_tensors(f, lambda t: t.update({Q: t[Q][:8]})), (Q, "(8, 32)", "(32, 32)")),
+        ("single", lambda f: edit_tensors(f, lambda t: t.update({Q: t[Q].to(torch.int8)})), (Q, "I8", "F32")),
+        ("single", lambda f: edit_json(f / "config.json", num_hidden_layers=3), ("missing", "layers.2.")),
+        ("single", lambda f: edit_json(f / "config.json", num_hidden_layers=1), ("unexpected", "layers.1.")),
+        ("single", lambda f: edit_json(f / "config.json", tie_word_embeddings=True), ("tie_word_embeddings", HEAD)),
+        ("single", lambda f: edit_json(f / "config.json", model_type="qwen3"), ("missing", "q_norm")),
+        ("single", lambda f: edit_json(f / "config.json", hidden_size=64), ("(101, 32)", "(101, 64)")),
+        ("single", lambda f: (f / "config.json").write_text("{not json"), ("config.json",)),
+        ("single", lambda f: (f / "config.json").write_text("[1]"), ("config.json",)),
+        ("single", lambda f: (f / "config.json").write_bytes(b"\xff\xfe\x00"), ("config.json",)),
+        ("single", lambda f: (f / "config.json").unlink(), ("config.json",)),
+        ("single", lambda f: (f / "tokenizer.json").unlink(), ("tokenizer.json",)),
+        ("single", lambda f: (f / "model.safetensors").write_bytes(b""), ("model.safetensors", "damaged")),
+        ("single", lambda f: (f / "model.safetensors").write_bytes(b"x" * 99), ("model.safetensors", "damaged")),
+        ("single", lambda f: os.truncate(f / "model.safetensors", 9000), ("model.safetensors", "damaged")),
+        (
+            "single",
+            lambda f: (f / "model.safetensors").rename(f / "pytorch_model.bin"),
+            ("pytorch_model.bin", "pickle"),
+        ),
         ("shards", lambda f: (f / "model.safetensors.index.json").unlink(), ("no model.safetensors",)),
         ("shards", lambda f: (f / "model.safetensors.index.json").write_text("{}"), ("weight_map",)),
-        ("shards", lambda f: edit_index(f, **{Q: "../whole/model.safetensors"}), ("../whole",)),
+        ("shards", lambda f: edit_index(f, **{Q: "../single/model.safetensors"}), ("../single",)),
         ("shards", lambda f: edit_index(f, **{Q: "/etc/passwd"}), ("/etc/passwd",)),
         ("shards", lambda f: edit_index(f, **{Q: ".."}), ("'..'",)),
         ("shards", lambda f: edit_index(f, **{Q: "pytorch_model.bin"}), ("pytorch_model.bin",)),
@@ -374,7 +404,7 @@ HEAD, Q = "lm_head.weight", "model.layers.0.self_attn.q_proj.weight"
         ("shards", lambda f: min(f.glob("*.safetensors")).unlink(), ("model-00001",)),
     ],
 )
-def test_damage_is_said_in_one_line(kind, damage, words, good, tmp_path):
+def test_a_damaged_folder_is_an_error_of_one_line(kind, damage, words, good, tmp_path):
     folder = tmp_path / "model"
     shutil.copytree(good / kind, folder)
     damage(folder)
@@ -384,42 +414,49 @@ def test_damage_is_said_in_one_line(kind, damage, words, good, tmp_path):
     assert all(word in message for word in words) and "\n" not in message, message
 
 
-def test_what_older_checkpoints_hold_besides_is_no_harm(good, tmp_path):
-    """A buffer of the rotary positions; and with a tied head, the same matrix under both names."""
-    shutil.copytree(good / "whole", tmp_path / "model")
+def test_redundant_tensors_of_older_checkpoints_are_ignored(good, tmp_path):
+    """Rotary frequencies, and a tied head stored beside the embedding."""
+    shutil.copytree(good / "single", tmp_path / "model")
     edit_json(tmp_path / "model" / "config.json", tie_word_embeddings=True)
 
-    def as_it_was(tensors: dict) -> None:
+    def add_redundant(tensors: dict) -> None:
         tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(4)
         tensors[HEAD] = tensors["model.embed_tokens.weight"].clone()
 
-    edit_tensors(tmp_path / "model", as_it_was)
+    edit_tensors(tmp_path / "model", add_redundant)
     model, _ = hf.load(tmp_path / "model")
     assert model.lm_head is None and len(model.state_dict()) == len(load_file(tmp_path / "model/model.safetensors")) - 2
 
 
 def test_dtypes(good, tmp_path):
-    assert hf.load(good / "whole")[0].dtype == torch.float32
-    assert hf.load(good / "whole", "cpu", torch.bfloat16)[0].dtype == torch.bfloat16
-    shutil.copytree(good / "whole", tmp_path / "model")
+    assert hf.load(good / "single")[0].dtype == torch.float32
+    assert hf.load(good / "single", "cpu", torch.bfloat16)[0].dtype == torch.bfloat16
+    shutil.copytree(good / "single", tmp_path / "model")
     edit_tensors(
         tmp_path / "model", lambda t: t.update({name: x.bfloat16() for name, x in t.items() if "norm" not in name})
     )
-    mixed = hf.load(tmp_path / "model")[0].state_dict()  # the wider of the two: nothing is rounded
+    mixed = hf.load(tmp_path / "model")[0].state_dict()  # the wider dtype, so nothing is rounded
     assert {x.dtype for x in mixed.values()} == {torch.float32}
 
 
-def test_without_a_network_the_error_says_so(monkeypatch):
+def test_a_failed_download_suggests_a_folder(monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     for name in ("nobody/nothing", "no/such/folder", "/no/such/folder"):
-        with pytest.raises(OSError, match=f"{name} .*folder works"):
+        with pytest.raises(OSError, match=f"{name} is not a folder.*give a folder"):
             hf.load(name)
 
 
-def test_what_has_no_torch_in_it_is_an_extra(good, monkeypatch):
+def test_a_missing_package_names_its_extra(good, tmp_path, monkeypatch):
+    model, tokenizer = make_model(torch.float32), Tokenizer.from_spec("bytes")
+    monkeypatch.setitem(sys.modules, "tokenizers", None)
+    for call in (lambda: hf.load(good / "single"), lambda: hf.save(model, tokenizer, tmp_path / "new")):
+        with pytest.raises(ImportError, match="the extra 'hf': pip install tokenizers"):
+            call()
+    monkeypatch.undo()
     monkeypatch.setitem(sys.modules, "safetensors", None)
-    with pytest.raises(ImportError, match="the extra 'hf'"):
-        hf.load(good / "whole")
+    for call in (lambda: hf.load(good / "single"), lambda: hf.save(model, tokenizer, tmp_path / "new")):
+        with pytest.raises(ImportError, match="the extra 'hf': pip install safetensors"):
+            call()
 
 
 # -----------------------------------------------------------------------------
@@ -427,9 +464,9 @@ def test_what_has_no_torch_in_it_is_an_extra(good, monkeypatch):
 
 
 def test_import_fine_tune_and_export(trained, dataset, tmp_path):
-    """From a checkpoint of ours to a folder of theirs, to a fine-tuned checkpoint that outlives it, and out again.
+    """Export a checkpoint, fine-tune the exported model, resume without its folder, sample, and export again.
 
-    The dataset is prepared on the way, in the model's tokens; and the run stops, to be resumed without the folder.
+    The dataset is prepared by train.py with the model's tokenizer.
     """
     hf.export_checkpoint(trained / "best.pt", tmp_path / "theirs", None)
     _, tokenizer = hf.load(tmp_path / "theirs")
@@ -456,36 +493,70 @@ def test_import_fine_tune_and_export(trained, dataset, tmp_path):
     assert (tuned(idx) - logits).abs().max() < 1e-4
 
 
-def test_import_on_the_command_line(good, tmp_path):
-    run("hf.py", "import", good / "whole", tmp_path / "out", "--dtype=bfloat16")
+def test_import_command(good, tmp_path, capsys):
+    hf.main(["import", str(good / "single"), str(tmp_path / "out"), "--dtype=bfloat16"])
+    assert capsys.readouterr().out.startswith(f"wrote {tmp_path / 'out' / 'best.pt'}: ")
     model, extra = GPT.load_checkpoint(tmp_path / "out" / "best.pt")
-    expected, tokenizer = hf.load(good / "whole", dtype=torch.bfloat16)
+    expected, tokenizer = hf.load(good / "single", dtype=torch.bfloat16)
     assert model.dtype == torch.bfloat16 and model.config == expected.config
     assert all(torch.equal(x, expected.state_dict()[name]) for name, x in model.state_dict().items())
-    assert extra["tokenizer"] == tokenizer.to_dict() and extra["source"] == str(good / "whole")
+    assert extra["tokenizer"] == tokenizer.to_dict() and extra["source"] == str(good / "single")
+
+
+@pytest.mark.parametrize("source", ["out", "out/best.pt"])
+def test_export_command(source, good, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    hf.main(["import", str(good / "single"), "out"])
+    hf.main(["export", source, "new", "--dtype", "bfloat16"])
+    ours, theirs = hf.load("new")[0], AutoModelForCausalLM.from_pretrained("new")
+    assert ours.dtype == theirs.dtype == torch.bfloat16 and ours.config == hf.load(good / "single")[0].config
+
+
+def test_commands_run_from_any_folder(good, tmp_path):
+    """Only gpt and sologpt are needed, as after `pip install`: configurator is not."""
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site" / "gpt.py").symlink_to(ROOT / "gpt.py")
+    (tmp_path / "site" / "sologpt").symlink_to(ROOT / "sologpt")
+    code = f"""
+import contextlib, runpy, sys
+sys.path = [{str(tmp_path / "site")!r}] + [path for path in sys.path if path not in ("", {str(ROOT)!r})]
+imported, exported = ["import", {str(good / "single")!r}, "out"], ["export", "out/best.pt", "new"]
+for args in (["--help"], ["import", "--help"], ["export", "--help"], imported, exported):
+    sys.argv = ["hf.py", *args]
+    with contextlib.suppress(SystemExit):
+        runpy.run_module("sologpt.hf", run_name="__main__")
+assert not {{"configurator", "train", "sample", "data"}} & set(sys.modules)
+"""
+    shown = run("-c", code, cwd=tmp_path).stdout
+    for words in ("{import,export}", "NAME_OR_DIR OUT_DIR", "CHECKPOINT NEW_DIR", "--dtype", "example:", "examples:"):
+        assert words in shown
+    assert (tmp_path / "new" / "config.json").exists()
 
 
 @pytest.mark.parametrize(
     "args, word, status",
     [
-        ([], "say python hf.py", 2),
-        (["import", "x"], "say python hf.py", 2),
-        (["move", "x", "y"], "say python hf.py", 2),
+        ([], "{import,export}", 2),
+        (["import", "x"], "OUT_DIR", 2),
+        (["move", "x", "y"], "'move'", 2),
+        (["export", "x", "y", "z"], "unrecognized arguments: z", 2),
         (["import", "good", "out", "--dtype=int4"], "int4", 2),
-        (["import", "good", "full"], "there already", 2),
+        (["import", "good", "full"], "exists already", 2),
         (["import", "empty", "out"], "config.json", 2),
         (["import", "good", "file"], "cannot write", 1),
         (["export", "nowhere.pt", "out"], "nowhere.pt", 2),
+        (["export", "empty", "out"], "no best.pt in empty", 2),
+        (["export", "good", "out"], "hf:good", 2),
         (["export", "file", "out"], "damaged", 1),
-        (["export", "model.pt", "out"], "no checkpoint", 1),
-        (["export", "ours.pt", "full"], "there already", 2),
+        (["export", "model.pt", "out"], "no tokenizer", 1),
+        (["export", "ours.pt", "full"], "exists already", 2),
         (["export", "odd.pt", "out"], "embd_norm=False", 2),
         (["export", "ours.pt", "file/out"], "File exists", 2),
     ],
 )
-def test_the_command_line_says_what_is_wrong(args, word, status, good, tmp_path, monkeypatch, capsys):
+def test_errors_of_the_commands_are_one_line(args, word, status, good, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    shutil.copytree(good / "whole", "good")
+    shutil.copytree(good / "single", "good")
     (tmp_path / "file").write_text("x")
     (tmp_path / "empty").mkdir()
     (tmp_path / "full").mkdir()
@@ -494,24 +565,35 @@ def test_the_command_line_says_what_is_wrong(args, word, status, good, tmp_path,
     make_model(torch.float32).save("ours.pt", tokenizer=Tokenizer.from_spec("bytes").to_dict())
     make_model(torch.float32, embd_norm=False).save("odd.pt", tokenizer=Tokenizer.from_spec("bytes").to_dict())
     before = sorted(map(str, tmp_path.rglob("*")))
-    monkeypatch.setattr(sys, "argv", ["hf.py", *args])
     with pytest.raises(SystemExit) as e:
-        configurator.run(hf.main)
+        hf.main(args)
     lines = capsys.readouterr().err.splitlines()
     assert e.value.code == status and len(lines) == 1 and lines[0].startswith("error: ") and word in lines[0], lines
     assert sorted(map(str, tmp_path.rglob("*"))) == before
 
 
+@pytest.mark.parametrize("args", [["import", "good", "out"], ["export", "ours.pt", "out/new"]])
+def test_a_full_disk_is_one_line_and_status_1(args, good, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(good / "single", "good")
+    make_model(torch.float32).save("ours.pt", tokenizer=Tokenizer.from_spec("bytes").to_dict())
+    with full_disk(20_000), pytest.raises(SystemExit) as e:
+        hf.main(args)
+    lines = capsys.readouterr().err.splitlines()
+    assert e.value.code == 1 and len(lines) == 1 and lines[0].startswith("error: cannot write out"), lines
+    assert not list((tmp_path / "out").iterdir())
+
+
 @pytest.mark.parametrize("flag", ["--init_from=hf:/no/such/folder", "--init_from=hf:{empty}"])
-def test_train_says_what_is_wrong_with_an_open_model(flag, dataset, tmp_path, monkeypatch):
+def test_train_reports_a_missing_model_in_one_line(flag, dataset, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     (tmp_path / "empty").mkdir()
     flag = flag.replace("{empty}", str(tmp_path / "empty"))
     error("train.py", flag, f"--dataset={dataset}", f"--out_dir={tmp_path / 'out'}")
 
 
-@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's count of the peak of memory")
-def test_a_model_loads_and_samples_in_little_more_than_its_own_size(good, tmp_path):
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs the peak memory of Linux's /proc")
+def test_peak_memory_of_loading_and_sampling_is_about_one_model(good, tmp_path):
     config = GPTConfig(sequence_len=64, vocab_size=8000, n_layer=8, n_head=8, n_embd=768, n_hidden=2304, **hf.LLAMA)
     with torch.device("meta"):
         model = GPT(config)
@@ -519,22 +601,23 @@ def test_a_model_loads_and_samples_in_little_more_than_its_own_size(good, tmp_pa
     model.load_state_dict(weights, assign=True)
     hf.save(model, Tokenizer.from_spec("bytes"), tmp_path / "model")
     code = """
-import re, sys, torch, hf
+import re, sys, torch
+from sologpt import hf
 
-def memory(what):
-    return int(re.search(what + r":\\s+(\\d+)", open("/proc/self/status").read())[1]) * 1024
+def memory(key):
+    return int(re.search(key + r":\\s+(\\d+)", open("/proc/self/status").read())[1]) * 1024
 
 def use(folder):
     model, _ = hf.load(folder, dtype=torch.bfloat16)
     list(model.generate([1, 2, 3], 10))
     return sum(p.nbytes for p in model.parameters())
 
-use(sys.argv[1])  # imports what there is to import
+use(sys.argv[1])  # imports everything that is used
 before = memory("VmRSS")
-open("/proc/self/clear_refs", "w").write("5")  # the peak starts anew
+open("/proc/self/clear_refs", "w").write("5")  # resets the peak
 print(use(sys.argv[2]), memory("VmHWM") - before)
 """
-    args = [sys.executable, "-c", code, good / "whole", tmp_path / "model"]
+    args = [sys.executable, "-c", code, good / "single", tmp_path / "model"]
     done = subprocess.run(args, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     size, peak = map(int, done.stdout.split())

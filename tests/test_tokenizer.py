@@ -20,7 +20,7 @@ def tokenizer(request) -> Tokenizer:
     return Tokenizer.from_spec(request.param, [TORTURE * 3, "the quick brown fox jumps over the lazy dog " * 20])
 
 
-def test_text_survives(tokenizer):
+def test_decode_inverts_encode(tokenizer):
     ids = tokenizer.encode(TORTURE)
     assert tokenizer.decode(ids) == TORTURE
     assert all(0 <= i < tokenizer.eot for i in ids), "text never becomes a special token"
@@ -30,20 +30,20 @@ def test_text_survives(tokenizer):
 
 @settings(max_examples=100, deadline=None)
 @given(text=st.text())
-def test_any_text_survives(text):
+def test_decode_inverts_encode_of_any_text(text):
     tokenizer = Tokenizer.from_spec("bytes")
     assert tokenizer.decode(tokenizer.encode(text)) == text
     assert tokenizer.encode(text) == list(text.encode())
 
 
-def test_it_travels_as_json(tokenizer):
+def test_the_dict_survives_json(tokenizer):
     d = json.loads(json.dumps(tokenizer.to_dict()))
     again = Tokenizer.from_dict(d)
     assert (again.name, again.vocab_size, again.eot) == (tokenizer.name, tokenizer.vocab_size, tokenizer.eot)
     assert again.encode(TORTURE) == tokenizer.encode(TORTURE) and again.to_dict() == d
 
 
-def test_sizes():
+def test_vocab_size_and_eot():
     tokenizer = Tokenizer.from_spec("bytes")
     assert (tokenizer.vocab_size, tokenizer.eot) == (257, 256)
     tokenizer = Tokenizer.from_spec("bpe:300", ["ab cd ef gh " * 30 + TORTURE])
@@ -56,7 +56,7 @@ def test_bpe_makes_text_shorter():
     assert len(tokenizer.encode(text)) < len(text) / 3
 
 
-def test_an_encoding_with_gaps_and_several_special_tokens_travels_too():
+def test_the_dict_keeps_unused_ids_and_all_special_tokens():
     ranks = {bytes([i]): i for i in range(256)} | {b"ab": 257, b"abc": 259}
     special = {EOT: 258, "<|fim|>": 262}
     encoding = tiktoken.Encoding("gappy", pat_str=r"\w+|\W+", mergeable_ranks=ranks, special_tokens=special)
@@ -75,7 +75,7 @@ def stream(tokenizer: Tokenizer, ids: list[int]) -> list[str]:
 
 @settings(max_examples=300, deadline=None)
 @given(ids=st.lists(st.integers(0, 256), max_size=30))
-def test_streaming_any_bytes_joins_to_the_whole(ids):
+def test_streamed_parts_of_any_bytes_join_to_the_decoded_text(ids):
     tokenizer = Tokenizer.from_spec("bytes")
     assert "".join(stream(tokenizer, ids)) == tokenizer.decode(ids)
 
@@ -85,7 +85,7 @@ def test_streaming_text_never_shows_half_a_character(tokenizer):
     assert "".join(parts) == TORTURE and "\ufffd" not in "".join(parts)
 
 
-def test_invalid_bytes_show_once_and_the_end_is_flushed():
+def test_invalid_bytes_are_replaced_once_and_the_end_is_flushed():
     tokenizer = Tokenizer.from_spec("bytes")
     assert stream(tokenizer, [0x61, 0xFF, 0x62]) == ["a", "\ufffd", "b", ""]
     assert stream(tokenizer, list("é".encode())[:1]) == ["", "\ufffd"]
@@ -118,7 +118,7 @@ def test_bad_ids_are_errors():
             tokenizer.decode([bad])
 
 
-def test_an_encoding_that_cannot_be_downloaded_says_so(monkeypatch):
+def test_a_failed_download_suggests_other_tokenizers(monkeypatch):
     def refuse(name):
         raise OSError("no route to host")
 

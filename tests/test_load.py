@@ -1,0 +1,181 @@
+import os
+import socket
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, make_model, run
+
+from gpt import GPT
+from sologpt import hf
+from sologpt.load import find_checkpoint, load_model, pick_device
+from sologpt.tokenizer import Tokenizer
+
+BYTES = Tokenizer.from_spec("bytes")
+MODEL = make_model(torch.float32, vocab_size=257, **hf.LLAMA)
+
+
+def save(path: Path, seed: int = 0, **extra) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    make_model(torch.float32, seed, vocab_size=257).save(path, tokenizer=BYTES.to_dict(), **extra)
+    return path
+
+
+def same_weights(a: GPT, b: GPT) -> bool:
+    return all(torch.equal(x, b.state_dict()[name]) for name, x in a.state_dict().items())
+
+
+# ---- devices
+
+
+def test_pick_device():
+    assert pick_device("cpu") == pick_device(torch.device("cpu")) == torch.device("cpu")
+    assert pick_device() == pick_device("auto") == (torch.accelerator.current_accelerator(True) or torch.device("cpu"))
+
+
+@pytest.mark.parametrize("name", ["abacus", "meta", "cuda:99", "mps:99"])
+def test_a_missing_device_is_a_value_error_of_one_line(name, tmp_path):
+    path = save(tmp_path / "best.pt")
+    for call in (lambda: pick_device(name), lambda: load_model(path, name), lambda: load_model("hf:none", name)):
+        with pytest.raises(ValueError, match=name) as e:
+            call()
+        assert "\n" not in str(e.value) and "damaged" not in str(e.value)
+
+
+# ---- checkpoints
+
+
+@pytest.mark.parametrize("kind", [str, Path])
+def test_a_checkpoint_file(kind, tmp_path):
+    path = save(tmp_path / "any.pt", step=3, train_config={"seed": 1}, optimizers=[{"state": {}}])
+    model, tokenizer, about = load_model(kind(path))
+    assert same_weights(model, GPT.load(path)) and model.dtype == torch.float32 and not model.training
+    assert tokenizer.to_dict() == BYTES.to_dict()
+    assert about == {"source": str(path), "step": 3, "train_config": {"seed": 1}, "optimizers": [{"state": {}}]}
+
+
+def test_device_and_dtype(tmp_path):
+    path = save(tmp_path / "best.pt")
+    for device in (None, "cpu", "auto", torch.device("cpu")):
+        model = load_model(path, device, torch.bfloat16)[0]
+        assert model.dtype == torch.bfloat16
+        assert model.device.type == pick_device(device or "cpu").type
+
+
+def test_an_out_dir_is_its_newest_best_checkpoint(tmp_path):
+    """ckpt.pt, newer, is not taken; nor is best.old.pt, of the run before."""
+    paths = [save(tmp_path / name, seed) for seed, name in enumerate(("a/best.pt", "b/c/best.pt", "best.pt"))]
+    save(tmp_path / "ckpt.pt", 7)
+    save(tmp_path / "best.old.pt", 8)
+    now = time.time()
+    for newest in paths:
+        for path in paths:
+            os.utime(path, (now, now - 100 * (path != newest)))
+        assert find_checkpoint(tmp_path) == newest
+        model, _, about = load_model(tmp_path)
+        assert about["source"] == str(newest) and same_weights(model, GPT.load(newest))
+
+
+def test_an_out_dir_without_best_is_its_last_checkpoint(tmp_path):
+    path = save(tmp_path / "ckpt.pt", step=0)
+    assert find_checkpoint(str(tmp_path)) == path and load_model(str(tmp_path))[2] == {"source": str(path), "step": 0}
+
+
+# ---- Hugging Face models
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("hf") / "model"
+    hf.save(MODEL, BYTES, folder)
+    return folder
+
+
+def test_a_hugging_face_model(folder):
+    model, tokenizer, about = load_model(f"hf:{folder}", "cpu", torch.bfloat16)
+    expected, _ = hf.load(folder, dtype=torch.bfloat16)
+    assert same_weights(model, expected) and model.dtype == torch.bfloat16 and not model.training
+    assert tokenizer.encode("abc") == BYTES.encode("abc") and about == {"source": f"hf:{folder}"}
+
+
+def test_a_hugging_face_folder_needs_the_prefix(folder, tmp_path):
+    with pytest.raises(ValueError, match=f"hf:{folder}"):
+        load_model(folder)
+    hf.save(MODEL, BYTES, tmp_path / "both")
+    save(tmp_path / "both" / "best.pt", step=5)
+    assert load_model(tmp_path / "both")[2]["step"] == 5  # a folder that is an out_dir too
+
+
+def test_hf_is_imported_only_when_asked_for(tmp_path):
+    path = save(tmp_path / "best.pt")
+    code = f"""
+import sys
+sys.path.insert(0, {str(ROOT)!r})
+from sologpt.load import load_model
+load_model({str(path)!r})
+assert not {{"sologpt.hf", "tokenizers", "safetensors", "configurator"}} & set(sys.modules)
+"""
+    run("-c", code, cwd=tmp_path)
+
+
+# ---- errors
+
+
+@pytest.mark.parametrize(
+    "source, words", [("none.pt", r"none\.pt.*hf:NAME"), ("empty", r"no best\.pt in empty.*train\.py")]
+)
+def test_what_is_missing_is_a_file_not_found_error(source, words, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(FileNotFoundError, match=words):
+        load_model(source)
+    with pytest.raises(FileNotFoundError, match=r"no best\.pt in nowhere"):
+        find_checkpoint("nowhere")
+
+
+def test_an_unreadable_file_is_an_os_error(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # the path of a socket must be short
+    with socket.socket(socket.AF_UNIX) as unreadable:
+        unreadable.bind("best.pt")
+        with pytest.raises(OSError, match=r"cannot read the checkpoint best\.pt: \w+"):
+            load_model("best.pt")
+
+
+def test_a_damaged_checkpoint_is_a_runtime_error(tmp_path):
+    path = save(tmp_path / "best.pt")
+    path.write_bytes(path.read_bytes()[:5000])
+    with pytest.raises(RuntimeError, match=r"best\.pt.*damaged"):
+        load_model(path)
+
+
+def test_a_checkpoint_without_a_tokenizer_is_a_runtime_error(tmp_path):
+    MODEL.save(tmp_path / "plain.pt")
+    with pytest.raises(RuntimeError, match=r"plain\.pt holds no tokenizer"):
+        load_model(tmp_path / "plain.pt")
+    MODEL.save(tmp_path / "odd.pt", tokenizer={"kind": "odd"})
+    with pytest.raises(RuntimeError, match=r"odd\.pt is damaged: its tokenizer"):
+        load_model(tmp_path / "odd.pt")
+
+
+def test_a_missing_extra_is_an_import_error(folder, tmp_path, monkeypatch):
+    tokenizer = hf.load_tokenizer(folder)
+    MODEL.save(tmp_path / "best.pt", tokenizer=tokenizer.to_dict())
+    monkeypatch.setitem(sys.modules, "tokenizers", None)
+    for source in (f"hf:{folder}", tmp_path / "best.pt"):
+        with pytest.raises(ImportError, match="the extra 'hf'"):
+            load_model(source)
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), MemoryError()])
+def test_out_of_memory_is_not_reported_as_damage(error, tmp_path, monkeypatch):
+    """The error of GPT.load_checkpoint passes through as it is."""
+
+    def fail(*_):
+        raise error
+
+    monkeypatch.setattr(GPT, "load_checkpoint", fail)
+    with pytest.raises(type(error)) as e:
+        load_model(save(tmp_path / "best.pt"))
+    assert e.value is error
