@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import gpt
-from bench.__main__ import as_transformers
+from bench.peers import as_transformers
 from gpt import GPT, GPTConfig, rope, rotate
 
 LLAMA3 = {
