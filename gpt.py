@@ -157,7 +157,7 @@ class Attention(nn.Module):
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
         C, (H, G, D) = config.n_embd, config.heads
-        self.head_dim, self.gqa, self.dropout = D, G < H, config.dropout
+        self.head_dim, self.gqa, self.dropout = D, G < H, nn.Dropout(config.dropout)
         self.c_q = nn.Linear(C, H * D, bias=config.qkv_bias)
         self.c_k = nn.Linear(C, G * D, bias=config.qkv_bias)
         self.c_v = nn.Linear(C, G * D, bias=config.qkv_bias)
@@ -177,7 +177,7 @@ class Attention(nn.Module):
             k, v = keys[:, :end], values[:, :end]  # (B, S, G, D)
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H, T, D), (B, G, S, D), (B, G, S, D)
         # softmax(q @ k^T / sqrt(D)) @ v; the mask is true where a query may attend, None is causal
-        dropout, causal = self.dropout if self.training else 0.0, mask is None and T > 1
+        dropout, causal = self.dropout.p if self.training else 0.0, mask is None and T > 1
         y = F.scaled_dot_product_attention(q, k, v, mask, dropout, causal, enable_gqa=self.gqa)  # (B, H, T, D)
         return self.c_proj(y.transpose(1, 2).reshape(B, T, -1))  # (B, T, H * D) -> (B, T, C)
 

@@ -126,13 +126,13 @@ def to_json(prompt: str, row: TextRow) -> str:
 # One prompt, or a conversation
 
 
-def sample_once(config: Config, model: GPT, generate: Generate, about: str) -> None:
+def sample_once(config: Config, model: GPT, generate: Generate, description: str) -> None:
     """Stream the first sample; the others are drawn with it and printed after it."""
     prompt = read_prompt(config.prompt)
     messages = [*first_messages(config), {"role": "user", "content": prompt}]
     with configurator.reported():
         stream = generate(messages if config.chat else prompt, num_samples=config.num_samples)
-    print(about, file=sys.stderr)
+    print(description, file=sys.stderr)
     warn_if_cut(stream, model)
     if config.json:
         for _ in stream:
@@ -152,7 +152,7 @@ def sample_once(config: Config, model: GPT, generate: Generate, about: str) -> N
 
 @contextmanager
 def catch_sigint() -> Iterator[list[int]]:
-    """Collect Ctrl-C in the list that this gives, so that an answer ends between two tokens, not within one."""
+    """Append each Ctrl-C to the list that this yields, so that an answer ends between two tokens, not within one."""
     signals: list[int] = []
     before = signal.signal(signal.SIGINT, lambda signum, _: signals.append(signum))
     try:
@@ -161,7 +161,7 @@ def catch_sigint() -> Iterator[list[int]]:
         signal.signal(signal.SIGINT, before)
 
 
-def converse(config: Config, model: GPT, generate: Generate, about: str) -> None:
+def converse(config: Config, model: GPT, generate: Generate, description: str) -> None:
     """Answer one prompt after the other. The cache keeps the conversation, so a turn prefills only what is new."""
     with suppress(ImportError):  # not on Windows
         import readline  # noqa: F401  (gives input() line editing and history)
@@ -170,7 +170,7 @@ def converse(config: Config, model: GPT, generate: Generate, about: str) -> None
     messages = first_messages(config)
     with configurator.reported():  # checks the settings and the chat template before the first prompt
         generate([*messages, {"role": "user", "content": ""}] if config.chat else [0])
-    print(f"{about}\nCtrl-C stops an answer, Ctrl-D leaves", file=sys.stderr)
+    print(f"{description}\nCtrl-C stops an answer, Ctrl-D leaves", file=sys.stderr)
     kv_cache = KVCache(model.config, 1, model.config.sequence_len, model.device, model.dtype)
     while True:
         try:
@@ -202,11 +202,11 @@ def main() -> None:
         model, tokenizer, about = load_model(source, config.device, DTYPES[config.dtype])
         decode = fast.prepare(model, compile=config.compile, lookup=config.lookup, rows=config.num_samples)
     step = f", step {about['step']}" if "step" in about else ""
-    line = f"{about['source']}{step}, on {model.device}"
+    description = f"{about['source']}{step}, on {model.device}"
     names = ("max_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")
     settings = {name: getattr(config, name) for name in (*names, "stop", "stop_on_repeat")}
     generate = partial(stream_text, model, tokenizer, decode=decode, **settings)
-    (converse if config.interactive else sample_once)(config, model, generate, line)
+    (converse if config.interactive else sample_once)(config, model, generate, description)
 
 
 if __name__ == "__main__":

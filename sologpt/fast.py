@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 import gpt
-from gpt import GPT, Block, Decoder, KVCache, LayerCache, in_float32, rope
+from gpt import GPT, Decoder, KVCache, LayerCache, in_float32, rope
 
 
 def prepare(model: GPT, compile: bool = False, lookup: int = 0, rows: int = 1) -> Decoder:
@@ -164,7 +164,7 @@ class OneToken(TorchFunctionMode):
 
 
 def block_of_one_token(
-    block: Block, x: Tensor, rotations: Tensor, mask: Tensor | None, layer: LayerCache | None
+    block: nn.Module, x: Tensor, rotations: Tensor, mask: Tensor | None, layer: LayerCache | None
 ) -> Tensor:
     with OneToken():
         return block(x, rotations, mask, layer)

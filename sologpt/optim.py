@@ -37,19 +37,27 @@ def configure_optimizers(
     """
     if optimizer not in ("muon", "adamw"):
         raise ValueError(f"optimizer must be muon or adamw, not {optimizer!r}")
-    matrices = [p for p in model.h.parameters() if p.ndim == 2]
+    stacks = by_shape(p for p in model.h.parameters() if p.ndim == 2)
+    matrices = [p for stack in stacks for p in stack]  # in this order checkpoints number their states
     vectors = [p for p in model.parameters() if p.ndim == 1]
     tables = {model.wte.weight: embd_lr, model.head_weight: head_lr}  # one and the same if tied: then head_lr
     groups: list[dict[str, Any]] = [dict(params=[table], lr=lr) for table, lr in tables.items()]
     groups += [dict(params=vectors, lr=head_lr)] if vectors else []
     blocks = [dict(params=matrices, lr=learning_rate, weight_decay=weight_decay)]
     adamw = partial(torch.optim.AdamW, betas=betas, eps=1e-10, weight_decay=0.0, fused=True)
-    optimizers = [adamw(blocks + groups)] if optimizer == "adamw" else [Muon(blocks, momentum=momentum, dtype=dtype)]
+    optimizers: list[torch.optim.Optimizer] = [adamw(blocks + groups)]
     if optimizer == "muon":
-        optimizers.append(adamw(groups))
+        optimizers = [Muon(blocks, momentum=momentum, dtype=dtype), adamw(groups)]
     for group in (group for each in optimizers for group in each.param_groups):
         group["initial_lr"] = group["lr"]
     return optimizers
+
+
+def by_shape(params: Iterable[nn.Parameter]) -> list[list[nn.Parameter]]:
+    stacks: dict[torch.Size, list[nn.Parameter]] = {}
+    for p in params:
+        stacks.setdefault(p.shape, []).append(p)
+    return list(stacks.values())
 
 
 def orthogonalize(G: Tensor) -> Tensor:
@@ -95,14 +103,10 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         for group in self.param_groups:
-            stacks: dict[torch.Size, list[nn.Parameter]] = {}
-            for p in group["params"]:
-                if p.grad is not None:
-                    stacks.setdefault(p.shape, []).append(p)
-            for params in stacks.values():
+            for params in by_shape(p for p in group["params"] if p.grad is not None):
                 self.update(params, group["lr"], group["momentum"], group["weight_decay"])
 
-    def update(self, params: list[nn.Parameter], lr: float, momentum: float, weight_decay: float) -> None:
+    def update(self, params: Any, lr: float, momentum: float, weight_decay: float) -> None:
         """One step for matrices of one shape."""
         grads = [p.grad for p in params]
         for p in params:

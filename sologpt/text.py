@@ -18,7 +18,7 @@ Steps = Generator[list[int | None], None, list[str]]  # a token id for each row,
 
 
 class Model(Protocol):
-    """What is used of a GPT."""
+    """The part of a GPT that is used here: this module does not import gpt."""
 
     config: Any
 
@@ -28,10 +28,12 @@ class Model(Protocol):
 class TextRow:
     """The text of one generated sequence: token ids are pushed in, text comes out once it is certain.
 
-    An incomplete character is held back, and so is what may be the beginning of a stop sequence. `reason` is why the
-    row has ended, or empty: 'stop' for an end-of-text token or a stop sequence (neither becomes text), 'repeat' if the
-    last stop_on_repeat tokens equal those before them, or what `end` was given. continues: the row continues a text, so
-    a space at its beginning counts. ValueError for an empty stop sequence or a negative stop_on_repeat.
+    An incomplete character and the possible beginning of a stop sequence are held back. `reason` is empty until the row
+    ends. Then it is 'stop' (an end-of-text token or a stop sequence; neither becomes text), 'repeat' (the last
+    stop_on_repeat tokens equal those before them), or what `end` was given.
+
+    continues: the row continues a text, so a leading space is kept. ValueError for an empty stop sequence or a negative
+    stop_on_repeat.
     """
 
     def __init__(
@@ -107,7 +109,8 @@ class TextStream(Iterator[str]):
     """What `stream_text` returns: yields the text of the first row, a piece for each token (it may be empty).
 
     `rows` are all rows, `prompt_tokens` the encoded prompt. `text`, `tokens`, `reason` and `seconds` are those of the
-    first row so far. Leaving a for loop half-way closes the stream, and its running rows end by 'interrupt'.
+    first row so far. Leaving a for loop half-way, by break or an exception, closes the stream: rows that are still
+    running end by 'interrupt'.
     """
 
     def __init__(self, steps: Steps, rows: list[TextRow], prompt_tokens: list[int]) -> None:

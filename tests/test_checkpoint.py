@@ -6,11 +6,12 @@ import torch
 from conftest import LLAMA, QWEN, make_model
 
 from gpt import GPT
+from sologpt.optim import configure_optimizers
 
 
 def test_a_model_saved_and_loaded_is_the_same(tmp_path):
     model = make_model(torch.float32)
-    optimizers = model.configure_optimizers()
+    optimizers = configure_optimizers(model)
     for _ in range(3):
         idx = torch.randint(61, (4, 17))
         model(idx[:, :-1], idx[:, 1:]).backward()

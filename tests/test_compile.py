@@ -1,4 +1,4 @@
-"""What is compiled gives what is not."""
+"""Compiled decode gives what `GPT.step` gives."""
 
 import pytest
 import torch
@@ -6,52 +6,85 @@ from conftest import QWEN, make_model
 from torch._dynamo.utils import counters
 
 from gpt import KVCache
+from sologpt import fast
 
 
 @pytest.fixture(params=[{}, QWEN], ids=["nanochat", "qwen"])
-def models(request):
-    """The same model twice: as it is, and with its decode compiled."""
+def kind(request):
     torch._dynamo.reset()
     counters.clear()
-    plain, compiled = (make_model(torch.float32, sequence_len=64, **request.param) for _ in range(2))
-    compiled.compile_decode()
-    return plain, compiled
+    return request.param
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("packed", [False, True], ids=["plain", "packed"])
-def test_compiled_decode_gives_the_same_tokens_and_is_compiled_once(models, packed):
+def test_compiled_decode_gives_the_same_tokens_and_is_compiled_once(kind, packed):
     """For a block and for the head, whatever the prompt and the position, past a full window too."""
+    plain, model = (make_model(torch.float32, sequence_len=64, **kind) for _ in range(2))
     if packed:
-        models[1].prepack()
+        fast.pack(model)
+    decode = fast.Compiled(model)
     for prompt, n in (([1, 2, 3], 90), ([5] * 20, 30), ([7], 70), (list(range(60)), 9)):
-        a, b = (list(model.generate(prompt, n, temperature=0)) for model in models)
-        assert a == b
+        assert list(model.generate(prompt, n, temperature=0, decode=decode)) == list(
+            plain.generate(prompt, n, temperature=0)
+        )
     assert counters["stats"]["unique_graphs"] == 2 and not counters["graph_break"]
     prompts = [[1, 2, 3], [4], [5] * 9]
-    a, b = (list(model.generate_batch(prompts, 80, temperature=0)) for model in models)
-    assert a == b
+    assert list(model.generate_batch(prompts, 80, temperature=0, decode=decode)) == list(
+        plain.generate_batch(prompts, 80, temperature=0)
+    )
     before = counters["stats"]["unique_graphs"]
     for prompts in ([[4], [1, 2]], [[6] * 30, [1, 2], [5, 5, 5]]):
-        a, b = (list(model.generate_batch(prompts, 20, temperature=0)) for model in models)
-        assert a == b
+        assert list(model.generate_batch(prompts, 20, temperature=0, decode=decode)) == list(
+            plain.generate_batch(prompts, 20, temperature=0)
+        )
     assert counters["stats"]["unique_graphs"] == before
 
 
 @pytest.mark.slow
-def test_compiled_decode_is_exact(models):
-    """In bfloat16 it is nearer to float64 than what is not compiled, which rounds more often."""
-    errors = []
-    for model in models:
-        exact = make_model(torch.float64, sequence_len=64)
-        if model.config != exact.config:
-            exact = make_model(torch.float64, sequence_len=64, **QWEN)
-        logits = []
-        for of in (exact, model.bfloat16()):
-            cache = KVCache(of.config, 1, 64, dtype=of.dtype)
-            with torch.inference_mode():
-                of.hidden(torch.arange(9)[None], cache)
-                steps = [of._decode(torch.tensor([t]), cache, torch.tensor([True])) for t in range(20)]
-            logits.append(torch.cat(steps).double())
-        errors.append((logits[0] - logits[1]).norm() / logits[0].norm())
-    assert errors[1] <= 1.2 * errors[0]
+def test_compiled_decode_is_exact(kind):
+    """In bfloat16 it is nearer to float64 than `GPT.step`, which rounds more often."""
+    exact = make_model(torch.float64, sequence_len=64, **kind)
+    model = make_model(torch.bfloat16, sequence_len=64, **kind)
+    logits = []
+    for of, decode in ((exact, exact.step), (model, model.step), (model, fast.Compiled(model))):
+        cache = KVCache(of.config, 1, 64, dtype=of.dtype)
+        with torch.inference_mode():
+            of.prefill([range(9)], cache)
+            steps = [decode(torch.tensor([t]), cache) for t in range(20)]
+        logits.append(torch.cat(steps).double())
+    plain, compiled = ((logits[0] - each).norm() / logits[0].norm() for each in logits[1:])
+    assert compiled <= 1.2 * plain
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("kind", [{}, QWEN], ids=["nanochat", "qwen"])
+def test_the_arithmetic_that_is_compiled_is_that_of_the_model(kind, rows, monkeypatch):
+    """Without the compiler: the loops in place of products, and the slots and masks of the cache, to float64's rounding."""
+    monkeypatch.setattr(torch, "compile", lambda function, dynamic: function)
+    model = make_model(sequence_len=48, **kind)
+    decode = fast.Compiled(model)
+    for prompts in ([list(range(1, 9))] * rows, [[b + 1] * (4 * b + 2) for b in range(rows)]):
+        caches = [KVCache(model.config, rows, 48, dtype=model.dtype) for _ in range(2)]
+        with torch.inference_mode():
+            for cache in caches:
+                cache.k.fill_(torch.nan), cache.v.fill_(torch.nan)  # slots past the lengths must not matter
+                model.prefill(prompts, cache)
+            for step in range(30):
+                ids = torch.full((rows,), step)
+                theirs, ours = model.step(ids, caches[0]), decode(ids, caches[1])
+                torch.testing.assert_close(ours, theirs)
+        assert caches[0].tokens() == caches[1].tokens()
+        with pytest.raises(ValueError, match="48"):
+            for _ in range(48):
+                decode(ids, caches[1])
+
+
+def test_compile_training_needs_no_complex_numbers(recwarn):
+    """torch.compile generates no code for them, and says so in a warning: fast.rotate takes the place of gpt.rotate."""
+    torch._dynamo.reset()
+    model = make_model(torch.float32, n_layer=1)
+    explained = torch._dynamo.explain(model)(torch.zeros(1, 4, dtype=torch.long), torch.ones(1, 4, dtype=torch.long))
+    targets = [str(node.target) for graph in explained.graphs for node in graph.graph.nodes]
+    assert explained.graph_break_count == 0 and targets
+    assert not any("complex" in target for target in targets)

@@ -66,10 +66,10 @@ def test_rows_end_on_their_own_and_change_nothing_in_the_others():
     assert "stop" in reasons
 
 
-def test_num_samples_are_drawn_independently_from_one_prefill(monkeypatch):
+def test_num_samples_are_drawn_independently_from_oneprefill(monkeypatch):
     model = make_model()
     prefills = []
-    monkeypatch.setattr(model, "_prefill", lambda *a, f=model._prefill: prefills.append(a) or f(*a))
+    monkeypatch.setattr(model, "prefill", lambda *a, f=model.prefill: prefills.append(a) or f(*a))
     rows, reasons = finish(model.generate_batch([[1, 2], [3, 4, 5]], 12, num_samples=4, temperature=1.5))
     assert len(prefills) == 1 and len(reasons) == 8
     columns = {tuple(row[b] for row in rows) for b in range(4)}
@@ -293,7 +293,7 @@ def test_logits_of_a_ragged_batch_in_float32(lengths, seed):
     model = make_model(torch.float32, seed=seed)
     prompts = [torch.randint(61, (n,)).tolist() for n in lengths]
     cache = KVCache(model.config, len(prompts), 32)
-    batched = model._prefill(prompts, cache)
+    batched = model.prefill(prompts, cache)
     for row, prompt in zip(batched, prompts, strict=True):
         assert (row - model(torch.tensor([prompt]))[0, -1]).abs().max() < 1e-4
 
@@ -330,49 +330,103 @@ def test_a_prompt_in_chunks_is_read_as_in_one(lengths, past, chunk, seed):
     prompts = [torch.randint(61, (n,)).tolist() for n in lengths]
     caches = [KVCache(model.config, len(prompts), 48, dtype=model.dtype) for _ in range(2)]
     for cache in caches:
-        model._prefill([[b, *range(b, past)] for b in range(len(prompts))], cache)
+        model.prefill([[b, *range(b, past)] for b in range(len(prompts))], cache)
     with pytest.MonkeyPatch.context() as patch:
-        whole = model._prefill(prompts, caches[0])
-        patch.setattr(gpt, "PREFILL_AT_A_TIME", chunk)
-        torch.testing.assert_close(model._prefill(prompts, caches[1]), whole)
+        whole = model.prefill(prompts, caches[0])
+        patch.setattr(gpt, "PREFILL_CHUNK", chunk)
+        torch.testing.assert_close(model.prefill(prompts, caches[1]), whole)
     assert caches[0].tokens() == caches[1].tokens()
+
+
+# ---- a batch in the caller's cache
 
 
 @settings(max_examples=40, deadline=None)
 @given(
-    turns=st.lists(st.lists(st.integers(0, 3), min_size=1, max_size=20), min_size=1, max_size=3),
-    n=st.integers(1, 50),
-    temperature=st.sampled_from([0, 0.3, 1.0]),
-    spoken=st.integers(0, 60),
-    max_len=st.integers(32, 40),
+    lengths=st.lists(st.integers(1, 12), min_size=2, max_size=5),
+    spoken=st.integers(1, 40),
+    n_stops=st.integers(1, 12),
     seed=st.integers(0, 99),
 )
-def test_looking_ahead_changes_nothing(turns, n, temperature, spoken, max_len, seed):
-    """Neither what is said nor what a cache holds after it, also past a full window and when the caller walks away."""
-    model = make_model(seed=seed, sequence_len=32)
+def test_a_row_that_has_ended_stays_as_it_ended(lengths, spoken, n_stops, seed):
+    """Whenever it stops, at a full window too: the cache's last row of it is what it would hold, generated alone."""
+    model = make_model(seed=seed, sequence_len=12)
+    prompts = [torch.randint(61, (n,)).tolist() for n in lengths]
+    settings = dict(temperature=0, stop_tokens=list(range(n_stops)))
+    cache = KVCache(model.config, len(prompts), 12, dtype=model.dtype)
+    list(model.generate_batch(prompts, spoken, kv_cache=cache, **settings))
+    for b, prompt in enumerate(prompts):
+        alone = KVCache(model.config, 1, 12, dtype=model.dtype)
+        list(model.generate(prompt, spoken, kv_cache=alone, **settings))
+        n = int(alone.lengths)
+        assert cache.tokens()[b] == alone.tokens()[0]
+        torch.testing.assert_close(cache.k[:, b, :, :n], alone.k[:, 0, :, :n])
+        torch.testing.assert_close(cache.v[:, b, :, :n], alone.v[:, 0, :, :n])
+
+
+def test_a_row_that_stops_at_a_full_window_is_not_restarted():
+    """Its stop token is the last that fits; the other row goes on past several windows."""
+    for seed in range(50):
+        model = make_model(sequence_len=8, seed=seed)
+        free, _ = finish(model.generate_batch([[1, 2, 3], [4]], 20, temperature=0))
+        first, second = ([row[b] for row in free] for b in range(2))
+        if first[4] not in first[:4] and first[4] not in second:
+            break
+    cache = KVCache(model.config, 2, 8, dtype=model.dtype)
+    settings = dict(temperature=0, stop_tokens=[first[4]], kv_cache=cache)
+    rows, reasons = finish(model.generate_batch([[1, 2, 3], [4]], 20, **settings))
+    assert reasons == ["stop", "length"] and [row[1] for row in rows] == second
+    assert cache.tokens()[0] == [1, 2, 3, *first[:5]]
+
+
+# ---- what may go wrong half-way
+
+
+@pytest.mark.parametrize("fails_at", [1, 3])
+def test_a_decoder_that_raises_leaves_the_cache_as_it_was(fails_at):
+    """The token that it was to read is neither lost half-way nor read a second time by the clean-up."""
+    model = make_model()
+    cache, calls = KVCache(model.config, 1, 32, dtype=model.dtype), []
+
+    def decode(ids, kv_cache):
+        calls.append(ids)
+        if len(calls) == fails_at:
+            raise KeyboardInterrupt
+        return model.step(ids, kv_cache)
+
     said = []
-    for lookup in (0, n):
-        cache = KVCache(model.config, 1, max_len, dtype=model.dtype)
-        said.append([])
-        for turn in turns:
-            steps = model.generate(turn, 50, temperature, seed=seed, stop_tokens=[9], kv_cache=cache, lookup=lookup)
-            said[-1].append([token for token, _ in zip(steps, range(spoken), strict=False)])
-            steps.close()
-            said[-1].append(cache.tokens())
-    assert said[0] == said[1]
+    with pytest.raises(KeyboardInterrupt):
+        said.extend(model.generate([1, 2], 9, temperature=0, kv_cache=cache, decode=decode))
+    assert len(calls) == fails_at and cache.lengths.tolist() == [2 + fails_at - 1]
 
 
-def test_looking_ahead_reads_what_repeats_at_once():
-    model = make_model(sequence_len=200, n_layer=1)
-    torch.nn.init.zeros_(model.h[0].attn.c_proj.weight)  # the next token is a function of the last: it soon repeats
-    forwards = []
-    model.norm.register_forward_hook(lambda *_: forwards.append(1))
-    counts, texts = [], []
-    for lookup in (0, 8):
-        texts.append(list(model.generate([1], 150, temperature=0, lookup=lookup)))
-        counts.append(len(forwards))
-        forwards.clear()
-    assert texts[0] == texts[1]
-    assert counts[0] == 150 and counts[1] < 60
-    with pytest.raises(ValueError, match="lookup"):
-        model.generate_batch([[1], [2]], 5, lookup=3)
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("order", [(0, 1, 2), (2, 1, 0), (1, 2, 0)])
+def test_generators_that_end_in_any_order_give_the_mode_back(training, order):
+    model = make_model(dropout=0.5).train(training)
+    steps = [model.generate([1, 2], 9, temperature=0) for _ in range(3)]
+    alone = list(make_model(dropout=0.5).generate([1, 2], 9, temperature=0))
+    out = [[next(each)] for each in steps]
+    for i in order:
+        assert not model.training
+        out[i] += steps[i]
+    assert out == [alone] * 3, "none of them drew with dropout on"
+    assert model.training == training
+
+
+def test_what_the_penalty_needs_is_built_only_with_a_penalty(monkeypatch):
+    model = make_model()
+    asked = []
+    monkeypatch.setattr(KVCache, "tokens", lambda self, f=KVCache.tokens: asked.append(1) or f(self))
+    list(model.generate([1, 2], 5))
+    assert not asked
+    list(model.generate([1, 2], 5, repetition_penalty=1.1))
+    assert asked
+
+
+def test_prompts_and_stop_tokens_may_be_iterators():
+    model = make_model()
+    tokens = list(model.generate([1, 2, 3], 20, temperature=0))
+    stop = tokens[5]
+    settings = dict(stop_tokens=iter([stop]), suppress_tokens=iter([60 if stop != 60 else 59]))
+    assert list(model.generate(iter([1, 2, 3]), 20, temperature=0, **settings)) == tokens[: tokens.index(stop) + 1]

@@ -5,12 +5,13 @@ from contextlib import nullcontext
 import pytest
 import torch
 from conftest import QWEN, make_model
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from gpt import GPT, Block, Graphs, KVCache, Lookup
+from gpt import KVCache
+from sologpt.fast import CudaGraphs, Lookup
 
 
 class Recorder(TorchDispatchMode):
@@ -50,54 +51,81 @@ CUDA = {
 }
 
 
-def greedy(model, prompts, n, shortest, keep, lookup=0):
-    """n greedy tokens for each row by graphs, and the lengths that were recorded."""
-    cache, recorded = KVCache(model.config, len(prompts), model.config.sequence_len, dtype=model.dtype), []
+@pytest.fixture
+def recording(monkeypatch):
+    """torch.cuda without a GPU, and nothing compiled: only what is recorded is of interest."""
+    for name, value in CUDA.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    monkeypatch.setattr(torch, "compile", lambda function, dynamic: function)
+
+
+class Counted(CudaGraphs):
+    """Keeps the sizes of the graphs that it records."""
+
+    def __init__(self, model, smallest):
+        super().__init__(model, smallest)
+        self.sizes = []
+
+    def record(self, kv_cache, length):
+        size, replay = super().record(kv_cache, length)
+        self.sizes.append(size)
+        return size, replay
+
+
+def new_cache(model, rows):
+    cache = KVCache(model.config, rows, model.config.sequence_len, dtype=model.dtype)
     cache.k.fill_(float("nan"))  # as memory may be
     cache.v.fill_(float("nan"))
-    graphs = Graphs(model, shortest)
-    out = []
-    with torch.inference_mode(), pytest.MonkeyPatch.context() as patch:
-        for name, value in CUDA.items():
-            patch.setattr(torch.cuda, name, value)
-        logits = model._prefill(prompts, cache)
-        ahead = Lookup(model, cache, lookup, graphs) if lookup else None
-        for _ in range(n):
-            ids = logits.argmax(-1)
-            out.append(ids.tolist())
-            logits = ahead(ids, cache, keep) if ahead else model._decode(ids, cache, keep, graphs)
-            if graphs.size not in recorded:
-                recorded.append(graphs.size)
-    return out, recorded, cache
-
-
-def make(kind, **config) -> GPT:
-    model = make_model(sequence_len=48, **config, **kind).eval()
-    model.compiled_block, model.compiled_logits = Block.forward, GPT.logits  # only what is recorded is of interest
-    return model
+    return cache
 
 
 @pytest.mark.parametrize("kind", [{}, QWEN], ids=["nanochat", "qwen"])
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(lengths=st.lists(st.integers(1, 48), min_size=1, max_size=4), seed=st.integers(0, 99))
-def test_the_same_tokens_past_a_full_window_too(kind, lengths, seed):
-    model = make(kind, seed=seed)
+def test_the_same_tokens_past_a_full_window_too(recording, kind, lengths, seed):
+    model = make_model(sequence_len=48, seed=seed, **kind)
     prompts = [torch.randint(61, (n,)).tolist() for n in lengths]
-    out, recorded, _ = greedy(model, prompts, 70, 8, torch.ones(len(prompts), dtype=torch.bool))
-    assert out == list(make_model(sequence_len=48, seed=seed, **kind).generate_batch(prompts, 70, temperature=0))
-    longest = max(23 if n == 48 else n for n in lengths)  # a row that is full starts anew, with half of it
-    assert recorded == [size for size in (8, 16, 32, 48) if size > longest]
+    decode, cache = Counted(model, 8), new_cache(model, len(prompts))
+    out = list(model.generate_batch(prompts, 70, temperature=0, kv_cache=cache, decode=decode))
+    assert out == list(model.generate_batch(prompts, 70, temperature=0))
+    longest = max(23 if n == 48 else n for n in lengths)  # a row that is full restarts with half of it
+    assert decode.sizes == [size for size in (8, 16, 32, 48) if size > longest]
 
 
-def test_rows_that_have_ended_forget_what_they_read():
-    model = make({})
-    out, _, cache = greedy(model, [[1, 2, 3], [4]], 5, 8, torch.tensor([True, False]))
-    assert cache.lengths.tolist() == [8, 1]
-    assert cache.tokens() == [[1, 2, 3, *(row[0] for row in out)], [4]]
+def test_a_graph_is_recorded_once_for_a_cache_and_freed_with_it(recording):
+    model = make_model(sequence_len=48)
+    decode, cache = Counted(model, 8), new_cache(model, 1)
+    said = [list(model.generate([1, 2, 3], 4, temperature=0, kv_cache=cache, decode=decode))]
+    cache.reset()
+    said.append(list(model.generate([1, 2, 3], 4, temperature=0, kv_cache=cache, decode=decode)))
+    assert decode.sizes == [8] and said[0] == said[1] == list(model.generate([1, 2, 3], 4, temperature=0))
+    assert len(decode.graphs) == 1
+    del cache
+    assert len(decode.graphs) == 0
 
 
-def test_beside_reading_ahead():
-    model = make({})
-    prompt = [1, 2, 3, 4] * 5
-    out, _, _ = greedy(model, [prompt], 25, 8, torch.tensor([True]), lookup=4)
-    assert [[token] for token in make_model(sequence_len=48).generate(prompt, 25, temperature=0)] == out
+def test_rows_that_have_ended_forget_what_they_read(recording):
+    model = make_model(sequence_len=48)
+    cache, decode = new_cache(model, 2), Counted(model, 8)
+    free = list(model.generate_batch([[1, 2, 3], [4]], 6, temperature=0))
+    stop = free[0][1]
+    assert stop not in [row[0] for row in free]
+    list(model.generate_batch([[1, 2, 3], [4]], 6, temperature=0, kv_cache=cache, decode=decode, stop_tokens=[stop]))
+    assert cache.tokens() == [[1, 2, 3, *(row[0] for row in free)], [4, stop]]
+
+
+def test_beside_lookup(recording):
+    model = make_model(sequence_len=48)
+    prompt, decode = [1, 2, 3, 4] * 5, Lookup(model, 4, Counted(model, 8))
+    out = list(model.generate(prompt, 25, temperature=0, kv_cache=new_cache(model, 1), decode=decode))
+    assert out == list(model.generate(prompt, 25, temperature=0))
+
+
+def test_too_little_room_is_an_error_before_anything_is_read(recording):
+    model = make_model(sequence_len=48)
+    cache = KVCache(model.config, 1, 6, dtype=model.dtype)
+    decode = Counted(model, 4)
+    with torch.inference_mode(), pytest.raises(ValueError, match="6"):
+        for _ in range(9):
+            decode(torch.tensor([1]), cache)
+    assert cache.lengths.tolist() == [6]

@@ -79,7 +79,7 @@ def test_the_loss_in_chunks_is_that_of_all_logits(rows, softcap, ignored, frozen
     targets[torch.rand(2, 16) < ignored] = -1
     targets[0, 0] = 7
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(gpt, "LOGITS_AT_A_TIME", rows * 61)
+        patch.setattr(gpt, "LOGITS_PER_CHUNK", rows * 61)
         loss = model(idx, targets)
         with torch.no_grad():
             assert torch.equal(model(idx, targets), loss)
@@ -94,7 +94,7 @@ def test_the_loss_in_chunks_under_autocast(monkeypatch):
     """In bfloat16 it is as near to the exact one as all logits at once are."""
     model = make_model(torch.float32)
     idx, targets = torch.randint(61, (2, 2, 16))
-    monkeypatch.setattr(gpt, "LOGITS_AT_A_TIME", 5 * 61)
+    monkeypatch.setattr(gpt, "LOGITS_PER_CHUNK", 5 * 61)
     weight = model.lm_head.weight
     exact = F.cross_entropy(model(idx).flatten(0, 1), targets.flatten())
     with torch.autocast("cpu", torch.bfloat16):
@@ -243,10 +243,13 @@ model = gpt.GPT(gpt.GPTConfig(sequence_len=16, vocab_size=50, n_layer=2, n_head=
 idx = torch.randint(50, (4, 17))
 before = model(idx[:, :-1], idx[:, 1:])
 before.backward()
-for optimizer in model.configure_optimizers():
-    optimizer.step()
+torch.optim.AdamW(model.parameters(), 1e-2).step()
 assert model(idx[:, :-1], idx[:, 1:]) < before
-assert len(list(model.generate([1, 2, 3], 20))) == 20
+tokens = list(model.generate([1, 2, 3], 20))
+assert len(tokens) == 20
+model.save("model.pt")
+assert list(gpt.GPT.load("model.pt").generate([1, 2, 3], 20)) == tokens
+assert not [name for name in sys.modules if name.startswith("sologpt")]
 """
     done = subprocess.run([sys.executable, "-I", "-c", f"import sys; sys.path.insert(0, '.')\n{code}"], cwd=tmp_path)
     assert done.returncode == 0

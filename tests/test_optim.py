@@ -2,22 +2,22 @@ import pytest
 import torch
 from conftest import LLAMA, QWEN, make_model
 
-from gpt import Muon, orthogonalize
+from sologpt.optim import Muon, configure_optimizers, orthogonalize
 
 
 @pytest.mark.parametrize("optimizer", ["muon", "adamw"])
 @pytest.mark.parametrize("switches", [{}, LLAMA, QWEN])
 def test_every_parameter_is_in_exactly_one_group(switches, optimizer):
     model = make_model(**switches)
-    optimizers = model.configure_optimizers(optimizer=optimizer)
+    optimizers = configure_optimizers(model, optimizer=optimizer)
     grouped = [p for o in optimizers for group in o.param_groups for p in group["params"]]
     assert sorted(map(id, grouped)) == sorted(map(id, model.parameters()))
 
 
 def test_rates_go_where_they_belong():
     model = make_model()
-    muon, adamw = model.configure_optimizers(
-        0.1, embd_lr=0.2, head_lr=0.3, weight_decay=0.4, momentum=0.7, betas=(0.5, 0.6)
+    muon, adamw = configure_optimizers(
+        model, 0.1, embd_lr=0.2, head_lr=0.3, weight_decay=0.4, momentum=0.7, betas=(0.5, 0.6)
     )
     rates = {id(p): g["initial_lr"] for o in (muon, adamw) for g in o.param_groups for p in g["params"]}
     assert rates[id(model.wte.weight)] == 0.2 and rates[id(model.lm_head.weight)] == 0.3
@@ -28,7 +28,7 @@ def test_rates_go_where_they_belong():
 
 def test_adamw_takes_the_matrices_at_their_rate_and_decay():
     model = make_model(**LLAMA)
-    [adamw] = model.configure_optimizers(0.1, 0.2, 0.3, weight_decay=0.4, betas=(0.5, 0.6), optimizer="adamw")
+    [adamw] = configure_optimizers(model, 0.1, 0.2, 0.3, weight_decay=0.4, betas=(0.5, 0.6), optimizer="adamw")
     assert isinstance(adamw, torch.optim.AdamW)
     settings = {
         id(p): (g["initial_lr"], g["weight_decay"], g["betas"]) for g in adamw.param_groups for p in g["params"]
@@ -38,12 +38,12 @@ def test_adamw_takes_the_matrices_at_their_rate_and_decay():
     for p in model.h.parameters():
         assert settings[id(p)] == ((0.1, 0.4, (0.5, 0.6)) if p.ndim == 2 else (0.3, 0, (0.5, 0.6)))
     with pytest.raises(ValueError, match="sgd"):
-        model.configure_optimizers(optimizer="sgd")
+        configure_optimizers(model, optimizer="sgd")
 
 
 def test_gains_biases_and_a_tied_embedding_move_at_the_rate_of_the_head():
     model = make_model(**QWEN)
-    muon, adamw = model.configure_optimizers(0.1, embd_lr=0.2, head_lr=0.3)
+    muon, adamw = configure_optimizers(model, 0.1, embd_lr=0.2, head_lr=0.3)
     assert all(p.ndim == 2 for group in muon.param_groups for p in group["params"])
     assert {group["initial_lr"] for group in adamw.param_groups} == {0.3} and len(adamw.param_groups) == 2
 
@@ -103,7 +103,7 @@ def test_a_parameter_without_a_gradient_stays():
 def test_the_model_learns_a_batch_by_heart(switches, rates):
     model = make_model(torch.float32, sequence_len=16, **switches)
     model.init_weights()
-    optimizers = model.configure_optimizers(**rates)
+    optimizers = configure_optimizers(model, **rates)
     idx = torch.randint(61, (8, 17))
     losses = []
     for _ in range(60):

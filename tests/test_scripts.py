@@ -164,8 +164,9 @@ def test_metrics_cut_off_within_a_line_do_not_keep_a_run_from_going_on(trained, 
 
 
 def test_a_missing_dataset_is_prepared(tmp_path):
-    for name in ("gpt.py", "train.py", "tokenizer.py", "configurator.py"):
+    for name in ("gpt.py", "train.py", "configurator.py"):
         shutil.copy(ROOT / name, tmp_path)
+    shutil.copytree(ROOT / "sologpt", tmp_path / "sologpt")
     shutil.copytree(ROOT / "data", tmp_path / "data", ignore=shutil.ignore_patterns("*.bin", "meta.json"))
     done = run("train.py", *SMALL, "--dataset=stdlib", "--max_iters=1", "--eval_iters=1", cwd=tmp_path)
     assert (tmp_path / "data" / "stdlib" / "meta.json").exists() and "bits/byte" in done.stdout
@@ -236,7 +237,7 @@ def test_train_says_what_is_wrong(trained, dataset, tmp_path, error_here):
     good = [*SMALL, f"--dataset={dataset}", f"--out_dir={tmp_path / 'out'}"]
     for flags, words in (
         (["--n_layers=3"], "did you mean 'n_layer'"),
-        (["--n_layer=x"], "must be int"),
+        (["--n_layer=x"], "must be a whole number"),
         (["config/none.py"], "config/none.py"),
         (["--dataset=nowhere"], "nowhere"),
         (["--n_embd=30", "--n_head=4"], "30"),

@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gpt import GPT
+from sologpt import fast
 
 KINDS = pytest.mark.parametrize("kind", [{}, LLAMA, QWEN], ids=["nanochat", "llama", "qwen"])
 
@@ -14,8 +15,8 @@ KINDS = pytest.mark.parametrize("kind", [{}, LLAMA, QWEN], ids=["nanochat", "lla
 def make_pair(dtype: torch.dtype, **config) -> tuple[GPT, GPT]:
     """The same model twice: as it is, and packed."""
     plain, packed = (make_model(dtype, **config).eval() for _ in range(2))
-    packed.prepack()
-    assert packed.head_weight.is_mkldnn == torch.backends.mkldnn.is_available()
+    fast.pack(packed)
+    assert packed.head_weight.is_mkldnn == fast.packs(packed.device, dtype)
     return plain, packed
 
 
@@ -42,7 +43,8 @@ def test_tokens_are_the_same(kind, lengths, seed):
     prompts = [torch.randint(61, (n,)).tolist() for n in lengths]
     a, b = (list(model.generate_batch(prompts, 40, temperature=0)) for model in (plain, packed))
     assert a == b
-    assert list(packed.generate(prompts[0], 40, temperature=0, lookup=5)) == [row[0] for row in a]
+    ahead = fast.Lookup(packed, 5)
+    assert list(packed.generate(prompts[0], 40, temperature=0, decode=ahead)) == [row[0] for row in a]
 
 
 def test_under_autocast():
@@ -55,26 +57,56 @@ def test_under_autocast():
     assert plain.flops_per_token() == packed.flops_per_token()
 
 
-def test_a_packed_model_is_for_inference_only(tmp_path):
-    _, packed = make_pair(torch.float32)
-    packed.prepack()  # once more is nothing more
-    plain = make_model(torch.float32)
+@KINDS
+def test_a_packed_model_is_for_inference_only(kind, tmp_path):
+    """It refuses what it cannot do in one clear line, and nothing has changed then."""
+    plain, packed = make_pair(torch.float32, **kind)
+    fast.pack(packed)  # a second time changes nothing
+    idx = torch.tensor([[1, 2, 3]])
+    logits = packed(idx)
     plain.save(tmp_path / "ckpt.pt")
     before = (tmp_path / "ckpt.pt").read_bytes()
-    with pytest.raises(RuntimeError, match="save it before"):
-        packed.save(tmp_path / "ckpt.pt")
+    for refused, words in (
+        (lambda: packed.save(tmp_path / "ckpt.pt"), "cannot be saved: save it before"),
+        (lambda: packed.to(torch.bfloat16), "cannot be moved or cast"),
+        (packed.double, "cannot be moved or cast"),
+        (packed.train, "cannot be trained"),
+    ):
+        with pytest.raises(RuntimeError, match=words) as e:
+            refused()
+        assert "\n" not in str(e.value)
     assert [path.name for path in tmp_path.iterdir()] == ["ckpt.pt"]
     assert (tmp_path / "ckpt.pt").read_bytes() == before
-    with pytest.raises(RuntimeError, match="does not require grad"):
-        packed(torch.tensor([[1, 2]]), torch.tensor([[2, 3]])).backward()
+    assert packed.dtype == torch.float32 and torch.equal(packed(idx), logits)
+    assert not packed.training or not packed.h[0].training
+    assert len(list(packed.generate([1], 5))) == 5
+
+
+@KINDS
+def test_a_packed_model_has_as_many_parameters_and_no_gradient(kind):
+    plain, packed = make_pair(torch.float32, **kind)
+    assert packed.num_params() == plain.num_params() and packed.flops_per_token() == plain.flops_per_token()
+    assert not any(p.requires_grad for p in packed.parameters())
 
 
 def test_what_cannot_be_packed_stays_as_it_is(monkeypatch):
     model = make_model(torch.float64)
-    model.prepack()
+    fast.pack(model)
     assert not model.head_weight.is_mkldnn and model.head_weight.requires_grad
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
-    model.float().prepack()
+    fast.pack(model.float())
     assert not model.head_weight.is_mkldnn
     with torch.device("meta"):
-        GPT(model.config).prepack()
+        fast.pack(GPT(model.config))
+
+
+@pytest.mark.parametrize("lookup, rows", [(0, 1), (3, 1), (0, 4)])
+def test_prepare_gives_a_decoder_that_says_the_same(lookup, rows):
+    plain, model = (make_model(torch.float32) for _ in range(2))
+    decode = fast.prepare(model, lookup=lookup, rows=rows)
+    prompts = [[1, 2, 3, 1, 2]] * rows
+    assert list(model.generate_batch(prompts, 20, temperature=0, decode=decode)) == list(
+        plain.generate_batch(prompts, 20, temperature=0)
+    )
+    with pytest.raises(ValueError, match="one row"):
+        fast.prepare(model, lookup=2, rows=2)

@@ -1,0 +1,212 @@
+"""The processes that share a training run: one, or as many as torchrun starts.
+
+Each process computes some of a step's micro-batches. DDP averages the gradients; with `shard`, FSDP2 also spreads
+weights and optimizer state over the processes. A checkpoint holds whole tensors either way, so any number of processes
+can resume from it. Processes talk by gloo, and by nccl between CUDA devices.
+"""
+
+import ctypes
+import gc
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from gpt import GPT
+from sologpt.load import pick_device
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among all of a run: its rank, its rank on this machine, how many there are, and its device."""
+
+    rank: int
+    local_rank: int
+    size: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is the process that prints and writes files."""
+        return self.rank == 0
+
+    def print(self, text: str, file: Any = None) -> None:
+        if self.is_main:
+            print(text, file=file, flush=True)
+
+    def barrier(self) -> None:
+        if self.size > 1:
+            dist.barrier()
+
+    def all_reduce(self, value: float, op: Any = dist.ReduceOp.SUM) -> float:
+        """The sum of the values of all processes, or what op makes of them."""
+        if self.size == 1:
+            return value
+        shared = torch.tensor(value, dtype=torch.float64)
+        dist.all_reduce(shared, op)
+        return shared.item()
+
+    def synchronize(self) -> None:
+        """Wait until the device has done all that was launched."""
+        if self.device.type != "cpu":
+            torch.accelerator.synchronize()
+
+
+def join(device_name: str, gradient_accumulation_steps: int, shard: bool) -> World:
+    """Meet the other processes, if torchrun has started any. ValueError for what they cannot share."""
+    rank, local_rank, size = (int(os.environ.get(name, 0)) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"))
+    device = pick_device(device_name)
+    if size < 2:
+        if shard:
+            raise ValueError("--shard needs several processes: torchrun --nproc_per_node=N train.py ...")
+        return World(0, 0, 1, device)
+    if gradient_accumulation_steps % size:
+        steps = f"gradient_accumulation_steps={gradient_accumulation_steps}"
+        raise ValueError(f"{size} processes cannot share {steps}: make it a multiple of {size}")
+    if device.type == "cuda":
+        device = torch.device("cuda", local_rank)
+        torch.cuda.set_device(device)
+    # torchrun keeps the store across restarts; the prefix hides the addresses of the processes that have died
+    store = dist.PrefixStore(f"restart {n_restarts()}", next(dist.rendezvous("env://"))[0])
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size)
+    return World(rank, local_rank, size, device)
+
+
+def leave(world: World) -> None:
+    if world.size > 1:
+        gc.collect()  # DDP is full of reference cycles, and its threads must end before the interpreter does
+        dist.destroy_process_group()
+
+
+def n_restarts() -> int:
+    """How often torchrun has restarted this run after a failure."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
+
+
+@contextmanager
+def lost_processes(world: World) -> Iterator[None]:
+    """ConnectionError if the other processes disappear in here."""
+    try:
+        yield
+    except RuntimeError as e:
+        if isinstance(e, dist.DistError) or "gloo" in str(e):  # gloo's errors have no class of their own
+            raise ConnectionError(f"process {world.rank} has lost the others: one of them has failed") from e
+        raise
+
+
+def wrap_model(
+    model: GPT, world: World, shard: bool = False, activation_checkpointing: bool = False, compile: bool = False
+) -> tuple[GPT, Any]:
+    """The model on its device (its shards on theirs), and the callable that computes the loss in its place.
+
+    activation_checkpointing keeps only the inputs of the blocks for the backward pass, which computes the rest again.
+    """
+    if activation_checkpointing:
+        from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+
+        for i, block in enumerate(model.h):
+            model.h[i] = checkpoint_wrapper(block)
+    if shard:
+        from torch.distributed.fsdp import fully_shard
+
+        mesh = dist.init_device_mesh(world.device.type, (world.size,))
+        for module in (*model.h, model):
+            fully_shard(module, mesh=mesh)
+    else:
+        model = model.to(world.device)
+    forward: Any = model
+    if world.size > 1 and not shard:
+        forward = torch.nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
+    if compile:
+        import sologpt.fast  # noqa: F401  (tells torch.compile how to rotate in real numbers)
+
+        forward = torch.compile(forward)
+    return model, forward
+
+
+# -----------------------------------------------------------------------------
+# State: whole tensors in a checkpoint, shards in the processes.
+# torch.distributed.checkpoint.state_dict could do this, but takes half as long to import as PyTorch itself, and to read
+# the state of an optimizer that has made no step yet it makes one, which AdamW counts.
+
+
+def gather_state(state: Any, keep: bool) -> Any:
+    """A state (nested dicts and lists of tensors) with its shards gathered on the CPU. All processes must call this.
+
+    Where keep is false, shards become None.
+    """
+    if isinstance(state, dict):
+        return {key: gather_state(value, keep) for key, value in state.items()}
+    if isinstance(state, list):
+        return [gather_state(value, keep) for value in state]
+    if hasattr(state, "full_tensor"):
+        full = state.full_tensor()
+        return full.cpu() if keep else None
+    return state
+
+
+def gather_model(model: GPT, world: World) -> GPT:
+    """The whole model on the main process. All processes must call this."""
+    state = gather_state(model.state_dict(), world.is_main)
+    with torch.device("meta"):
+        whole = GPT(model.config)
+    if world.is_main:
+        whole.load_state_dict(state, assign=True)
+    return whole
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    """Load the whole tensors of a checkpoint into an optimizer, sharded as its parameters are.
+
+    Only the state per parameter is loaded. Rates and other settings stay those of this run.
+    """
+    optimizer.load_state_dict({"state": state["state"], "param_groups": optimizer.state_dict()["param_groups"]})
+    p: Any
+    for p, values in optimizer.state.items():
+        for name, value in values.items():
+            if hasattr(p, "placements") and value.shape == p.shape:
+                from torch.distributed.tensor import distribute_tensor
+
+                values[name] = distribute_tensor(value, p.device_mesh, p.placements, src_data_rank=None)
+
+
+# -----------------------------------------------------------------------------
+# The operating system
+
+
+@contextmanager
+def catch_signals(world: World) -> Iterator[list[int]]:
+    """Ctrl-C and SIGTERM are only appended to the list that this yields. A second one ends a single process at once."""
+    signals: list[int] = []
+
+    def catch(signum: int, _: Any) -> None:
+        signals.append(signum)
+        if world.size == 1:  # torchrun repeats the signals that a terminal has already sent to all processes
+            signal.signal(signum, signal.SIG_DFL)
+
+    handlers = {signum: signal.signal(signum, catch) for signum in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield signals
+    finally:
+        for signum, handler in handlers.items():
+            signal.signal(signum, handler)
+
+
+def keep_freed_memory() -> None:
+    """Make glibc keep freed memory for the next allocation, where it would return large tensors to the kernel.
+
+    The kernel hands such memory out again page by page, zeroed. On a CPU that took a quarter of a training step of a
+    124M model.
+    """
+    if sys.platform == "linux":
+        libc = ctypes.CDLL(None)
+        with suppress(AttributeError):  # musl has no mallopt
+            libc.mallopt(-4, 0)  # M_MMAP_MAX: do not serve large allocations by mmap
+            libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: keep this much unused memory at the end of the heap
