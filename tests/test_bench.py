@@ -1,12 +1,15 @@
 import json
-from dataclasses import asdict
 
+import numpy as np
 import pytest
 import torch
-from conftest import run
+from conftest import error, make_model
+from torch.utils.flop_counter import FlopCounterMode
 
-from bench import __main__ as bench
-from gpt import GPT, GPTConfig
+from bench import measures, peers, report, time_to_loss
+from gpt import GPT, GPTConfig, KVCache
+
+CPU = torch.device("cpu")
 
 NANOGPT = '''
 import torch
@@ -25,7 +28,7 @@ class GPTConfig:
 
 
 class GPT(torch.nn.Module):
-    """Another model with the interface of nanoGPT's."""
+    """A bigram model with the interface of nanoGPT."""
 
     def __init__(self, config):
         super().__init__()
@@ -59,76 +62,161 @@ class ModelArgs:
 
 
 class Transformer(torch.nn.Module):
-    """Another model with the interface of gpt-fast's: it wants its caches set up for the positions that it is given."""
+    """A bigram model with the interface of gpt-fast: its caches must be set up for the positions that it is given."""
 
     def __init__(self, config):
         super().__init__()
         self.table = torch.nn.Embedding(config.vocab_size, config.vocab_size)
 
     def setup_caches(self, max_batch_size, max_seq_length):
-        self.room = (max_batch_size, max_seq_length)
+        self.cache_shape = (max_batch_size, max_seq_length)
 
     def forward(self, idx, input_pos):
-        assert idx.size(0) == self.room[0] and input_pos.max() < self.room[1] and len(input_pos) == idx.size(1)
+        B, T = self.cache_shape
+        assert idx.size(0) == B and input_pos.max() < T and len(input_pos) == idx.size(1)
         return self.table(idx)
 '''
 
 
 @pytest.fixture
-def small(monkeypatch):
-    monkeypatch.setitem(
-        bench.SHAPES, "tiny", GPTConfig(sequence_len=1024, vocab_size=64, n_layer=1, n_head=2, n_embd=16)
-    )
-    yield
-    torch.set_grad_enabled(True)
-
-
-def test_it_measures_what_it_says(small, tmp_path):
-    for name, text in (("nanogpt", NANOGPT), ("gpt-fast", GPT_FAST)):
+def clones(tmp_path) -> dict[str, str]:
+    """The paths of peers that are cloned."""
+    for name, source in (("nanogpt", NANOGPT), ("gpt-fast", GPT_FAST)):
         (tmp_path / name).mkdir()
-        (tmp_path / name / "model.py").write_text(text)
-    peers = ("transformers", f"nanogpt={tmp_path / 'nanogpt'}", f"gpt-fast={tmp_path / 'gpt-fast'}")
-    config = bench.Config(peers=peers, rounds=2, tokens=3, compile=False)
-    found = list(bench.measured(config, "tiny", torch.float32, torch.device("cpu")))
-    assert [(rows[0].what, [row.who for row in rows]) for rows in found] == [
+        (tmp_path / name / "model.py").write_text(source)
+    return {name: str(tmp_path / name) for name in ("nanogpt", "gpt-fast")}
+
+
+def test_every_benchmark_measures_each_candidate_that_can_do_it(monkeypatch, clones, tmp_path):
+    shape = GPTConfig(sequence_len=1024, vocab_size=64, n_layer=1, n_head=2, n_embd=16)
+    monkeypatch.setitem(peers.SHAPES, "tiny", shape)
+    paths = {"transformers": "", **clones}
+    settings = dict(rounds=2, tokens=3, compile=False)
+    results = list(measures.run(measures.BENCHMARKS, "tiny", torch.float32, CPU, paths, **settings))
+    assert [(rows[0].benchmark, [row.candidate for row in rows]) for rows in results] == [
         ("decode, batch 1", ["soloGPT", "transformers", "gpt-fast"]),
         ("decode, batch 16", ["soloGPT", "transformers", "gpt-fast"]),
         ("decode", ["at 100", "at 1000"]),
         ("prefill of 512", ["soloGPT", "transformers", "nanoGPT"]),
         ("train", ["soloGPT", "soloGPT AdamW", "nanoGPT"]),
     ]
-    assert all(row.peak > 2**20 for row in found[-1])
-    for row in (row for rows in found for row in rows):
-        assert len(row.rates) == 2 and row.median > 0 and json.dumps(asdict(row))
-    for rows in found:
-        lines = list(bench.table(rows))
+    assert all(row.peak_memory > 2**20 for row in results[-1])
+    for rows in results:
+        assert all(len(row.rates) == 2 and row.median > 0 for row in rows)
+        lines = list(report.table(rows))
         assert len(lines) == len(rows) and sum(" x" in line for line in lines) == len(rows) - 1
-    bench.draw([row for rows in found for row in rows], str(tmp_path / "bench.png"))
+    rows = [row for rows in results for row in rows]
+    written = json.loads(report.to_json("a machine", rows))
+    assert [row["median"] for row in written["rows"]] == [row.median for row in rows]
+    report.plot(rows, str(tmp_path / "bench.png"))
     assert (tmp_path / "bench.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_rivals_of_a_turn_say_the_same(small):
-    """The same weights are on both sides, and so are the greedy tokens."""
-    torch.manual_seed(1)
-    model = bench.make_model("tiny", torch.device("cpu"), torch.float32)
-    theirs = bench.as_transformers(model)
-    idx = torch.randint(64, (2, 30))
+def test_decode_of_transformers_gives_our_greedy_tokens():
+    """Both have the same weights, which are so large that the whole context decides on the next token."""
+    model = make_model(torch.float32).eval()
+    prompts = torch.randint(61, (3, 8)).tolist()
+    n = 12
+    greedy = []
+    for prompt in prompts:
+        tokens = list(prompt)
+        for _ in range(n):
+            with torch.no_grad():
+                tokens.append(int(model(torch.tensor([tokens]))[0, -1].argmax()))
+        greedy.append(tokens[8:])
+    assert len({tuple(row) for row in greedy}) == 3
+    for candidate in (peers.SoloGPT(model), peers.Transformers(model)):
+        call = candidate.decode(prompts, n)
+        assert call() == greedy and call() == greedy, candidate.name
+
+
+@pytest.mark.slow
+def test_compiled_decode_gives_the_same_greedy_tokens():
+    model = make_model(torch.float32).eval()
+    prompts = torch.randint(61, (3, 8)).tolist()
+    for rows in (prompts, prompts[:1]):
+        plain, compiled = (peers.SoloGPT(model, compile).decode(rows, 12)() for compile in (False, True))
+        assert plain == compiled
+
+
+def test_decode_of_gpt_fast_gives_its_greedy_tokens(clones):
+    config = GPTConfig(sequence_len=32, vocab_size=61, n_layer=1, n_head=2, n_embd=16)
+    candidate = peers.GptFast(clones["gpt-fast"], config, CPU, torch.float32, compile=False)
+    prompts = torch.randint(61, (3, 8)).tolist()
+    after = candidate.model.table.weight.argmax(-1).tolist()  # the most likely token after each token
+    greedy = []
+    for prompt in prompts:
+        tokens = [after[prompt[-1]]]
+        while len(tokens) < 5:
+            tokens.append(after[tokens[-1]])
+        greedy.append(tokens)
+    assert candidate.decode(prompts, 5)() == greedy
+
+
+def test_prefill_gives_the_logits_after_the_prompt():
+    model = make_model(torch.float32).eval()
+    prompt = torch.randint(61, (20,)).tolist()
     with torch.no_grad():
-        torch.testing.assert_close(model(idx), theirs(idx).logits, atol=1e-5, rtol=0)
-    rivals = bench.decode(model, {"transformers": theirs}, 3, 5, False)
-    assert rivals["soloGPT"]() == rivals["transformers"]() == 15
+        logits = model(torch.tensor([prompt]))[:, -1]
+        torch.testing.assert_close(peers.SoloGPT(model).prefill(prompt)(), logits, atol=1e-4, rtol=0)
+        theirs = peers.Transformers(model).prefill(prompt)().logits[:, -1]
+    torch.testing.assert_close(theirs, logits, atol=1e-4, rtol=0)
 
 
-def test_the_limits_count_what_is_read_and_multiplied():
-    config = GPTConfig(sequence_len=8, vocab_size=50, n_layer=2, n_head=2, n_embd=16)
-    model = GPT(config)
-    assert bench.weights_read(model) == 4 * (model.num_params() - 50 * 16)
-    tied = GPT(GPTConfig(sequence_len=8, vocab_size=50, n_layer=2, n_head=2, n_embd=16, tie_embd=True))
-    assert bench.weights_read(tied) == 4 * tied.num_params() == bench.weights_read(model)
+def test_rates_are_tokens_per_second(monkeypatch):
+    clock = iter([0.0, 9.0, 0.0, 4.0, 10.0, 12.0])  # start and end of each call, the first of them to warm up
+    monkeypatch.setattr(measures.time, "perf_counter", lambda: next(clock))
+    assert measures.take_turns({"soloGPT": lambda: None}, 8, 2, CPU) == {"soloGPT": [2.0, 4.0]}
+
+
+def test_candidates_take_turns():
+    turns: list[str] = []
+    measures.take_turns({name: lambda name=name: turns.append(name) for name in "AB"}, 1, 2, CPU)
+    assert "".join(turns) == "ABABAB"
+
+
+@pytest.mark.parametrize("tie_embd", [False, True])
+def test_limits_count_what_a_forward_reads_and_multiplies(tie_embd):
+    config = GPTConfig(sequence_len=64, vocab_size=50, n_layer=2, n_head=2, n_embd=16, tie_embd=tie_embd)
+    model, embedding, T = GPT(config), 50 * 16, 40
+    assert measures.weights_read(model) == 4 * (model.num_params() - (0 if tie_embd else embedding))
+    kv_cache = 4 * 2 * 2 * 2 * 8 * (16 + 5)  # bytes, keys and values, layers, heads, head_dim, mean length of 10 tokens
+    limit = 3 * 1e6 / (measures.weights_read(model) + 3 * kv_cache)
+    assert measures.decode_limit(model, rows=3, tokens=10, bandwidth=1e6) == pytest.approx(limit)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model.prefill([[1] * T], KVCache(config, 1, T))
+    products = sum(n for op, n in counter.get_flop_counts()["Global"].items() if "attention" not in str(op))
+    attention = 2 * 2 * 2 * 2 * 8 * T * T / 2  # two products, FLOPs, layers, heads, head_dim; half of them is masked
+    assert measures.prefill_flops(model, T) * T == products - 2 * embedding + attention  # without the head
+
+
+def test_mean_loss_is_that_of_all_windows():
+    model = make_model(torch.float64, sequence_len=time_to_loss.CONTEXT).eval()
+    ids = np.random.default_rng(0).integers(61, size=64 * 130 + 1)
+    idx, targets = torch.from_numpy(ids[:-1]).view(130, 64), torch.from_numpy(ids[1:]).view(130, 64)
+    with torch.no_grad():
+        assert time_to_loss.mean_loss(model, ids) == pytest.approx(float(model(idx, targets)))
+
+
+def test_a_benchmark_that_dies_is_an_error_and_not_a_hang():
+    with pytest.raises(RuntimeError, match="exit status"):
+        list(measures.run_in_subprocess(("decode",), "no such shape", torch.float32, CPU, {}, 1, 1, False))
+
+
+BENCH = "import runpy; runpy.run_module('bench', run_name='__main__', alter_sys=True)"
 
 
 @pytest.mark.parametrize(
-    "flag", ["--shape=huge", "--dtype=int8", "--peers=nobody", "--peers=nanogpt=nowhere", "--rounds=0", "--measure=all"]
+    "flag, words",
+    [
+        ("--shape=huge", "shape must be one of tiny, gpt2"),
+        ("--dtype=int8", "dtype must be one of float32, bfloat16"),
+        ("--peers=nobody", "peers must be of transformers"),
+        ("--peers=nanogpt=nowhere", "nowhere does not exist"),
+        ("--rounds=0", "rounds and tokens must be at least 1"),
+        ("--measure=all", "measure must be one of train"),
+        ("--shape=hf:nowhere/nothing/at/all", "nowhere/nothing/at/all"),
+    ],
 )
-def test_bad_flags_are_one_line(flag):
-    assert run("bench.py", flag, status=2).stderr.startswith("error: ")
+def test_bad_flags_are_one_line(flag, words):
+    assert words in error("-c", BENCH, flag)

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import gpt
-from bench.__main__ import as_transformers
+from bench.peers import as_transformers
 from gpt import GPT, GPTConfig, rope, rotate
 from sologpt import parallel
 

@@ -1,0 +1,337 @@
+"""The benchmarks: decode, position, prefill and training, each beside its limit.
+
+Candidates take turns (A B A B ...), so that a machine that slows down slows down all of them. Decode is limited by
+memory bandwidth, since every token reads the weights and its row's KV cache. Prefill and training are limited by the
+speed of matrix products.
+"""
+
+import multiprocessing
+import re
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext, suppress
+from dataclasses import replace
+from functools import partial
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bench import peers
+from bench.peers import SHAPES, Candidate, SoloGPT
+from bench.report import Row
+from gpt import GPT, GPTConfig, KVCache
+from sologpt import fast
+from sologpt.optim import configure_optimizers
+from sologpt.parallel import keep_freed_memory
+
+BENCHMARKS = ("train", "prefill", "decode", "position")
+DECODE_ROWS = (1, 16)
+DECODE_PROMPT, PREFILL_PROMPT = 16, 512  # tokens
+TRAIN_BATCH = (4, 256)  # rows and tokens of a training step
+POSITIONS, POSITION_CACHE = (100, 1000), 1024  # tokens in the KV cache, and its room
+
+SPAWN = multiprocessing.get_context("spawn")  # a fork would inherit threads and CUDA
+Call = Callable[[], Any]
+
+
+# -----------------------------------------------------------------------------
+# Timing
+
+
+def take_turns(
+    calls: dict[str, Call], tokens_per_call: int, rounds: int, device: torch.device
+) -> dict[str, list[float]]:
+    """Tokens/s of each call in each round, after a round to warm up."""
+    rates: dict[str, list[float]] = {name: [] for name in calls}
+    for round in range(rounds + 1):
+        for name, call in calls.items():
+            started = time.perf_counter()
+            call()
+            synchronize(device)
+            seconds = time.perf_counter() - started
+            if round > 0:
+                rates[name].append(tokens_per_call / seconds)
+    return rates
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait for the kernels that the device has queued."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize()
+
+
+class Subprocess:
+    """A call that runs in a subprocess of its own: what it changes there, such as the allocator, stays there."""
+
+    def __init__(self, make_call: Callable[[], Call], device: torch.device) -> None:
+        self.peak_memory: int | None = None  # bytes, None where it is unknown
+        self.connection, theirs = SPAWN.Pipe()
+        SPAWN.Process(target=run_on_request, args=(make_call, device, theirs), daemon=True).start()
+
+    def __call__(self) -> None:
+        self.connection.send("run")
+        self.peak_memory = self.connection.recv()
+
+
+def run_on_request(make_call: Callable[[], Call], device: torch.device, connection: Connection) -> None:
+    """The subprocess: make one call per message, and answer with the peak memory so far."""
+    sys.stdout = sys.stderr  # as in send_rows
+    call = make_call()
+    with suppress(EOFError):  # the parent has closed its end
+        while connection.recv():
+            call()
+            synchronize(device)
+            connection.send(peak_memory(device))
+
+
+def peak_memory(device: torch.device) -> int | None:
+    """Bytes that this process has used at most: of the GPU's memory on CUDA, else of main memory."""
+    status = Path("/proc/self/status")
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated()
+    if device.type == "cpu" and status.exists():
+        return int(re.findall(r"VmHWM:\s+(\d+)", status.read_text())[0]) * 1024
+    return None
+
+
+# -----------------------------------------------------------------------------
+# Limits
+
+
+def calls_per_second(call: Call, device: torch.device) -> float:
+    return statistics.median(take_turns({"": call}, 1, 7, device)[""])
+
+
+def memory_bandwidth(device: torch.device) -> float:
+    """Bytes/s of reading a tensor that is larger than any cache."""
+    x = torch.ones(2**28, device=device)
+    return x.nbytes * calls_per_second(x.sum, device)
+
+
+def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
+    """FLOP/s of multiplying two large matrices, plain or packed, whichever is faster."""
+    n = 8192 if device.type == "cuda" else 2048
+    x = torch.randn(n, n, device=device, dtype=dtype)
+    products: list[Call] = [lambda: x @ x]
+    if fast.packs(device, dtype):
+        products.append(partial(fast.packed_linear, x, torch.ops.mkldnn._reorder_linear_weight(x)))
+    return 2 * n**3 * max(calls_per_second(product, device) for product in products)
+
+
+def weights_read(model: GPT) -> int:
+    """Bytes of weights that a forward reads: all but an untied embedding, of which it needs a few rows only."""
+    embedding = 0 if model.config.tie_embd else model.wte.weight.nbytes
+    return sum(p.nbytes for p in model.parameters()) - embedding
+
+
+def decode_limit(model: GPT, rows: int, tokens: int, bandwidth: float) -> float:
+    """Tokens/s at which one step reads the weights once, and the KV cache of each row at its mean length."""
+    kv_cache = KVCache(model.config, 1, DECODE_PROMPT + tokens // 2, dtype=model.dtype)
+    return rows * bandwidth / (weights_read(model) + rows * kv_cache.nbytes)
+
+
+def prefill_flops(model: GPT, n: int) -> float:
+    """FLOPs per token of a prefill of n tokens: 2 for each weight, and attention to n / 2 tokens on average.
+
+    The head does not count, since it is applied to the last token only.
+    """
+    c, (H, _, D) = model.config, model.config.heads
+    weights = weights_read(model) // model.dtype.itemsize - model.head_weight.numel()
+    return 2 * weights + 4 * c.n_layer * H * D * n / 2
+
+
+# -----------------------------------------------------------------------------
+# Inference
+
+
+def decode_calls(candidates: list[Candidate], vocab_size: int, rows: int, n: int) -> dict[str, Call]:
+    """Whole calls of generate, prefill included: n greedy tokens for each row."""
+    prompts = torch.randint(1, vocab_size, (rows, DECODE_PROMPT)).tolist()
+    calls = {candidate.name: candidate.decode(prompts, n) for candidate in candidates}
+    return {name: call for name, call in calls.items() if call}
+
+
+def prefill_calls(candidates: list[Candidate], vocab_size: int) -> dict[str, Call]:
+    prompt = torch.randint(1, vocab_size, (PREFILL_PROMPT,)).tolist()
+    calls = {candidate.name: candidate.prefill(prompt) for candidate in candidates}
+    return {name: call for name, call in calls.items() if call}
+
+
+def position_calls(model: GPT, n: int, compile: bool) -> dict[str, Call]:
+    """n decode steps each, with few and with many tokens in the cache."""
+    model = peers.for_inference(model)
+    decode = fast.prepare(model, compile=compile)
+    cache = KVCache(model.config, 1, POSITION_CACHE, model.device, model.dtype)
+
+    def call(length: int) -> None:
+        ids = torch.zeros(1, dtype=torch.long, device=model.device)
+        for _ in range(n):
+            cache.lengths[:] = length
+            ids = decode(ids, cache).argmax(-1)
+            ids.tolist()  # waits for the device, as generate does
+
+    return {f"at {length}": partial(call, length) for length in POSITIONS}
+
+
+# -----------------------------------------------------------------------------
+# Training: a step is forward, backward and optimizers, as the implementation's own trainer does it on this device
+
+
+def training_call(
+    forward: Any,
+    optimizers: list[torch.optim.Optimizer],
+    vocab_size: int,
+    device: torch.device,
+    autocast: AbstractContextManager,
+) -> Call:
+    idx, targets = torch.randint(vocab_size, (2, *TRAIN_BATCH), device=device)  # (B, T)
+
+    def call() -> None:
+        with autocast:
+            output = forward(idx, targets)
+        loss = output[1] if isinstance(output, tuple) else output
+        loss.backward()
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+
+    return call
+
+
+def train_solo(
+    config: GPTConfig, device: torch.device, dtype: torch.dtype, optimizer: str = "muon", compile: bool = False
+) -> Call:
+    keep_freed_memory()
+    torch.manual_seed(0)
+    model = GPT(config).to(device)
+    is_bfloat16 = dtype == torch.bfloat16
+    optimizers = configure_optimizers(model, optimizer=optimizer, dtype=dtype if is_bfloat16 else None)
+    autocast = torch.autocast(device.type, dtype) if is_bfloat16 else nullcontext()
+    forward = torch.compile(model) if compile else model
+    return training_call(forward, optimizers, config.vocab_size, device, autocast)
+
+
+def train_nanogpt(config: GPTConfig, device: torch.device, path: str) -> Call:
+    model = peers.make_nanogpt(path, config, device)
+    optimizers = [model.configure_optimizers(0.1, 6e-4, (0.9, 0.95), device.type)]
+    autocast = torch.autocast(device.type, torch.bfloat16) if device.type == "cuda" else nullcontext()
+    return training_call(model, optimizers, config.vocab_size, device, autocast)
+
+
+def train_nanochat(config: GPTConfig, device: torch.device, dtype: torch.dtype, path: str) -> Call:
+    model = peers.make_nanochat(path, config, device, dtype)
+    return training_call(model, [model.setup_optimizer()], config.vocab_size, device, nullcontext())
+
+
+def training_calls(
+    config: GPTConfig, device: torch.device, dtype: torch.dtype, paths: dict[str, str], compile: bool
+) -> dict[str, Subprocess]:
+    makers: dict[str, Callable[[], Call]] = {
+        "soloGPT": partial(train_solo, config, device, dtype),
+        "soloGPT AdamW": partial(train_solo, config, device, dtype, "adamw"),
+    }
+    if compile:
+        makers["soloGPT AdamW compiled"] = partial(train_solo, config, device, dtype, "adamw", compile=True)
+    if "nanogpt" in paths:
+        makers["nanoGPT"] = partial(train_nanogpt, config, device, paths["nanogpt"])
+    if "nanochat" in paths:
+        makers["nanochat"] = partial(train_nanochat, config, device, dtype, paths["nanochat"])
+    return {name: Subprocess(maker, device) for name, maker in makers.items()}
+
+
+# -----------------------------------------------------------------------------
+# All benchmarks of one shape and dtype
+
+
+def make_candidates(
+    model: GPT, shape: str, device: torch.device, dtype: torch.dtype, paths: dict[str, str], compile: bool
+) -> list[Candidate]:
+    """soloGPT and the peers in `paths` that have this shape: nanoGPT and nanochat read no open weights."""
+    candidates: list[Candidate] = [SoloGPT(model)]
+    if compile:
+        candidates.append(SoloGPT(model, compile=True))
+    if "transformers" in paths:
+        candidates.append(peers.Transformers(model))
+    if "nanochat" in paths and shape in SHAPES:
+        candidates.append(peers.NanoChat(paths["nanochat"], model.config, device, dtype))
+    if "nanogpt" in paths and shape in SHAPES:
+        candidates.append(peers.NanoGPT(paths["nanogpt"], model.config, device, dtype))
+    if "gpt-fast" in paths:
+        candidates.append(peers.GptFast(paths["gpt-fast"], model.config, device, dtype, compile))
+    if "llama.cpp" in paths and shape not in SHAPES:
+        candidates.append(peers.LlamaCpp(paths["llama.cpp"], max(DECODE_ROWS), PREFILL_PROMPT))
+    return candidates
+
+
+@torch.no_grad()
+def run(
+    benchmarks: tuple[str, ...],
+    shape: str,
+    dtype: torch.dtype,
+    device: torch.device,
+    paths: dict[str, str],
+    rounds: int,
+    tokens: int,
+    compile: bool,
+) -> Iterator[list[Row]]:
+    """The rows of each benchmark in turn. paths: the peers by name; tokens: how many a row decodes in one call."""
+    model = peers.make_model(shape, device, dtype)
+    candidates = make_candidates(model, shape, device, dtype, paths, compile)
+    bandwidth, flops, vocab_size = memory_bandwidth(device), peak_flops(device, dtype), model.config.vocab_size
+
+    def time_calls(benchmark: str, calls: dict[str, Call], tokens: int, limit: float | None = None) -> list[Row]:
+        rates, dtype_name = take_turns(calls, tokens, rounds, device), str(dtype).removeprefix("torch.")
+        return [Row(benchmark, shape, dtype_name, name, rates[name], limit) for name in calls]
+
+    if "decode" in benchmarks:
+        for B in DECODE_ROWS:
+            calls = decode_calls(candidates, vocab_size, B, tokens)
+            yield time_calls(f"decode, batch {B}", calls, B * tokens, decode_limit(model, B, tokens, bandwidth))
+    if "position" in benchmarks:
+        yield time_calls("decode", position_calls(model, tokens, compile), tokens)
+    if "prefill" in benchmarks:
+        limit = flops / prefill_flops(model, PREFILL_PROMPT)
+        yield time_calls(f"prefill of {PREFILL_PROMPT}", prefill_calls(candidates, vocab_size), PREFILL_PROMPT, limit)
+    if "train" in benchmarks and shape in SHAPES:
+        B, T = TRAIN_BATCH
+        model.config = replace(model.config, sequence_len=T)
+        config, limit = model.config, flops / model.flops_per_token()
+        del model, candidates  # frees their memory for the subprocesses
+        training = training_calls(config, device, dtype, paths, compile)
+        rows = time_calls("train", dict(training), B * T, limit)
+        for row in rows:
+            row.peak_memory = training[row.candidate].peak_memory
+        yield rows
+
+
+def run_in_subprocess(*args: Any, **kwargs: Any) -> Iterator[list[Row]]:
+    """`run` in a subprocess, since some peers keep the dtype that they were imported with.
+
+    ValueError for what is the user's mistake, RuntimeError if the subprocess dies; its traceback is on stderr.
+    """
+    connection, theirs = SPAWN.Pipe(duplex=False)
+    process = SPAWN.Process(target=send_rows, args=(theirs, args, kwargs))
+    process.start()
+    theirs.close()  # so that recv raises when the subprocess has died
+    with suppress(EOFError):
+        while rows := connection.recv():
+            if isinstance(rows, str):
+                raise ValueError(rows)
+            yield rows
+    process.join()
+    if process.exitcode:
+        raise RuntimeError(f"the subprocess of the benchmark has failed with exit status {process.exitcode}")
+
+
+def send_rows(connection: Connection, args: tuple, kwargs: dict[str, Any]) -> None:
+    """The subprocess: send lists of rows, or the message of an error that is the user's."""
+    sys.stdout = sys.stderr  # peers print, and stdout is for the results
+    try:
+        for rows in run(*args, **kwargs):
+            connection.send(rows)
+    except (ImportError, OSError, ValueError) as e:
+        connection.send(str(e))
