@@ -71,6 +71,8 @@ def reported() -> Iterator[None]:
     """Turn a library's exceptions into ours: bad input or a missing package is a UserError, a failure a RunError."""
     try:
         yield
+    except BrokenPipeError:  # `run` exits quietly
+        raise
     except OSError as e:
         raise UserError(f"{e.filename}: {e.strerror}" if e.filename and e.strerror else str(e)) from e
     except (ValueError, ImportError) as e:
@@ -168,7 +170,9 @@ def _comments(cls: type) -> dict[str, tuple[str, str]]:
 def help_text(cls: type) -> str:
     """Every key with its default and its comment, by group."""
     doc = (inspect.getdoc(sys.modules[cls.__module__]) or "").split("\n\n")[0]
-    lines = [doc, "", f"usage: python {Path(sys.argv[0]).name} [config/FILE.py ...] [--key=value ...]"]
+    script = Path(sys.argv[0])
+    program = f"-m {script.parent.name}" if script.name == "__main__.py" else script.name
+    lines = [doc, "", f"usage: python {program} [config/FILE.py ...] [--key=value ...]"]
     flags = {f"  --{key.name}={key.default!r}": key for key in keys(cls).values()}
     for group in dict.fromkeys(key.group for key in flags.values()):
         lines += ["", f"{group}:"] if group else [""]
