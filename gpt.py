@@ -243,9 +243,11 @@ class KVCache:
             # Shorter rows leave slots here that are masked: their attention weight is 0, but 0 * NaN is NaN
             self.k[:, :, :, longest:end], self.v[:, :, :, longest:end] = 0, 0
         self.ids[slots] = idx
-        mask = (torch.arange(end, device=device) <= positions[..., None])[:, None]  # (B or 1, 1, T, S)
+        mask = None
+        if ragged or (T > 1 and longest > 0):
+            mask = (torch.arange(end, device=device) <= positions[..., None])[:, None]  # (B or 1, 1, T, S)
         layers = [(k.transpose(1, 2), v.transpose(1, 2), slots, end) for k, v in zip(self.k, self.v, strict=True)]
-        return positions, mask if ragged or (T > 1 and longest > 0) else None, layers
+        return positions, mask, layers
 
     def truncate(self, n: int | Sequence[int] | Tensor) -> None:
         """Forget all tokens past the first n: an int for all rows, or one per row. Shorter rows stay as they are."""

@@ -58,21 +58,21 @@ def pack(model: GPT) -> None:
     """
     if not packs(model.device, model.dtype) or isinstance(model.wte, PackedEmbedding):
         return
-    model.eval().requires_grad_(False)
+    model.requires_grad_(False)
     if model.lm_head is None:
         model.lm_head = cast(nn.Linear, PackedLinear(model.wte.weight, None, tied=True))
-    for module in [
-        m for m in model.modules() if not isinstance(m, nn.Linear)
-    ]:  # holds no Linear: each is freed at once
+    parents = [module for module in model.modules() if not isinstance(module, nn.Linear)]
+    for module in parents:  # a list of the Linears themselves would keep their plain weights in memory
         for name, child in module.named_children():
             if isinstance(child, nn.Linear):
                 setattr(module, name, PackedLinear(child.weight, child.bias))
     V, C = model.wte.weight.shape
     model.wte = PackedEmbedding(V, C, _weight=model.wte.weight, _freeze=True)
+    model.eval()
 
 
 class InferenceOnly(nn.Module):
-    """Refuses to be saved, moved, cast or trained."""
+    """Refuses to be saved, moved or cast."""
 
     def _save_to_state_dict(self, *args: Any) -> None:
         raise RuntimeError("a packed model cannot be saved: save it before fast.pack or fast.prepare")
@@ -80,14 +80,14 @@ class InferenceOnly(nn.Module):
     def _apply(self, fn: Callable, recurse: bool = True) -> nn.Module:
         raise RuntimeError("a packed model cannot be moved or cast: do it before fast.pack or fast.prepare")
 
-    def train(self, mode: bool = True) -> "InferenceOnly":
-        if mode:
-            raise RuntimeError("a packed model cannot be trained: load it anew")
-        return super().train(mode)
-
 
 class PackedEmbedding(InferenceOnly, nn.Embedding):
     """The embedding as it was. It is the model's first module: what it refuses has changed nothing yet."""
+
+    def forward(self, idx: Tensor) -> Tensor:
+        if self.training and torch.is_grad_enabled():
+            raise RuntimeError("a packed model cannot be trained: load it anew, or call eval()")
+        return super().forward(idx)
 
 
 class PackedLinear(InferenceOnly):

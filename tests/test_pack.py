@@ -70,16 +70,15 @@ def test_a_packed_model_is_for_inference_only(kind, tmp_path):
         (lambda: packed.save(tmp_path / "ckpt.pt"), "cannot be saved: save it before"),
         (lambda: packed.to(torch.bfloat16), "cannot be moved or cast"),
         (packed.double, "cannot be moved or cast"),
-        (packed.train, "cannot be trained"),
+        (lambda: packed.train()(idx, idx), "cannot be trained"),
     ):
         with pytest.raises(RuntimeError, match=words) as e:
             refused()
         assert "\n" not in str(e.value)
     assert [path.name for path in tmp_path.iterdir()] == ["ckpt.pt"]
     assert (tmp_path / "ckpt.pt").read_bytes() == before
-    assert packed.dtype == torch.float32 and torch.equal(packed(idx), logits)
-    assert not packed.training or not packed.h[0].training
-    assert len(list(packed.generate([1], 5))) == 5
+    assert len(list(packed.generate([1], 5))) == 5 and packed.training
+    assert packed.dtype == torch.float32 and torch.equal(packed.eval()(idx), logits)
 
 
 @KINDS
