@@ -9,12 +9,11 @@ import os
 import secrets
 import sys
 import time
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 
@@ -28,6 +27,7 @@ from sologpt.log import Log
 from sologpt.optim import configure_optimizers
 from sologpt.parallel import World
 from sologpt.text import stream_text
+from sologpt.tokenizer import Tokenizer
 
 
 @dataclass
@@ -133,8 +133,7 @@ def finetune(config: Config, world: World) -> Run:
         model, tokenizer, _ = load_model(config.init_from, dtype=torch.float32)  # small steps vanish in bfloat16
     sequence_len = min(config.model.get("sequence_len", GPTConfig.sequence_len), model.config.sequence_len)
     check_shape(config, model, config.init_from, shorter=True)
-    data = open_dataset(config, world, tokenizer.to_dict())
-    check_tokenizer(config, data, tokenizer.to_dict())
+    data = open_dataset(config, world, tokenizer)
     model.config.dropout = config.model.get("dropout", GPTConfig.dropout)  # of this run, not of the one before
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
@@ -153,8 +152,7 @@ def resume(config: Config, world: World) -> Run:
     check_shape(config, model, str(path))
     if before.get("optimizer", config.optimizer) != config.optimizer:
         raise UserError(f"{path} was not trained with optimizer={config.optimizer}; to fine-tune: --init_from={path}")
-    data = open_dataset(config, world, tokenizer.to_dict())
-    check_tokenizer(config, data, tokenizer.to_dict())
+    data = open_dataset(config, world, tokenizer)
     changes = [f"; {k} is {v}, was {before[k]}" for k, v in config.run_settings().items() if v != before.get(k, v)]
     world.print(f"resumed at step {state['step']}" + "".join(changes))
     progress = (state["step"], state["best"], state["id"], state["optimizers"])
@@ -171,17 +169,6 @@ def was_restarted(config: Config) -> bool:
     return all(before.get(key) == value for key, value in config.run_settings().items())
 
 
-def open_dataset(config: Config, world: World, tokenizer: dict[str, Any] | None = None) -> common.Dataset:
-    """The dataset; a missing one is prepared first, with the tokenizer of a checkpoint where there is one."""
-    with reported():
-        # One process prepares it, then one on each machine, in case they do not share a disk
-        for is_my_turn in (world.rank == 0, world.local_rank == 0):
-            if is_my_turn:
-                common.prepare(config.dataset, config.tokenizer, tokenizer)
-            world.barrier()
-        return common.load(common.find(config.dataset))
-
-
 def check_shape(config: Config, model: GPT, source: str, shorter: bool = False) -> None:
     """UserError if the config asks for another model than the source holds; shorter sequences may be allowed."""
     asked = config.model | ({"vocab_size": config.vocab_size} if config.vocab_size else {})
@@ -193,47 +180,32 @@ def check_shape(config: Config, model: GPT, source: str, shorter: bool = False) 
             raise UserError(f"{source} has {key}={have}, and the model's shape comes from there: leave out --{key}")
 
 
-def check_tokenizer(config: Config, data: common.Dataset, tokenizer: dict[str, Any]) -> None:
-    if tokenizer != data.tokenizer.to_dict():
+def open_dataset(config: Config, world: World, tokenizer: Tokenizer | None = None) -> common.Dataset:
+    """The dataset, prepared if it is missing. With a checkpoint's tokenizer, it must be tokenized alike."""
+    like = None if tokenizer is None else tokenizer.to_dict()
+    with reported():
+        data = common.open_dataset(config.dataset, config.tokenizer, like, world)
+    if like and like != data.tokenizer.to_dict():
         raise UserError(
             f"the dataset {config.dataset} has another tokenizer ({data.tokenizer.name}) than the checkpoint: prepare "
             "it with the checkpoint's (--tokenizer=FILE.pt), or remove its meta.json and train.py will"
         )
+    return data
 
 
 # -----------------------------------------------------------------------------
 # The parts of a step
 
 
-def make_autocast(config: Config, device: torch.device) -> AbstractContextManager:
-    """The precision of the forward pass."""
-    dtype = config.dtype
-    if dtype == "auto":
-        dtype = "bfloat16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "float32"
-    if device.type == "cuda":
-        torch.set_float32_matmul_precision("high")  # TF32 for what stays in float32; it would slow a CPU down
-    return torch.autocast(device.type, torch.bfloat16) if dtype == "bfloat16" else nullcontext()
-
-
-def draw_batches(config: Config, run: Run) -> tuple[np.ndarray, np.ndarray]:
-    """The micro-batches of a step: where their sequences begin, (micro-batches, batch_size), and their dropout seeds.
-
-    A function of (seed, step), however many processes there are.
-    """
-    rng = np.random.default_rng((config.seed, run.step))
-    shape = (config.gradient_accumulation_steps, config.batch_size)
-    starts = rng.integers(len(run.data.train) - run.sequence_len, size=shape)
-    return starts, rng.integers(2**63, size=config.gradient_accumulation_steps)
-
-
 def forward_backward(config: Config, world: World, run: Run, forward: Any, autocast: Any) -> torch.Tensor:
     """Gradients of this process's micro-batches, averaged over all processes. Returns its share of the loss."""
-    starts, seeds = draw_batches(config, run)
-    mine = range(world.rank, config.gradient_accumulation_steps, world.size)
+    n, T, steps = len(run.data.train), run.sequence_len, config.gradient_accumulation_steps
+    starts, seeds = common.draw_batches(config.seed, run.step, n, T, (steps, config.batch_size))
+    mine = range(world.rank, steps, world.size)
     loss = torch.zeros((), device=world.device)
     for i in mine:
         torch.manual_seed(int(seeds[i]))  # dropout
-        x, y = common.get_batch(run.data.train, starts[i], run.sequence_len, world.device)  # (B, T), (B, T)
+        x, y = common.get_batch(run.data.train, starts[i], T, world.device)  # (B, T), (B, T)
         # DDP averages the gradients in the last backward pass
         synchronizes = i == mine[-1] or not hasattr(forward, "no_sync")
         with nullcontext() if synchronizes else forward.no_sync(), autocast:
@@ -241,15 +213,6 @@ def forward_backward(config: Config, world: World, run: Run, forward: Any, autoc
             part.backward()
         loss += part.detach() / world.size
     return loss
-
-
-def clip_gradient(model: GPT, max_norm: float) -> torch.Tensor:
-    """Clip the gradient to max_norm, if that is not 0. Returns its norm before."""
-    norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
-    norm = getattr(norm, "full_tensor", lambda: norm)()  # of shards
-    if max_norm:
-        torch.nn.utils.clip_grads_with_norm_(model.parameters(), max_norm, norm)
-    return norm
 
 
 def lr_at(config: Config, step: int) -> float:
@@ -262,21 +225,18 @@ def lr_at(config: Config, step: int) -> float:
 @torch.no_grad()
 def evaluate(config: Config, world: World, run: Run, forward: Any, autocast: Any) -> dict[str, float]:
     """Validation loss over windows spread evenly over the split: all of it, if eval_iters is large enough."""
-    tokens, T, B = run.data.val, run.sequence_len, config.batch_size
-    n_windows = (len(tokens) - 1) // T
-    n = min(n_windows, config.eval_iters * B)
-    starts = np.linspace(0, n_windows - 1, n).astype(np.int64) * T
-    batches = [starts[i : i + B] for i in range(0, n, B)]
+    tokens, T = run.data.val, run.sequence_len
+    batches = common.eval_batches(len(tokens), T, config.batch_size, config.eval_iters)
     run.model.eval()
     total = 0.0
     for i in range(world.rank, math.ceil(len(batches) / world.size) * world.size, world.size):
-        batch = batches[min(i, len(batches) - 1)]  # FSDP needs every process in every forward: one more may be idle
+        batch = batches[min(i, len(batches) - 1)]  # FSDP needs every process in every forward: the last may come twice,
         x, y = common.get_batch(tokens, batch, T, world.device)
         with autocast:
             loss = forward(x, y).item()
-        total += loss * len(batch) * (i < len(batches))
+        total += loss * len(batch) * (i < len(batches))  # but counts once
     run.model.train()
-    loss = world.all_reduce(total) / n
+    loss = world.all_reduce(total) / sum(map(len, batches))
     return {"val_loss": loss, "val_bpb": loss / math.log(2) / run.data.bytes_per_token}
 
 
@@ -330,7 +290,7 @@ def train(config: Config, world: World) -> None:
 
     checkpointing = config.activation_checkpointing
     run.model, forward = parallel.wrap_model(run.model.train(), world, config.shard, checkpointing, config.compile)
-    autocast = make_autocast(config, world.device)
+    autocast = parallel.make_autocast(config.dtype, world.device)
     rates = (config.learning_rate, config.embd_lr, config.head_lr, config.weight_decay, config.momentum)
     dtype = None if isinstance(autocast, nullcontext) else torch.bfloat16  # of Muon's products
     optimizers = configure_optimizers(run.model, *rates, (config.beta1, config.beta2), config.optimizer, dtype)
@@ -338,7 +298,10 @@ def train(config: Config, world: World) -> None:
         parallel.load_optimizer(optimizer, state)
     if not resumed and world.is_main:
         set_aside_old_run(out_dir)
-    log = open_log(config, run) if world.is_main else None
+    log = None
+    if world.is_main:
+        with reported(), writing(out_dir / "metrics.jsonl"):
+            log = Log(out_dir, config.run_settings() | asdict(run.model.config), run.step, run.id)
 
     tokens_per_step = config.gradient_accumulation_steps * config.batch_size * run.sequence_len
     world.print(
@@ -346,6 +309,19 @@ def train(config: Config, world: World) -> None:
         f"{tokens_per_step:,} tokens a step, {len(run.data.train):,} tokens ({run.data.tokenizer.name}) to train on, "
         f"writing to {out_dir}"
     )
+    loop(config, world, run, forward, optimizers, autocast, log)
+    if log:
+        with writing(out_dir / "loss.png"):
+            log.plot()
+        finish(config, run)
+    world.barrier()  # a process that leaves early would break the others' connections
+
+
+def loop(
+    config: Config, world: World, run: Run, forward: Any, optimizers: list[Any], autocast: Any, log: Log | None
+) -> None:
+    """Steps until max_iters: evaluate and save; forward, backward, step; log; stop at a signal."""
+    tokens_per_step = config.gradient_accumulation_steps * config.batch_size * run.sequence_len
     finite = torch.ones((), dtype=torch.bool, device=world.device)  # whether all gradients were, so far
     first_step, logged_step, started = run.step, run.step, time.perf_counter()
     with parallel.catch_signals(world) as signals:
@@ -372,25 +348,25 @@ def train(config: Config, world: World) -> None:
                 for group in (group for optimizer in optimizers for group in optimizer.param_groups):
                     group["lr"] = group["initial_lr"] * scale
                 loss = forward_backward(config, world, run, forward, autocast)
-                norm = clip_gradient(run.model, config.grad_clip)
+                norm = parallel.clip_gradient(run.model, config.grad_clip)
                 finite &= norm.isfinite()
                 for optimizer in optimizers:
                     optimizer.step()
                     optimizer.zero_grad(set_to_none=True)
-                run.step += 1
 
             if not done and (step % config.log_interval == 0 or evaluates):  # log
                 record["loss"] = world.all_reduce(loss.item())  # waits for the device
                 check_finite(config, run, finite, record["loss"])
                 seconds = time.perf_counter() - started
-                record["tokens_per_second"] = (run.step - logged_step) * tokens_per_step / seconds
+                record["tokens_per_second"] = (step + 1 - logged_step) * tokens_per_step / seconds
                 record |= {"grad_norm": norm.item(), "lr": config.learning_rate * scale}
-                logged_step, started = run.step, time.perf_counter()
+                logged_step, started = step + 1, time.perf_counter()
             if log and len(record) > 1:
                 with writing(log.path):
                     log.write(record)
                 log.show(record)
 
+            run.step += not done
             signum = int(world.all_reduce(max(signals, default=0), dist.ReduceOp.MAX))
             if signum and not done:
                 check_finite(config, run, finite)
@@ -400,11 +376,6 @@ def train(config: Config, world: World) -> None:
                 sys.exit(128 + signum)
             if done:
                 break
-    if log:
-        with writing(out_dir / "loss.png"):
-            log.plot()
-        finish(config, run)
-    world.barrier()  # a process that leaves early would break the others' connections
 
 
 def set_aside_old_run(out_dir: Path) -> None:
@@ -413,16 +384,6 @@ def set_aside_old_run(out_dir: Path) -> None:
         if path.exists():
             os.replace(path, path.with_suffix(".old.pt"))
             print(f"{path} exists: renamed to {path.with_suffix('.old.pt').name}")
-
-
-def open_log(config: Config, run: Run) -> Log:
-    settings = config.run_settings() | asdict(run.model.config)
-    try:
-        return Log(Path(config.out_dir), settings, run.step, run.id)
-    except ImportError as e:
-        raise UserError(str(e)) from e
-    except OSError as e:
-        raise RunError(f"cannot write {Path(config.out_dir) / 'metrics.jsonl'}: {e}") from e
 
 
 def finish(config: Config, run: Run) -> None:

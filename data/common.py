@@ -325,6 +325,35 @@ def max_token(path: Path, dtype: np.dtype) -> int:
         return max(int(np.frombuffer(chunk, dtype).max()) for chunk in iter(lambda: f.read(CHUNK), b""))
 
 
+def open_dataset(name: str, spec: str, tokenizer: dict[str, Any] | None, world: Any) -> Dataset:
+    """`prepare` and `load` for all processes of a run: the first prepares, then one on each other machine."""
+    for is_my_turn in (world.rank == 0, world.local_rank == 0):
+        if is_my_turn:
+            prepare(name, spec, tokenizer)
+        world.barrier()
+    return load(find(name))
+
+
+def draw_batches(
+    seed: int, step: int, n_tokens: int, sequence_len: int, shape: tuple[int, int]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Where the sequences of a step begin, of shape (micro-batches, batch_size), and a dropout seed per micro-batch.
+
+    A function of (seed, step), however many processes share the step.
+    """
+    rng = np.random.default_rng((seed, step))
+    starts = rng.integers(n_tokens - sequence_len, size=shape)
+    return starts, rng.integers(2**63, size=shape[0])
+
+
+def eval_batches(n_tokens: int, sequence_len: int, batch_size: int, n_batches: int) -> list[np.ndarray]:
+    """Where the windows of an evaluation begin, in batches: spread evenly, or all windows if there are no more."""
+    n_windows = (n_tokens - 1) // sequence_len
+    n = min(n_windows, n_batches * batch_size)
+    starts = np.linspace(0, n_windows - 1, n).astype(np.int64) * sequence_len
+    return [starts[i : i + batch_size] for i in range(0, n, batch_size)]
+
+
 def get_batch(
     tokens: np.ndarray, starts: np.ndarray, sequence_len: int, device: "torch.device"
 ) -> tuple["torch.Tensor", "torch.Tensor"]:

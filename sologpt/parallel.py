@@ -11,7 +11,7 @@ import os
 import signal
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -129,6 +129,24 @@ def wrap_model(
 
         forward = torch.compile(forward)
     return model, forward
+
+
+def make_autocast(dtype: str, device: torch.device) -> AbstractContextManager:
+    """The precision of a forward pass. "auto" is bfloat16 on a CUDA device that has it, else float32."""
+    if dtype == "auto":
+        dtype = "bfloat16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "float32"
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")  # TF32 for what stays in float32; it would slow a CPU down
+    return torch.autocast(device.type, torch.bfloat16) if dtype == "bfloat16" else nullcontext()
+
+
+def clip_gradient(model: GPT, max_norm: float) -> torch.Tensor:
+    """Clip the gradient to max_norm, if that is not 0. Returns its norm before."""
+    norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
+    norm = getattr(norm, "full_tensor", lambda: norm)()  # of shards
+    if max_norm:
+        torch.nn.utils.clip_grads_with_norm_(model.parameters(), max_norm, norm)
+    return norm
 
 
 # -----------------------------------------------------------------------------
