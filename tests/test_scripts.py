@@ -296,7 +296,7 @@ def test_train_says_what_is_wrong(trained, dataset, tmp_path, error_here):
         (["--seed=-1"], "seed"),
         (["--rope_base=0"], "rope_base"),
         (["--device=meta"], "meta"),
-        ([f"--init_from={trained}"], "checkpoint"),
+        ([f"--init_from={tmp_path}"], "no best.pt"),
         (["--dtype=float17"], "float17"),
         (["--optimizer=sgd"], "sgd"),
         (["--device=abacus"], "abacus"),
