@@ -480,13 +480,13 @@ class GPT(nn.Module):
         check(have == need, f"the KVCache has {what} {have}, the model needs {need}")
 
     def generate(self, tokens: Iterable[int], max_tokens: int, *how: Any, **settings: Any) -> Generator[int, None, str]:
-        """Continue tokens: yields token ids, and returns why it ended, 'length' or 'stop'. ValueError, at the call.
+        """Continue tokens: yields token ids, and returns why it ended, 'length' or 'stop'.
 
-        generate(tokens, max_tokens, temperature=1.0, top_k=None, ..., kv_cache=None, decode=None): see `Sampling`.
-        A full window of sequence_len tokens is cut to its last half, which is prefilled anew; of a longer prompt, the
-        last sequence_len tokens count. With a kv_cache, tokens follow what it holds, and all that is generated stays in
-        it, so that the next turn of a conversation prefills only what is new. `decode` replaces `GPT.step`: see
-        sologpt/fast.py. The model is in eval mode until the generator ends or is closed.
+        generate(tokens, max_tokens, temperature=1.0, top_k=None, ..., kv_cache=None, decode=None): see `Sampling`. Bad
+        arguments are a ValueError at the call. A full window of sequence_len tokens is cut to its last half, which is
+        prefilled anew; of a longer prompt, the last sequence_len tokens count. With a kv_cache, tokens follow what it
+        holds, and all that is generated stays in it: the next turn of a conversation prefills only what is new.
+        `decode` replaces `GPT.step` (sologpt/fast.py). In eval mode until the generator ends or is closed.
         """
         steps = self.generate_batch([tokens], max_tokens, 1, *how, **settings)
 
@@ -520,8 +520,8 @@ class GPT(nn.Module):
         check(max_tokens >= 0, f"max_tokens must be at least 0, not {max_tokens}")
         check(num_samples >= 1, f"num_samples must be at least 1, not {num_samples}")
         check(min(map(len, texts), default=0) > 0, "the prompt is empty: generate needs at least one token")
-        outside = [token for tokens in (*texts, suppressed) for token in tokens if not 0 <= token < V]
-        check(not outside, f"token id {outside[:1]} is outside the vocabulary of {V}")
+        outside = next((id for ids in (*texts, suppressed) for id in ids if not 0 <= id < V), None)
+        check(outside is None, f"token id {outside} is outside the vocabulary of {V}")
         check(len({*suppressed}) < V, "suppress_tokens leaves no token to draw")
         past = 0 if kv_cache is None else int(kv_cache.lengths.max())
         max_len = min(self.config.sequence_len, past + max(map(len, texts)) + max_tokens)
