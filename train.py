@@ -132,12 +132,13 @@ def finetune(config: Config, world: World) -> Run:
     with reported():
         model, tokenizer, _ = load_model(config.init_from, dtype=torch.float32)  # small steps vanish in bfloat16
     sequence_len = min(config.model.get("sequence_len", GPTConfig.sequence_len), model.config.sequence_len)
-    check_shape(config, model, config.init_from, shorter=True)
+    dropout = config.model.get("dropout", GPTConfig.dropout)  # of this run, not of the one before
+    check_shape(config, asdict(model.config) | {"sequence_len": sequence_len, "dropout": dropout}, config.init_from)
     data = open_dataset(config, world, tokenizer)
-    model.config.dropout = config.model.get("dropout", GPTConfig.dropout)  # of this run, not of the one before
+    model.config.dropout = dropout
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
-            module.p = model.config.dropout
+            module.p = dropout
     return Run(model, data, sequence_len, config.init_from)
 
 
@@ -149,7 +150,7 @@ def resume(config: Config, world: World) -> Run:
     if not {"step", "best", "id", "optimizers", "train_config"} <= state.keys():
         raise RunError(f"{path} holds no state to resume from; to fine-tune its weights: --init_from={path}")
     before = state["train_config"]
-    check_shape(config, model, str(path))
+    check_shape(config, asdict(model.config) | {"sequence_len": before["sequence_len"]}, str(path))
     if before.get("optimizer", config.optimizer) != config.optimizer:
         raise UserError(f"{path} was not trained with optimizer={config.optimizer}; to fine-tune: --init_from={path}")
     data = open_dataset(config, world, tokenizer)
@@ -169,15 +170,14 @@ def was_restarted(config: Config) -> bool:
     return all(before.get(key) == value for key, value in config.run_settings().items())
 
 
-def check_shape(config: Config, model: GPT, source: str, shorter: bool = False) -> None:
-    """UserError if the config asks for another model than the source holds; shorter sequences may be allowed."""
+def check_shape(config: Config, shape: dict[str, Any], source: str) -> None:
+    """UserError if the config asks for another model than the source's, whose config is shape."""
     asked = config.model | ({"vocab_size": config.vocab_size} if config.vocab_size else {})
-    for key, value in asked.items():
-        have = getattr(model.config, key)
-        if (shorter and key == "dropout") or (shorter and key == "sequence_len" and value <= have):
-            continue
-        if value != have:
-            raise UserError(f"{source} has {key}={have}, and the model's shape comes from there: leave out --{key}")
+    with reported():
+        wanted = asdict(GPTConfig(**shape | asked))
+    if changed := [key for key in wanted if wanted[key] != shape[key]]:
+        have = ", ".join(f"{key}={shape[key]}" for key in changed)
+        raise UserError(f"{source} has {have}, and the model's shape comes from there: ask for the same, or for none")
 
 
 def open_dataset(config: Config, world: World, tokenizer: Tokenizer | None = None) -> common.Dataset:
@@ -188,7 +188,7 @@ def open_dataset(config: Config, world: World, tokenizer: Tokenizer | None = Non
     if like and like != data.tokenizer.to_dict():
         raise UserError(
             f"the dataset {config.dataset} has another tokenizer ({data.tokenizer.name}) than the checkpoint: prepare "
-            "it with the checkpoint's (--tokenizer=FILE.pt), or remove its meta.json and train.py will"
+            "it again with --tokenizer=CHECKPOINT"
         )
     return data
 
@@ -230,11 +230,11 @@ def evaluate(config: Config, world: World, run: Run, forward: Any, autocast: Any
     run.model.eval()
     total = 0.0
     for i in range(world.rank, math.ceil(len(batches) / world.size) * world.size, world.size):
-        batch = batches[min(i, len(batches) - 1)]  # FSDP needs every process in every forward: the last may come twice,
+        batch = batches[min(i, len(batches) - 1)]  # FSDP needs all processes in every forward: the last may come twice
         x, y = common.get_batch(tokens, batch, T, world.device)
         with autocast:
             loss = forward(x, y).item()
-        total += loss * len(batch) * (i < len(batches))  # but counts once
+        total += loss * len(batch) * (i < len(batches))  # and counts once
     run.model.train()
     loss = world.all_reduce(total) / sum(map(len, batches))
     return {"val_loss": loss, "val_bpb": loss / math.log(2) / run.data.bytes_per_token}

@@ -29,9 +29,7 @@ class Config:
     shape: tuple[str, ...] = ("tiny", "gpt2")  # model shapes: tiny (10M parameters), gpt2 (124M) or hf:NAME_OR_DIR
     dtype: tuple[str, ...] = ("float32", "bfloat16")  # data types of the weights; in training, of the matrix products
     measure: tuple[str, ...] = BENCHMARKS  # train, prefill, decode, position (decode after 100 and 1000 tokens)
-    peers: tuple[
-        str, ...
-    ] = ()  # transformers, nanogpt=DIR, nanochat=DIR, gpt-fast=DIR, or llama.cpp=GGUF for an hf: shape
+    peers: tuple[str, ...] = ()  # transformers, nanogpt=DIR, nanochat=DIR, gpt-fast=DIR, llama.cpp=GGUF (hf: shapes)
     rounds: int = 5  # timed rounds
     tokens: int = 64  # tokens to decode per row and round
     compile: bool = True  # measure soloGPT and gpt-fast with torch.compile, too

@@ -160,6 +160,9 @@ def test_fine_tuning_into_another_shape_is_an_error(trained, dataset, tmp_path, 
     run("train.py", *flags, "--n_layer=2", "--sequence_len=8", "--dropout=0.1", "--sample_tokens=0")
     model, extra = GPT.load_checkpoint(tmp_path / "best.pt")
     assert model.config.sequence_len == 16 and extra["train_config"]["sequence_len"] == 8
+    flags = [f"--dataset={dataset}", f"--out_dir={tmp_path}", "--init_from=resume", "--max_iters=2", "--dropout=0.1"]
+    run("train.py", *flags, "--sequence_len=8", "--sample_tokens=0")  # its own command, but for the longer run
+    assert "sequence_len=8" in error_here(train, *flags, "--sequence_len=16")
 
 
 def test_a_state_whose_parameters_are_grouped_by_shape_resumes_to_the_same_bits(dataset, tmp_path):
