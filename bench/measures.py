@@ -211,6 +211,8 @@ def train_solo(
     is_bfloat16 = dtype == torch.bfloat16
     optimizers = configure_optimizers(model, optimizer=optimizer, dtype=dtype if is_bfloat16 else None)
     autocast = torch.autocast(device.type, dtype) if is_bfloat16 else nullcontext()
+    if compile:
+        fast.compile_rotate()
     forward = torch.compile(model) if compile else model
     return training_call(forward, optimizers, config.vocab_size, device, autocast)
 

@@ -9,6 +9,7 @@ been compiled or recorded is used again.
 """
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any, cast
 from weakref import WeakKeyDictionary
 
@@ -122,7 +123,12 @@ opaque_packed_linear.register_fake(lambda x, weight, bias=None: weight.new_empty
 # Compiled decode
 
 
-@torch.compiler.substitute_in_graph(gpt.rotate)
+@cache
+def compile_rotate() -> None:
+    """Make torch.compile put `rotate` in the place of gpt.rotate. Not done at import, since it imports the compiler."""
+    torch.compiler.substitute_in_graph(gpt.rotate)(rotate)
+
+
 def rotate(x: Tensor, rotations: Tensor) -> Tensor:
     """`gpt.rotate` in real numbers, for torch.compile, which generates no code for complex ones."""
     (a, b), (c, d) = in_float32(x).view(*x.shape[:-1], -1, 2).unbind(-1), rotations.unbind(-1)  # (B, T, H or 1, D/2)
@@ -186,6 +192,7 @@ class Compiled:
 
     def __init__(self, model: GPT) -> None:
         self.model = model
+        compile_rotate()
         self.block = torch.compile(block_of_one_token, dynamic=True)
         self.head = torch.compile(head_of_one_token, dynamic=True)
 

@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 
 from gpt import GPT
+from sologpt import fast
 from sologpt.load import pick_device
 
 
@@ -125,8 +126,7 @@ def wrap_model(
     if world.size > 1 and not shard:
         forward = torch.nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
     if compile:
-        import sologpt.fast  # noqa: F401  (tells torch.compile how to rotate in real numbers)
-
+        fast.compile_rotate()
         forward = torch.compile(forward)
     return model, forward
 

@@ -1,8 +1,11 @@
 """Compiled decode gives what `GPT.step` gives."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
-from conftest import QWEN, make_model
+from conftest import QWEN, ROOT, make_model
 from torch._dynamo.utils import counters
 
 from gpt import KVCache
@@ -80,11 +83,17 @@ def test_the_arithmetic_that_is_compiled_is_that_of_the_model(kind, rows, monkey
                 decode(ids, caches[1])
 
 
-def test_compile_training_needs_no_complex_numbers(recwarn):
+def test_compiled_training_needs_no_complex_numbers():
     """torch.compile generates no code for them, and says so in a warning: fast.rotate takes the place of gpt.rotate."""
     torch._dynamo.reset()
+    fast.compile_rotate()
     model = make_model(torch.float32, n_layer=1)
     explained = torch._dynamo.explain(model)(torch.zeros(1, 4, dtype=torch.long), torch.ones(1, 4, dtype=torch.long))
     targets = [str(node.target) for graph in explained.graphs for node in graph.graph.nodes]
     assert explained.graph_break_count == 0 and targets
     assert not any("complex" in target for target in targets)
+
+
+def test_nothing_imports_the_compiler_before_it_is_asked_for():
+    code = "import sys, sample, train; from sologpt import fast, parallel; assert 'torch._dynamo' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
