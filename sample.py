@@ -30,9 +30,7 @@ Generate = Callable[..., TextStream]  # `stream_text` with the model, the tokeni
 class Config:
     # ---- prompt
     prompt: str = "\n"  # text to continue, FILE:path to read it from a file, or - to read it from standard input
-    interactive: bool = (
-        False  # read one prompt after the other: they continue one text, or with --chat one conversation
-    )
+    interactive: bool = False  # read one prompt after the other; with --chat, as turns of one conversation
     chat: bool = False  # answer the prompt as a user's message, by the model's chat template
     system: str = ""  # system message that begins the conversation; needs --chat
 

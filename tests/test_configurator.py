@@ -4,6 +4,7 @@ import sys
 from dataclasses import dataclass
 
 import pytest
+from conftest import ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -412,7 +413,7 @@ def test_a_bug_keeps_its_traceback(bug):
 
 
 def test_the_files_in_config_are_valid(monkeypatch):
-    for path in sorted((train.ROOT / "config").glob("*.py")):
+    for path in sorted((ROOT / "config").glob("*.py")):
         assert parse(train.Config, [str(path)]).out_dir.startswith("out/")
     monkeypatch.setattr(sys, "argv", ["train.py", "--n_layer=3"])
     assert parse(train.Config).n_layer == 3
