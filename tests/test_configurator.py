@@ -416,4 +416,4 @@ def test_the_files_in_config_are_valid(monkeypatch):
     for path in sorted((ROOT / "config").glob("*.py")):
         assert parse(train.Config, [str(path)]).out_dir.startswith("out/")
     monkeypatch.setattr(sys, "argv", ["train.py", "--n_layer=3"])
-    assert parse(train.Config).n_layer == 3
+    assert parse(train.Config).model["n_layer"] == 3
