@@ -90,7 +90,7 @@ class GPTConfig:
         rope_type, given = scaling.get("rope_type"), scaling.keys() - {"rope_type"}
         wanted = ROPE_SCALINGS.get(str(rope_type), set())
         check(bool(wanted), f"rope_scaling: rope_type must be one of {', '.join(ROPE_SCALINGS)}, not {rope_type!r}")
-        check(given == wanted, f"rope_scaling {rope_type!r} takes {sorted(wanted)}, not {sorted(given)}")
+        check(given == wanted, f"rope_scaling {rope_type!r} takes {sorted(wanted)}, not {sorted(given) or 'nothing'}")
         for name in sorted(wanted):
             x = scaling[name]
             check(type(x) in (int, float) and 0 < x < math.inf, f"rope_scaling: {name} must be positive, not {x!r}")
