@@ -25,7 +25,6 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 Device: TypeAlias = torch.device | str | None
 Dtype: TypeAlias = torch.dtype | None
@@ -377,8 +376,9 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         return torch.cat(losses).sum() / counted.sum()
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        if torch.is_grad_enabled():
+            raise RuntimeError("the loss has no second derivative: create_graph=True cannot be used with it")
         dx, dhead = ctx.saved_tensors
         return dx * grad, dhead * grad, None, None
 
