@@ -296,6 +296,7 @@ def train(config: Config, world: World) -> None:
     optimizers = configure_optimizers(run.model, *rates, (config.beta1, config.beta2), config.optimizer, dtype)
     for optimizer, state in zip(optimizers, run.optimizer_states, strict=resumed):
         parallel.load_optimizer(optimizer, state)
+    run.optimizer_states = []  # frees what is now in the optimizers
     if not resumed and world.is_main:
         set_aside_old_run(out_dir)
     log = None
