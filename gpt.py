@@ -14,8 +14,10 @@ D channels each, M = n_hidden, V = vocab_size. The file knows token ids and no t
 
 import math
 import os
-from collections.abc import Callable, Generator, Iterable, Sequence
-from contextlib import closing, suppress
+import threading
+import zipfile
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from contextlib import closing, contextmanager, suppress
 from copy import copy
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -32,17 +34,24 @@ Path: TypeAlias = str | os.PathLike
 LayerCache: TypeAlias = tuple[Tensor, Tensor, tuple, int]  # keys, values (B, max_len, G, D); new tokens' slots; S
 Decoder: TypeAlias = Callable[[Tensor, "KVCache"], Tensor]  # reads ids (B,) into a cache, returns logits (B, V)
 
-LOGITS_PER_CHUNK = 2**24  # computed at a time for the loss
 PREFILL_CHUNK = 1024  # tokens of each row in one forward of a prefill; bounds the memory for activations
+MODE_LOCK = threading.RLock()  # held while a generator switches its model between train and eval mode
 ROPE_SCALINGS = {  # the numbers that each rope_type takes, by Hugging Face's names
-    "linear": {"factor"},
-    "llama3": {"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"},
+    "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
 }
 
 
 def check(ok: bool, message: str) -> None:
     if not ok:
         raise ValueError(message)
+
+
+def integer(name: str, x: Any, least: int, most: int = 2**63 - 1) -> int:
+    """x as an int, from NumPy or a tensor too. ValueError if it is something else, or outside least to most."""
+    ok = hasattr(x, "__index__") and type(x) is not bool and least <= x.__index__() <= most
+    check(ok, f"{name} must be a whole number from {least} to {most}, not {x!r}")
+    return x.__index__()
 
 
 @dataclass
@@ -72,8 +81,8 @@ class GPTConfig:
         self.n_kv_head = self.n_head if self.n_kv_head is None else self.n_kv_head
         self.n_hidden = 4 * self.n_embd if self.n_hidden is None else self.n_hidden
         for name in ("sequence_len", "vocab_size", "n_layer", "n_head", "n_kv_head", "n_embd", "head_dim", "n_hidden"):
-            size = getattr(self, name)
-            check(size is None or size >= 1, f"{name} must be at least 1, not {size}")
+            if (size := getattr(self, name)) is not None:
+                setattr(self, name, integer(name, size, 1, 10_000 if name == "n_layer" else 2**31 - 1))
         H, G, C = self.n_head, self.n_kv_head, self.n_embd
         if self.head_dim is None:
             check(C % H == 0, f"n_embd {C} must be divisible by n_head {H}, or give head_dim")
@@ -84,16 +93,15 @@ class GPTConfig:
         check(0 <= self.dropout < 1, f"dropout must be in [0, 1), not {self.dropout}")
         check(min(self.softcap, self.norm_eps) >= 0, f"negative softcap {self.softcap} or norm_eps {self.norm_eps}")
         check(self.rope_base > 0, f"rope_base must be above 0, not {self.rope_base}")
-        if (scaling := self.rope_scaling) is None:
+        if self.rope_scaling is None:
             return
-        rope_type, given = scaling.get("rope_type"), scaling.keys() - {"rope_type"}
-        wanted = ROPE_SCALINGS.get(str(rope_type), set())
+        numbers = {**self.rope_scaling}
+        wanted = ROPE_SCALINGS.get(str(rope_type := numbers.pop("rope_type", None)), ())
         check(bool(wanted), f"rope_scaling: rope_type must be one of {', '.join(ROPE_SCALINGS)}, not {rope_type!r}")
-        check(given == wanted, f"rope_scaling {rope_type!r} takes {sorted(wanted)}, not {sorted(given) or 'nothing'}")
-        for name in sorted(wanted):
-            x = scaling[name]
-            check(type(x) in (int, float) and 0 < x < math.inf, f"rope_scaling: {name} must be positive, not {x!r}")
-        low, high = scaling.get("low_freq_factor", 0), scaling.get("high_freq_factor", 1)
+        check({*numbers} == {*wanted}, f"rope_scaling {rope_type!r} takes {wanted}, not {[*numbers] or 'nothing'}")
+        positive = all(type(x) in (int, float) and 0 < x < math.inf for x in numbers.values())
+        check(positive, f"rope_scaling: all numbers must be positive: {numbers}")
+        low, high = numbers.get("low_freq_factor", 0), numbers.get("high_freq_factor", 1)
         check(low < high, f"rope_scaling: low_freq_factor {low} must be below high_freq_factor {high}")
 
 
@@ -298,11 +306,11 @@ class Sampling:
     def __post_init__(self) -> None:
         t = self.temperature
         check(t == 0 or 1e-30 < t < 1e30, f"temperature must be 0, or positive and finite, not {t}")
-        check(not self.top_k or self.top_k >= 1, f"top_k must be at least 1, or 0 for no limit, not {self.top_k}")
+        integer("top_k", 0 if self.top_k is None else self.top_k, 0)
         check(not self.top_p or 0 < self.top_p <= 1, f"top_p must be in (0, 1], or 0 for no limit, not {self.top_p}")
         check(not self.min_p or 0 < self.min_p < 1, f"min_p must be in (0, 1), or 0 for no limit, not {self.min_p}")
         check(self.repetition_penalty > 0, f"repetition_penalty must be above 0, not {self.repetition_penalty}")
-        check(-(2**63) <= self.seed < 2**63, f"seed must be a 64-bit integer, not {self.seed}")
+        integer("seed", self.seed, -(2**63))
 
     def filter(self, logits: Tensor, seen: Tensor | None = None) -> Tensor:
         """Logits (B, V) after penalty, temperature and filters, which set tokens to -inf; seen is (B, V) bool."""
@@ -324,7 +332,9 @@ class Sampling:
         return logits
 
     def draw(self, logits: Tensor, generator: torch.Generator | None = None, seen: Tensor | None = None) -> Tensor:
-        """A token id for each row of logits: (B, V) to (B,) int64."""
+        """A token id for each row of logits: (B, V) to (B,) int64. RuntimeError if NaN or infinity is among them."""
+        if not logits.amax(dim=-1).isfinite().all():
+            raise RuntimeError("the logits are not finite: the weights are damaged, or too large for their dtype")
         logits = self.filter(logits, seen)
         if self.temperature == 0:
             return logits.argmax(dim=-1)
@@ -350,37 +360,11 @@ def softcapped(logits: Tensor, softcap: float) -> Tensor:
     return torch.tanh(logits / softcap) * softcap if softcap else logits
 
 
-class ChunkedCrossEntropy(torch.autograd.Function):
-    """Mean cross entropy of hidden states x (N, C) under a head (V, C) for targets (N,), where -1 is ignored.
+class CrossEntropy(nn.Module):
+    """Cross entropy of hidden states x (N, C) for targets (N,), with -1 ignored. sologpt/loss.py does it in chunks."""
 
-    Logits (N, V) and their gradient would be the largest tensors of training, so the forward pass computes both for a
-    chunk of rows at a time: s = cap * tanh(z / cap), ds/dz = 1 - (s / cap)^2, dloss/ds = softmax(s) - onehot(target).
-    """
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, head: Tensor, targets: Tensor, softcap: float) -> Tensor:
-        dx, dhead, losses = torch.empty_like(x), torch.zeros_like(head), []
-        rows, counted = max(1, LOGITS_PER_CHUNK // len(head)), targets != -1  # (N,)
-        weights = in_float32(counted.to(x.dtype))[:, None] / counted.sum()  # (N, 1)
-        for i in range(0, len(x), rows):
-            chunk, target, w = x[i : i + rows], targets[i : i + rows], weights[i : i + rows]  # (R, C), (R,), (R, 1)
-            logits = softcapped(F.linear(chunk, head), softcap)  # (R, C) @ (C, V) -> (R, V)
-            logp = logits.log_softmax(dim=-1)
-            losses.append(F.nll_loss(logp, target, ignore_index=-1, reduction="none"))  # (R,)
-            d = logp.exp_().scatter_add_(1, target.clamp(min=0)[:, None], torch.full_like(w, -1)).mul_(w)  # (R, V)
-            if softcap:
-                d = torch.addcmul(d, d, logits.div_(softcap).square_(), value=-1)
-            dx[i : i + rows] = d.to(x.dtype) @ head  # (R, V) @ (V, C) -> (R, C)
-            dhead += d.to(x.dtype).mT @ chunk  # (V, R) @ (R, C) -> (V, C)
-        ctx.save_for_backward(dx, dhead)
-        return torch.cat(losses).sum() / counted.sum()
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        if torch.is_grad_enabled():
-            raise RuntimeError("the loss has no second derivative: create_graph=True cannot be used with it")
-        dx, dhead = ctx.saved_tensors
-        return dx * grad, dhead * grad, None, None
+    def forward(self, model: "GPT", x: Tensor, targets: Tensor, reduction: str) -> Tensor:
+        return F.cross_entropy(model.logits(x), targets, ignore_index=-1, reduction=reduction)
 
 
 # ---- the model ----
@@ -394,7 +378,8 @@ class GPT(nn.Module):
         self.h = nn.ModuleList([Block(config) for _ in range(config.n_layer)])
         self.norm = rms_norm(config.n_embd, config)
         self.lm_head = None if config.tie_embd else nn.Linear(config.n_embd, config.vocab_size, bias=False)
-        self.modes: list[bool] = []  # of before each generator that runs
+        self.loss: nn.Module = CrossEntropy()
+        self.modes: list[bool] = []  # train or not, before each generator that is in `evaluating`
         self.init_weights()
 
     @torch.no_grad()
@@ -465,12 +450,19 @@ class GPT(nn.Module):
         x, targets = x.flatten(0, 1), targets.flatten()  # (B*T, C), (B*T,)
         # An index below 0 may wrap around in compiled code. Past the end, it is an error on every backend.
         targets = targets.masked_fill(targets < -1, self.config.vocab_size)
-        if loss_reduction == "mean" and torch.is_grad_enabled() and (x.requires_grad or self.head_weight.requires_grad):
-            return ChunkedCrossEntropy.apply(x, self.head_weight, targets, self.config.softcap)
-        rows = max(1, LOGITS_PER_CHUNK // self.config.vocab_size)
-        chunks = zip(x.split(rows), targets.split(rows), strict=True)  # (R, C), (R,)
-        losses = torch.cat([F.cross_entropy(self.logits(h), t, ignore_index=-1, reduction="none") for h, t in chunks])
-        return losses if loss_reduction == "none" else losses.sum() / (targets != -1).sum()
+        return self.loss(self, x, targets, loss_reduction)
+
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Eval mode until all that are in here, in whatever thread, have left: the last restores the first's mode."""
+        with MODE_LOCK:
+            self.modes.append(self.training)
+            self.eval()
+        try:
+            yield
+        finally:
+            with MODE_LOCK:
+                self.train(self.modes.pop())
 
     def check_cache(self, kv_cache: KVCache, B: int) -> None:
         c, k = self.config, kv_cache.k
@@ -514,15 +506,15 @@ class GPT(nn.Module):
 
         Yields a list per step: the token id of each row, None for a row that has ended. Returns the list of reasons.
         Greedy tokens of a row are what it would get alone. A kv_cache has one row per prompt, and num_samples is 1.
+        RuntimeError at the step whose logits are not finite.
         """
-        sampling, texts = Sampling(*how, **settings), [[*prompt] for prompt in prompts]
-        stop, suppressed, V = {*sampling.stop_tokens}, [*sampling.suppress_tokens], self.config.vocab_size
-        check(max_tokens >= 0, f"max_tokens must be at least 0, not {max_tokens}")
-        check(num_samples >= 1, f"num_samples must be at least 1, not {num_samples}")
+        sampling, V = Sampling(*how, **settings), self.config.vocab_size
+        integer("max_tokens", max_tokens, 0), integer("num_samples", num_samples, 1, 2**16)
+        texts = [[integer("a prompt's token id", id, 0, V - 1) for id in prompt] for prompt in prompts]
+        suppressed = [*{integer("a suppressed token id", id, 0, V - 1) for id in sampling.suppress_tokens}]
+        stop = {integer("a stop token id", id, 0) for id in sampling.stop_tokens}
         check(min(map(len, texts), default=0) > 0, "the prompt is empty: generate needs at least one token")
-        outside = next((id for ids in (*texts, suppressed) for id in ids if not 0 <= id < V), None)
-        check(outside is None, f"token id {outside} is outside the vocabulary of {V}")
-        check(len({*suppressed}) < V, "suppress_tokens leaves no token to draw")
+        check(len(suppressed) < V, "suppress_tokens leaves no token to draw")
         past = 0 if kv_cache is None else int(kv_cache.lengths.max())
         max_len = min(self.config.sequence_len, past + max(map(len, texts)) + max_tokens)
         if kv_cache is not None:
@@ -532,10 +524,7 @@ class GPT(nn.Module):
 
         @torch.inference_mode()
         def steps() -> Generator[list[int | None], None, list[str]]:
-            self.modes.append(self.training)
-            self.eval()
-            unread: Tensor | None = None  # the tokens drawn last, (B,), until they are decoded
-            try:
+            with self.evaluating():
                 # 1. Prefill the prompts
                 cache = kv_cache or KVCache(self.config, len(texts), max_len, self.device, self.dtype)
                 seen: Tensor | None = None
@@ -549,29 +538,28 @@ class GPT(nn.Module):
                     cache, logits = cache.expand(num_samples), logits.repeat_interleave(num_samples, dim=0)
                     seen = None if seen is None else seen.repeat_interleave(num_samples, dim=0)
                 # 3. Draw a token of each row, yield, stop, decode
-                B, generator = len(logits), torch.Generator(self.device).manual_seed(sampling.seed)
+                B, generator = len(logits), torch.Generator(self.device).manual_seed(int(sampling.seed))
                 running, ended = {*range(B)}, list[int]()  # the rows; of the ended ones, only those read to their end
-                for n in range(1, max_tokens + 1):
-                    if suppressed:
-                        logits[:, suppressed] = -math.inf
-                    unread = sampling.draw(logits, generator, seen)
-                    if seen is not None:
-                        seen.scatter_(1, unread[:, None], True)
-                    tokens = unread.tolist()
-                    yield [tokens[b] if b in running else None for b in range(B)]
-                    running = {b for b in running if tokens[b] not in stop}
-                    if n == max_tokens or not running:
-                        break
-                    ids, unread = unread, None  # should decode fail, they are not read a second time
-                    logits = self.read(ids, cache, ended, decode or self.step)  # (B, V)
-                    ended = [b for b in range(B) if b not in running]
-                return ["length" if b in running else "stop" for b in range(B)]
-            finally:  # also when the caller walks away
+                unread: Tensor | None = None  # the tokens drawn last, (B,), until they are decoded
                 try:
+                    for n in range(1, max_tokens + 1):
+                        if suppressed:
+                            logits[:, suppressed] = -math.inf
+                        unread = sampling.draw(logits, generator, seen)
+                        if seen is not None:
+                            seen.scatter_(1, unread[:, None], True)
+                        tokens = unread.tolist()
+                        yield [tokens[b] if b in running else None for b in range(B)]
+                        running = {b for b in running if tokens[b] not in stop}
+                        if n == max_tokens or not running:
+                            break
+                        ids, unread = unread, None  # should decode fail, they are not read a second time
+                        logits = self.read(ids, cache, ended, decode or self.step)  # (B, V)
+                        ended = [b for b in range(B) if b not in running]
+                    return ["length" if b in running else "stop" for b in range(B)]
+                finally:  # also when the caller walks away
                     if kv_cache is not None and unread is not None:
                         self.read(unread, cache, ended, decode or self.step)
-                finally:
-                    self.train(self.modes.pop())  # generators may end in any order: the last restores the first's mode
 
         return steps()
 
@@ -639,10 +627,14 @@ class GPT(nn.Module):
         """`load`, and the extra that was saved. Runs no code from the file (weights_only)."""
         with open(path, "rb") as f:
             try:
+                check(zipfile.ZipFile(f).testzip() is None, "a CRC does not match")  # torch.load compares none
+                f.seek(0)
                 checkpoint = torch.load(f, map_location="cpu", weights_only=True)
+                config, weights = GPTConfig(**checkpoint.pop("config")), checkpoint.pop("model")
+                check(config.n_layer <= len(weights), "there are fewer tensors than layers")
                 with torch.device("meta"):  # no memory for initial weights
-                    model = cls(GPTConfig(**checkpoint.pop("config")))
-                model.load_state_dict(checkpoint.pop("model"), assign=True)
+                    model = cls(config)
+                model.load_state_dict(weights, assign=True)
             except Exception as e:  # a damaged file can fail anywhere: zip, pickle, a missing key, a shape
                 if isinstance(e, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(e):
                     raise

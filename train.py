@@ -24,6 +24,7 @@ from gpt import GPT, GPTConfig
 from sologpt import parallel
 from sologpt.load import load_model
 from sologpt.log import Log
+from sologpt.loss import ChunkedCrossEntropy
 from sologpt.optim import configure_optimizers
 from sologpt.parallel import World
 from sologpt.text import stream_text
@@ -288,6 +289,7 @@ def train(config: Config, world: World) -> None:
     with reported():
         run.data.check(run.sequence_len, run.model.config.vocab_size)
 
+    run.model.loss = ChunkedCrossEntropy()  # needs less memory
     checkpointing = config.activation_checkpointing
     run.model, forward = parallel.wrap_model(run.model.train(), world, config.shard, checkpointing, config.compile)
     autocast = parallel.make_autocast(config.dtype, world.device)

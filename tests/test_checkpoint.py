@@ -1,10 +1,13 @@
 import pickle
 import random
+import warnings
+from dataclasses import asdict
 
 import pytest
 import torch
 from conftest import LLAMA, QWEN, make_model
 
+import gpt
 from gpt import GPT
 from sologpt.optim import configure_optimizers
 
@@ -80,11 +83,41 @@ def test_a_damaged_checkpoint_is_a_runtime_error(tmp_path):
             GPT.load(path)
 
 
+def test_a_flipped_bit_is_a_runtime_error_or_changes_nothing(tmp_path):
+    """Nothing but names, padding and the zip's own bookkeeping lies outside what the CRCs cover."""
+    path, model = tmp_path / "m.pt", make_model(torch.float32)
+    model.save(path)
+    content, rng, refused = path.read_bytes(), random.Random(0), 0
+    for _ in range(100):
+        damaged, at = bytearray(content), rng.randrange(len(content))
+        damaged[at] ^= 1 << rng.randrange(8)
+        path.write_bytes(damaged)
+        try:
+            loaded = GPT.load(path)
+        except RuntimeError as e:
+            assert "damaged" in str(e)
+            refused += 1
+        else:
+            assert loaded.config == model.config
+            assert all(torch.equal(a, b) for a, b in zip(loaded.parameters(), model.parameters(), strict=True))
+    assert refused > 80
+
+
+@pytest.mark.parametrize("lie", [dict(n_layer=9_999), dict(n_layer=10**9), dict(n_embd=10**9), dict(vocab_size=10**30)])
+def test_sizes_that_the_tensors_do_not_have_are_refused_before_a_model_is_built(lie, tmp_path, monkeypatch):
+    model = make_model(torch.float32)
+    torch.save({"model": model.state_dict(), "config": asdict(model.config) | lie}, tmp_path / "m.pt")
+    if "n_layer" in lie:
+        monkeypatch.setattr(gpt, "Block", None)
+    with pytest.raises(RuntimeError, match="damaged"):
+        GPT.load(tmp_path / "m.pt")
+
+
 def test_other_files_are_runtime_errors(tmp_path):
     path = tmp_path / "m.pt"
     for content in (b"", b"hello", pickle.dumps({"a": 1})):
         path.write_bytes(content)
-        with pytest.raises(RuntimeError):
+        with pytest.raises(RuntimeError), warnings.catch_warnings(action="error"):  # torch.load warns of pickles
             GPT.load(path)
     for state in ({}, [1], {"model": {}, "config": {}}, {"model": {}, "config": {"n_layers": 3}}):
         torch.save(state, path)

@@ -1,3 +1,8 @@
+import math
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
 import pytest
 import torch
 from conftest import make_model
@@ -5,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import gpt
-from gpt import KVCache
+from gpt import GPT, KVCache
 
 
 def uncached(model, tokens: list[int], n: int) -> list[int]:
@@ -149,6 +154,14 @@ def test_a_penalty_over_prompt_and_generated_tokens():
         ([1], dict(top_p=-0.1), "top_p"),
         ([1], dict(min_p=1.0), "min_p"),
         ([1], dict(repetition_penalty=0.0), "repetition_penalty"),
+        ([1.5], {}, "1.5"),
+        (["a"], {}, "'a'"),
+        ([True], {}, "True"),
+        ([1], dict(max_tokens=2.5), "max_tokens"),
+        ([1], dict(top_k=2.5), "top_k"),
+        ([1], dict(seed="x"), "seed"),
+        ([1], dict(stop_tokens=["a"]), "stop token"),
+        ([1], dict(suppress_tokens=[2.5]), "suppressed token"),
     ],
 )
 def test_bad_input_is_an_error_at_the_call(prompt, settings, words):
@@ -161,8 +174,29 @@ def test_bad_batches_are_errors_at_the_call():
     for bad in ([], [[1], []], [[1], [61]]):
         with pytest.raises(ValueError):
             model.generate_batch(bad, 5)
-    with pytest.raises(ValueError, match="num_samples"):
-        model.generate_batch([[1]], 5, num_samples=0)
+    for bad in (0, 2.0, 10**9):
+        with pytest.raises(ValueError, match="num_samples"):
+            model.generate_batch([[1]], 5, num_samples=bad)
+
+
+def test_integers_of_numpy_and_torch_are_integers():
+    model = make_model()
+    tokens = list(model.generate([1, 2, 3], 20, top_k=5, seed=7))
+    prompts = (np.array([1, 2, 3], dtype=np.uint16), torch.tensor([1, 2, 3]))
+    for prompt, number in zip(prompts, (np.int64, torch.tensor), strict=True):
+        stop = [number(tokens[9])]
+        ours = list(model.generate(prompt, number(20), top_k=number(5), seed=number(7), stop_tokens=stop))
+        assert ours == tokens[: tokens.index(tokens[9]) + 1]
+
+
+@pytest.mark.parametrize("temperature", [0, 1.0])
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_logits_that_are_not_finite_are_an_error_and_no_token(temperature, value):
+    model = make_model(softcap=0.0)
+    model.h[1].mlp.c_proj.weight.data[3, 5] = value
+    with pytest.raises(RuntimeError, match="not finite"):
+        list(model.generate([1, 2], 5, temperature=temperature))
+    assert model.training, "the mode is given back"
 
 
 # ---- from a cache that holds something
@@ -412,6 +446,23 @@ def test_generators_that_end_in_any_order_give_the_mode_back(training, order):
         out[i] += steps[i]
     assert out == [alone] * 3, "none of them drew with dropout on"
     assert model.training == training
+
+
+def test_generators_in_threads_draw_without_dropout_and_give_the_mode_back():
+    """The gap between reading the mode and changing it is held open until another thread has come in."""
+
+    class Slow(GPT):
+        def eval(self):
+            time.sleep(0.02)
+            return super().eval()
+
+    model = make_model(dropout=0.5)
+    model.__class__ = Slow
+    alone = list(make_model(dropout=0.5).generate([1, 2], 9, temperature=0))
+    with ThreadPoolExecutor(8) as threads:
+        out = list(threads.map(lambda _: list(model.generate([1, 2], 9, temperature=0)), range(24)))
+    assert out == [alone] * 24
+    assert model.training
 
 
 def test_what_the_penalty_needs_is_built_only_with_a_penalty(monkeypatch):

@@ -1,0 +1,65 @@
+"""The training loss in less memory and time, attached to a model from outside.
+
+model.loss = ChunkedCrossEntropy()  # in place of gpt.CrossEntropy, which it equals up to rounding
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from gpt import GPT, in_float32, softcapped
+
+LOGITS_PER_CHUNK = 2**24  # computed at a time, unless that makes too many chunks
+MAX_CHUNKS = 16  # each reads and writes the whole gradient of the head
+
+
+def rows_per_chunk(rows: int, vocab_size: int) -> int:
+    return max(LOGITS_PER_CHUNK // vocab_size, -(-rows // MAX_CHUNKS), 1)
+
+
+class ChunkedCrossEntropy(nn.Module):
+    """`gpt.CrossEntropy` for a chunk of rows at a time: the logits of all rows never exist at once."""
+
+    def forward(self, model: GPT, x: Tensor, targets: Tensor, reduction: str) -> Tensor:
+        wants_grad = torch.is_grad_enabled() and (x.requires_grad or model.head_weight.requires_grad)
+        if reduction == "mean" and wants_grad:
+            return MeanCrossEntropy.apply(x, model.head_weight, targets, model.config.softcap)
+        rows = rows_per_chunk(len(x), model.config.vocab_size)
+        chunks = zip(x.split(rows), targets.split(rows), strict=True)  # (R, C), (R,)
+        losses = torch.cat([F.cross_entropy(model.logits(h), t, ignore_index=-1, reduction="none") for h, t in chunks])
+        return losses if reduction == "none" else losses.sum() / (targets != -1).sum()
+
+
+class MeanCrossEntropy(torch.autograd.Function):
+    """Mean cross entropy of hidden states x (N, C) under a head (V, C) for targets (N,), where -1 is ignored.
+
+    Logits (N, V) and their gradient would be the largest tensors of training, so the forward pass computes both for a
+    chunk of rows at a time: s = cap * tanh(z / cap), ds/dz = 1 - (s / cap)^2, dloss/ds = softmax(s) - onehot(target).
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, head: Tensor, targets: Tensor, softcap: float) -> Tensor:
+        dx, dhead, losses = torch.empty_like(x), torch.zeros_like(head), []
+        rows, counted = rows_per_chunk(len(x), len(head)), targets != -1  # (N,)
+        weights = in_float32(counted.to(x.dtype))[:, None] / counted.sum()  # (N, 1)
+        for i in range(0, len(x), rows):
+            chunk, target, w = x[i : i + rows], targets[i : i + rows], weights[i : i + rows]  # (R, C), (R,), (R, 1)
+            logits = softcapped(F.linear(chunk, head), softcap)  # (R, C) @ (C, V) -> (R, V)
+            logp = logits.log_softmax(dim=-1)
+            losses.append(F.nll_loss(logp, target, ignore_index=-1, reduction="none"))  # (R,)
+            d = logp.exp_().scatter_add_(1, target.clamp(min=0)[:, None], torch.full_like(w, -1)).mul_(w)  # (R, V)
+            if softcap:
+                d = torch.addcmul(d, d, logits.div_(softcap).square_(), value=-1)
+            dx[i : i + rows] = d.to(x.dtype) @ head  # (R, V) @ (V, C) -> (R, C)
+            dhead += d.to(x.dtype).mT @ chunk  # (V, R) @ (R, C) -> (V, C)
+        ctx.save_for_backward(dx, dhead)
+        return torch.cat(losses).sum() / counted.sum()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        if torch.is_grad_enabled():
+            raise RuntimeError("the loss has no second derivative: create_graph=True cannot be used with it")
+        dx, dhead = ctx.saved_tensors
+        return dx * grad, dhead * grad, None, None
