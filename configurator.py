@@ -30,9 +30,7 @@ BOOLS = {"true": True, "false": False, "1": True, "0": False}
 TYPE_NAMES = {int: "a whole number", float: "a number", str: "text", bool: "true or false", types.NoneType: "None"}
 
 KNOWN_FAILURES = {  # a pattern in Python's or PyTorch's message: what to print instead of a traceback
-    "MemoryError|out of memory|can't allocate memory": (
-        "out of memory: try a smaller batch_size, num_samples, sequence_len or model"
-    ),
+    "MemoryError|out of memory|can't allocate memory": "out of memory: try {less}",
     "No working C\\+\\+ compiler": "--compile needs a C++ compiler, such as g++, and none was found",
 }
 
@@ -45,8 +43,11 @@ class RunError(Exception):
     """A failure of the run: disk full, loss not finite, damaged checkpoint. One line on stderr, exit status 1."""
 
 
-def run(main: Callable[[], None]) -> NoReturn:
-    """Call a script's main and exit: one `error:` line for a UserError or RunError, a traceback for a bug."""
+def run(main: Callable[[], None], less: str = "a smaller model") -> NoReturn:
+    """Call a script's main and exit: one `error:` line for a UserError or RunError, a traceback for a bug.
+
+    less: what to try when there is too little memory.
+    """
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a character that the terminal cannot show must not end the run
     try:
@@ -56,14 +57,20 @@ def run(main: Callable[[], None]) -> NoReturn:
         known = [line for pattern, line in KNOWN_FAILURES.items() if re.search(pattern, f"{type(e).__name__}: {e}")]
         if not known and not isinstance(e, UserError | RunError):
             raise
-        print("error:", *(known or str(e).splitlines()), file=sys.stderr)
+        message = known[0].format(less=less) if known else str(e)
+        # one line, whatever is in the names of files
+        print("error:", "".join(c if c.isprintable() else repr(c)[1:-1] for c in message), file=sys.stderr)
         sys.exit(2 if isinstance(e, UserError) else 1)
     except KeyboardInterrupt:
         sys.exit(128 + signal.SIGINT)
     except BrokenPipeError:  # the reader of our output has exited (`| head`)
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(128 + signal.SIGPIPE)
+        sys.exit(141)  # 128 + SIGPIPE, a signal that Windows does not have
     sys.exit(0)
+
+
+def one_line(e: Exception) -> str:
+    return " ".join(str(e).split("\n"))
 
 
 @contextmanager
@@ -74,11 +81,11 @@ def reported() -> Iterator[None]:
     except BrokenPipeError:  # `run` exits quietly
         raise
     except OSError as e:
-        raise UserError(f"{e.filename}: {e.strerror}" if e.filename and e.strerror else str(e)) from e
+        raise UserError(f"{e.filename}: {e.strerror}" if e.filename and e.strerror else one_line(e)) from e
     except (ValueError, ImportError) as e:
-        raise UserError(str(e)) from e
+        raise UserError(one_line(e)) from e
     except RuntimeError as e:
-        raise RunError(str(e)) from e
+        raise RunError(one_line(e)) from e
 
 
 @contextmanager
@@ -87,7 +94,7 @@ def writing(path: str | os.PathLike) -> Iterator[None]:
     try:
         yield
     except (OSError, RuntimeError) as e:
-        raise RunError(f"cannot write {os.fspath(path)}: {getattr(e, 'strerror', None) or e}") from e
+        raise RunError(f"cannot write {os.fspath(path)}: {getattr(e, 'strerror', None) or one_line(e)}") from e
 
 
 # -----------------------------------------------------------------------------

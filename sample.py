@@ -17,12 +17,13 @@ import torch
 
 import configurator
 from configurator import UserError
-from gpt import GPT, KVCache
+from gpt import GPT, GPTConfig, KVCache
 from sologpt import fast
 from sologpt.load import find_checkpoint, load_model
-from sologpt.text import TextRow, TextStream, stream_text
+from sologpt.text import TextRow, TextStream, drop_old_turns, stream_text
+from sologpt.tokenizer import Tokenizer
 
-DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16}
+DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 Generate = Callable[..., TextStream]  # `stream_text` with the model, the tokenizer and the settings filled in
 
 
@@ -54,7 +55,9 @@ class Config:
     ckpt: str = ""  # use this checkpoint file instead
     init_from: str = ""  # use an open model instead: hf:NAME or hf:FOLDER
     device: str = "auto"  # cuda, mps, cpu, ...; auto picks an accelerator if there is one, else the CPU
-    dtype: str = "auto"  # data type of the weights: float32, bfloat16, or auto to keep the one they are stored in
+    dtype: str = (
+        "auto"  # data type of the weights: float32, bfloat16, float16, or auto to keep the one they are stored in
+    )
     compile: bool = False  # torch.compile the decoding: takes a while to start, then is faster
     lookup: int = 0  # verify up to N draft tokens per forward (prompt lookup decoding): faster where text repeats
 
@@ -68,7 +71,7 @@ class Config:
                 f"init_from must be hf:NAME or hf:FOLDER, not {self.init_from!r}; for a checkpoint use --ckpt"
             )
         if self.dtype not in DTYPES:
-            raise ValueError(f"dtype must be float32, bfloat16 or auto, not {self.dtype!r}")
+            raise ValueError(f"dtype must be float32, bfloat16, float16 or auto, not {self.dtype!r}")
         if self.interactive and (self.num_samples > 1 or self.json):
             raise ValueError("--interactive cannot be combined with --num_samples or --json")
         if self.lookup and self.num_samples > 1:
@@ -135,15 +138,17 @@ def sample_once(config: Config, model: GPT, generate: Generate, description: str
     print(description, file=sys.stderr)
     warn_if_cut(stream, model)
     if config.json:
-        for _ in stream:
-            pass
+        with configurator.reported():
+            for _ in stream:
+                pass
         for row in stream.rows:
             print(to_json(prompt, row))
         return
     shown = "" if config.chat else prompt
     print(shown, end="", flush=True)
-    for text in stream:
-        print(text, end="", flush=True)
+    with configurator.reported():
+        for text in stream:
+            print(text, end="", flush=True)
     print()
     for row in stream.rows[1:]:
         print(f"---\n{shown}{row.text}")
@@ -161,7 +166,19 @@ def catch_sigint() -> Iterator[list[int]]:
         signal.signal(signal.SIGINT, before)
 
 
-def converse(config: Config, model: GPT, generate: Generate, description: str) -> None:
+def with_room(kv_cache: KVCache, config: GPTConfig, n: int) -> KVCache:
+    """The cache, or where it is too small for n tokens, a copy with at least twice the room."""
+    size, n = kv_cache.max_len, min(n, config.sequence_len)
+    if n <= size:
+        return kv_cache
+    k = kv_cache.k
+    larger = KVCache(config, 1, min(max(n, 2 * size), config.sequence_len), k.device, k.dtype)
+    larger.k[:, :, :, :size], larger.v[:, :, :, :size], larger.ids[:, :size] = k, kv_cache.v, kv_cache.ids
+    larger.lengths.copy_(kv_cache.lengths)
+    return larger
+
+
+def converse(config: Config, model: GPT, tokenizer: Tokenizer, generate: Generate, description: str) -> None:
     """Answer one prompt after the other. The cache keeps the conversation, so a turn prefills only what is new."""
     with suppress(ImportError):  # not on Windows
         import readline  # noqa: F401  (gives input() line editing and history)
@@ -171,7 +188,8 @@ def converse(config: Config, model: GPT, generate: Generate, description: str) -
     with configurator.reported():  # checks the settings and the chat template before the first prompt
         generate([*messages, {"role": "user", "content": ""}] if config.chat else [0])
     print(f"{description}\nCtrl-C stops an answer, Ctrl-D leaves", file=sys.stderr)
-    kv_cache = KVCache(model.config, 1, model.config.sequence_len, model.device, model.dtype)
+    window, dropped = model.config.sequence_len, False
+    kv_cache = KVCache(model.config, 1, min(1024, window), model.device, model.dtype)
     while True:
         try:
             prompt = input("> ") or "\n"
@@ -182,9 +200,17 @@ def converse(config: Config, model: GPT, generate: Generate, description: str) -
             print()
             continue
         messages.append({"role": "user", "content": prompt})
-        with catch_sigint() as signals:
-            with configurator.reported():
-                stream = generate(messages if config.chat else prompt, kv_cache=kv_cache)
+        with catch_sigint() as signals, configurator.reported():
+            if config.chat:
+                kept = drop_old_turns(tokenizer, messages, window, config.max_tokens)
+                if len(kept) < len(messages) and not dropped:
+                    print(f"over {window} tokens: the model no longer sees the oldest turns", file=sys.stderr)
+                dropped, messages = dropped or len(kept) < len(messages), kept
+                n = len(tokenizer.encode_chat(messages))
+            else:
+                n = int(kv_cache.lengths) + len(tokenizer.encode_prompt(prompt))
+            kv_cache = with_room(kv_cache, model.config, n + config.max_tokens)
+            stream = generate(messages if config.chat else prompt, kv_cache=kv_cache)
             warn_if_cut(stream, model)
             for text in stream:
                 print(text, end="", flush=True)
@@ -206,8 +232,11 @@ def main() -> None:
     names = ("max_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")
     settings = {name: getattr(config, name) for name in (*names, "stop", "stop_on_repeat")}
     generate = partial(stream_text, model, tokenizer, decode=decode, **settings)
-    (converse if config.interactive else sample_once)(config, model, generate, description)
+    if config.interactive:
+        converse(config, model, tokenizer, generate, description)
+    else:
+        sample_once(config, model, generate, description)
 
 
 if __name__ == "__main__":
-    configurator.run(main)
+    configurator.run(main, "a smaller num_samples, prompt, max_tokens or model, or --dtype=bfloat16")

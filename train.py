@@ -5,7 +5,6 @@ Batches, dropout and everything else that is random are functions of (seed, step
 """
 
 import math
-import os
 import secrets
 import sys
 import time
@@ -21,7 +20,7 @@ import configurator
 from configurator import RunError, UserError, reported, writing
 from data import common
 from gpt import GPT, GPTConfig
-from sologpt import parallel
+from sologpt import parallel, rundir
 from sologpt.load import load_model
 from sologpt.log import Log
 from sologpt.loss import ChunkedCrossEntropy
@@ -83,8 +82,8 @@ class Config:
         GPTConfig(**self.model | {"vocab_size": self.vocab_size or 1})  # ValueError for an impossible shape
         for names, least, below in (
             ("batch_size gradient_accumulation_steps eval_interval eval_iters log_interval", 1, math.inf),
-            ("max_iters learning_rate embd_lr head_lr grad_clip weight_decay warmup_iters sample_tokens", 0, math.inf),
-            ("ckpt_interval keep_checkpoints", 0, math.inf),
+            ("max_iters warmup_iters sample_tokens ckpt_interval keep_checkpoints", 0, math.inf),
+            ("learning_rate embd_lr head_lr grad_clip weight_decay", 0, 1e38),
             ("momentum beta1 beta2", 0, 1),
             ("seed", 0, 2**62),
         ):
@@ -123,8 +122,12 @@ class Run:
 
 def from_scratch(config: Config, world: World) -> Run:
     data = open_dataset(config, world)
+    shape = GPTConfig(**config.model | {"vocab_size": config.vocab_size or data.tokenizer.vocab_size})
+    (H, G, D), tokens = shape.heads, config.batch_size * shape.sequence_len  # of a micro-batch
+    rows = shape.vocab_size + tokens + shape.n_layer * 2 * (H * D + G * D + (shape.n_hidden or 0))
+    parallel.check_memory(4 * shape.n_embd * rows)  # the weights and the first activations, in float32
     torch.manual_seed(config.seed)
-    model = GPT(GPTConfig(**config.model | {"vocab_size": config.vocab_size or data.tokenizer.vocab_size}))
+    model = GPT(shape)
     return Run(model, data, model.config.sequence_len, config.init_from)
 
 
@@ -148,8 +151,7 @@ def resume(config: Config, world: World) -> Run:
     path = Path(config.out_dir) / "ckpt.pt"
     with reported():
         model, tokenizer, state = load_model(path, dtype=torch.float32)
-    if not {"step", "best", "id", "optimizers", "train_config"} <= state.keys():
-        raise RunError(f"{path} holds no state to resume from; to fine-tune its weights: --init_from={path}")
+        rundir.check_state(path, state)
     before = state["train_config"]
     check_shape(config, asdict(model.config) | {"sequence_len": before["sequence_len"]}, str(path))
     if before.get("optimizer", config.optimizer) != config.optimizer:
@@ -167,8 +169,9 @@ def was_restarted(config: Config) -> bool:
     if not parallel.n_restarts() or not path.exists():
         return False
     with reported():
-        before = GPT.load_checkpoint(path)[1].get("train_config", {})
-    return all(before.get(key) == value for key, value in config.run_settings().items())
+        state = GPT.load_checkpoint(path)[1]
+        rundir.check_state(path, state)
+    return all(state["train_config"].get(key) == value for key, value in config.run_settings().items())
 
 
 def check_shape(config: Config, shape: dict[str, Any], source: str) -> None:
@@ -264,13 +267,13 @@ def save(config: Config, world: World, run: Run, name: str, **extra: Any) -> Non
 
 
 def save_state(config: Config, world: World, run: Run, optimizers: list[torch.optim.Optimizer]) -> None:
-    """Write ckpt.pt, all that it takes to resume; with keep_checkpoints also ckpt_STEP.pt, and drop the oldest."""
+    """Write ckpt.pt, all that it takes to resume; with keep_checkpoints also ckpt_STEP.pt, and delete the oldest."""
     for name in ["ckpt.pt"] + [f"ckpt_{run.step:08d}.pt"] * bool(config.keep_checkpoints):
         states = [optimizer.state_dict() for optimizer in optimizers]
         save(config, world, run, name, best=run.best, id=run.id, optimizers=states)
     if world.is_main and config.keep_checkpoints:
-        for old in sorted(Path(config.out_dir).glob("ckpt_*.pt"))[: -config.keep_checkpoints]:
-            old.unlink()
+        with writing(config.out_dir):
+            rundir.delete_old_states(Path(config.out_dir), run.step, config.keep_checkpoints)
 
 
 # -----------------------------------------------------------------------------
@@ -279,10 +282,6 @@ def save_state(config: Config, world: World, run: Run, optimizers: list[torch.op
 
 def train(config: Config, world: World) -> None:
     out_dir = Path(config.out_dir)
-    try:
-        out_dir.mkdir(parents=True, exist_ok=True)
-    except OSError as e:
-        raise UserError(f"--out_dir={out_dir} cannot be a folder: {e.strerror}") from e
     resumed = config.init_from == "resume" or was_restarted(config)
     begin = resume if resumed else from_scratch if config.init_from == "scratch" else finetune
     run = begin(config, world)
@@ -296,14 +295,15 @@ def train(config: Config, world: World) -> None:
     rates = (config.learning_rate, config.embd_lr, config.head_lr, config.weight_decay, config.momentum)
     dtype = None if isinstance(autocast, nullcontext) else torch.bfloat16  # of Muon's products
     optimizers = configure_optimizers(run.model, *rates, (config.beta1, config.beta2), config.optimizer, dtype)
-    for optimizer, state in zip(optimizers, run.optimizer_states, strict=resumed):
-        parallel.load_optimizer(optimizer, state)
+    if resumed:
+        with reported():
+            parallel.load_optimizers(optimizers, run.optimizer_states)
     run.optimizer_states = []  # frees what is now in the optimizers
-    if not resumed and world.is_main:
-        set_aside_old_run(out_dir)
     log = None
     if world.is_main:
-        with reported(), writing(out_dir / "metrics.jsonl"):
+        with reported(), writing(out_dir):
+            if not resumed:
+                rundir.set_aside_old_run(out_dir)
             log = Log(out_dir, config.run_settings() | asdict(run.model.config), run.step, run.id)
 
     tokens_per_step = config.gradient_accumulation_steps * config.batch_size * run.sequence_len
@@ -381,14 +381,6 @@ def loop(
                 break
 
 
-def set_aside_old_run(out_dir: Path) -> None:
-    """Keep the checkpoints of an earlier run, which was perhaps to be resumed, under another name."""
-    for path in (out_dir / "ckpt.pt", out_dir / "best.pt"):
-        if path.exists():
-            os.replace(path, path.with_suffix(".old.pt"))
-            print(f"{path} exists: renamed to {path.with_suffix('.old.pt').name}")
-
-
 def finish(config: Config, run: Run) -> None:
     """Print a sample, and where the best weights are."""
     if config.sample_tokens and not config.shard:  # one process has only a shard of the model
@@ -409,7 +401,11 @@ def main() -> None:
     with reported():
         world = parallel.join(config.device, config.gradient_accumulation_steps, config.shard)
     try:
-        with parallel.lost_processes(world):
+        lock: Any = nullcontext()
+        if world.is_main:
+            with reported():
+                lock = rundir.reserve(Path(config.out_dir), config.init_from == "resume")
+        with parallel.lost_processes(world), lock:
             train(config, world)
     except ConnectionError as e:
         raise RunError(str(e)) from e
@@ -418,4 +414,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    configurator.run(main)
+    configurator.run(main, "a smaller batch_size, sequence_len or model, or --activation_checkpointing")

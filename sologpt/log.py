@@ -6,7 +6,6 @@ import os
 import sys
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,19 +15,14 @@ Record = dict[str, Any]  # {"step": int, "loss": float, "val_loss": float, ...}
 class Log:
     """metrics.jsonl, one JSON object per logged step, and a progress line, which a terminal shows in place.
 
-    A resumed run goes on with the records before first_step. config is the run's, with wandb_log and tensorboard;
-    run_id is how the services recognize it. OSError if out_dir cannot be written, ImportError if an extra is missing.
+    A resumed run keeps the records before first_step. config is the run's, with wandb_log and tensorboard; run_id is
+    how the services recognize it. OSError if out_dir cannot be written, ImportError if an extra is missing.
     """
 
     def __init__(self, out_dir: Path, config: dict[str, Any], first_step: int, run_id: str) -> None:
         self.path, self.last_step = out_dir / "metrics.jsonl", config["max_iters"]
         self.started, self.first_step = time.monotonic(), first_step
-        self.records: list[Record] = []
-        if first_step and self.path.exists():
-            for line in self.path.read_text().splitlines():
-                with suppress(json.JSONDecodeError):  # a last line that was cut off
-                    self.records.append(json.loads(line))
-        self.records = [record for record in self.records if record["step"] < first_step]
+        self.records = [record for record in read_records(self.path) if record["step"] < first_step]
         temporary = self.path.with_name("metrics.jsonl.tmp")
         temporary.write_text("".join(json.dumps(record) + "\n" for record in self.records))
         os.replace(temporary, self.path)
@@ -75,6 +69,24 @@ class Log:
         axes.set(xlabel="step", ylabel="loss (nats per token)")
         axes.legend()
         figure.savefig(self.path.with_name("loss.png"), dpi=150, bbox_inches="tight")
+
+
+def read_records(path: Path) -> list[Record]:
+    """The records of metrics.jsonl. Lines that are none, such as a last one that was cut off, are skipped."""
+    lines = path.read_bytes().splitlines() if path.exists() else []
+    records = [record for record in map(to_record, lines) if record]
+    if len(records) < len(lines):
+        print(f"{path}: skipped {len(lines) - len(records)} of {len(lines)} lines: not records", file=sys.stderr)
+    return records
+
+
+def to_record(line: bytes) -> Record | None:
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    numbers = isinstance(record, dict) and all(type(value) in (int, float) for value in record.values())
+    return record if numbers and type(record.get("step")) is int else None
 
 
 def open_wandb(out_dir: Path, config: dict[str, Any], run_id: str) -> Callable[[Record], None]:

@@ -17,10 +17,12 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from gpt import GPT
 from sologpt import fast
 from sologpt.load import pick_device
+from sologpt.optim import Muon
 
 
 @dataclass(frozen=True)
@@ -180,19 +182,40 @@ def gather_model(model: GPT, world: World) -> GPT:
     return whole
 
 
-def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-    """Load the whole tensors of a checkpoint into an optimizer, sharded as its parameters are.
+def load_optimizers(optimizers: list[torch.optim.Optimizer], states: list[dict[str, Any]]) -> None:
+    """Load the whole tensors of a checkpoint into optimizers, sharded as their parameters are.
 
-    Only the state per parameter is loaded. Rates and other settings stay those of this run.
+    Only the states per parameter are loaded. Rates and other settings stay those of this run. RuntimeError if these are
+    not the states of such optimizers.
     """
-    optimizer.load_state_dict({"state": state["state"], "param_groups": optimizer.state_dict()["param_groups"]})
-    p: Any
-    for p, values in optimizer.state.items():
-        for name, value in values.items():
-            if hasattr(p, "placements") and value.shape == p.shape:
-                from torch.distributed.tensor import distribute_tensor
+    if len(optimizers) != len(states) or not all(map(fits, optimizers, states)):
+        raise RuntimeError("the checkpoint is damaged: its optimizer states do not fit this model")
+    for optimizer, state in zip(optimizers, states, strict=True):
+        optimizer.load_state_dict({"state": state["state"], "param_groups": optimizer.state_dict()["param_groups"]})
+        p: Any
+        for p, values in optimizer.state.items():
+            for name, value in values.items():
+                if hasattr(p, "placements") and value.shape == p.shape:
+                    from torch.distributed.tensor import distribute_tensor
 
-                values[name] = distribute_tensor(value, p.device_mesh, p.placements, src_data_rank=None)
+                    values[name] = distribute_tensor(value, p.device_mesh, p.placements, src_data_rank=None)
+
+
+def fits(optimizer: torch.optim.Optimizer, state: Any) -> bool:
+    """Whether a state has the tensors of each parameter, or is that of an optimizer that has made no step yet."""
+    names = {"momentum_buffer"} if isinstance(optimizer, Muon) else {"step", "exp_avg", "exp_avg_sq"}
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+
+    def fits_parameter(p: Tensor, values: Any) -> bool:
+        tensors = isinstance(values, dict) and values.keys() == names and all(map(torch.is_tensor, values.values()))
+        return tensors and all(x.shape == (() if name == "step" else p.shape) for name, x in values.items())
+
+    states = state.get("state") if isinstance(state, dict) else None
+    return states == {} or (
+        isinstance(states, dict)
+        and states.keys() == {*range(len(params))}
+        and all(fits_parameter(p, states[i]) for i, p in enumerate(params))
+    )
 
 
 # -----------------------------------------------------------------------------
@@ -215,6 +238,12 @@ def catch_signals(world: World) -> Iterator[list[int]]:
     finally:
         for signum, handler in handlers.items():
             signal.signal(signum, handler)
+
+
+def check_memory(needed: int) -> None:
+    """MemoryError if `needed` bytes are more than the machine has. Linux grants them, and then kills the process."""
+    if sys.platform != "win32" and needed > os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"):
+        raise MemoryError
 
 
 def keep_freed_memory() -> None:

@@ -177,7 +177,6 @@ def stream_text(
     prompt_tokens = new_tokens = _encode(tokenizer, prompt, chat, kv_cache)
     if chat and kv_cache is not None:
         new_tokens = reuse_prefix(kv_cache, prompt_tokens)
-    rows = [TextRow(tokenizer, stop, stop_on_repeat, continues=not chat) for _ in range(num_samples)]
     steps = model.generate_batch(
         [new_tokens],
         max_tokens,
@@ -187,6 +186,7 @@ def stream_text(
         kv_cache=kv_cache,
         **settings,
     )
+    rows = [TextRow(tokenizer, stop, stop_on_repeat, continues=not chat) for _ in range(num_samples)]
     return TextStream(steps, rows, prompt_tokens)
 
 
@@ -205,3 +205,23 @@ def reuse_prefix(kv_cache: Any, tokens: list[int]) -> list[int]:
     shared = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
     kv_cache.truncate(shared)
     return tokens[shared:]
+
+
+def drop_old_turns(
+    tokenizer: Tokenizer, messages: list[dict[str, str]], window: int, max_tokens: int
+) -> list[dict[str, str]]:
+    """A conversation without its oldest turns, where an answer of max_tokens would not fit into the window with them.
+
+    A system message at the beginning stays, and so does the last turn. The rest is cut to half a window, since a
+    conversation whose beginning has changed must be prefilled anew.
+    """
+    if len(tokenizer.encode_chat(messages)) + min(max_tokens, window // 2) <= window:
+        return messages
+    system = [message for message in messages[:1] if message["role"] == "system"]
+    turns = [i for i, message in enumerate(messages) if message["role"] == "user"]
+    kept = messages
+    for start in turns[1:]:
+        kept = [*system, *messages[start:]]
+        if len(tokenizer.encode_chat(kept)) <= window // 2:
+            break
+    return kept

@@ -13,6 +13,8 @@ import time
 import pytest
 from conftest import ROOT, SMALL, error, run
 
+from gpt import GPT
+
 
 def test_json_is_one_object_for_each_sample(trained):
     flags = [f"--out_dir={trained}", "--prompt=de", "--max_tokens=20"]
@@ -40,6 +42,22 @@ def test_stop_sequences_on_the_command_line(trained):
     stop = full[10:12]
     done = run("sample.py", *flags, "--stop", stop, "--stop=\x01")
     assert done.stdout == full[: full.index(stop, 4)] + "\n" and "ended by stop" in done.stderr
+
+
+@pytest.mark.parametrize("flags", [[], ["--temperature=0"], ["--json"], ["--interactive"]])
+def test_weights_that_are_not_finite_are_one_line(trained, tmp_path, flags):
+    model, extra = GPT.load_checkpoint(trained / "best.pt")
+    model.h[0].mlp.c_proj.weight.data[0] = float("nan")
+    model.save(tmp_path / "best.pt", **extra)
+    done = run("sample.py", f"--ckpt={tmp_path / 'best.pt'}", *flags, status=1, stdin="a\n")
+    assert (
+        done.stderr.splitlines()[-1].startswith("error: the logits are not finite") and "Traceback" not in done.stderr
+    )
+
+
+def test_float16_is_offered(trained):
+    flags = [f"--out_dir={trained}", "--prompt=def ", "--max_tokens=8", "--temperature=0"]
+    assert run("sample.py", *flags, "--dtype=float16").stdout == run("sample.py", *flags).stdout
 
 
 class Terminal:
@@ -117,6 +135,9 @@ def test_ctrl_c_stops_an_answer_and_ctrl_d_leaves(trained):
         (["--interactive", "--num_samples=2"], "--interactive"),
         (["--lookup=3", "--num_samples=2"], "--lookup works on one sample"),
         (["--lookup=-1"], "lookup"),
+        (["--lookup=1000000000"], "lookup"),
+        (["--num_samples=1000000000"], "num_samples must be a whole number from 1 to 65536"),
+        (["--max_tokens=1e30"], "max_tokens must be a whole number"),
         (["--top_p=2"], "top_p"),
         (["--min_p=1"], "min_p"),
         (["--repetition_penalty=0"], "repetition_penalty"),

@@ -200,7 +200,7 @@ def test_an_earlier_run_is_not_lost_to_a_new_one(trained, dataset, tmp_path):
     out = tmp_path / "out"
     shutil.copytree(trained, out)
     run("train.py", *SMALL, f"--dataset={dataset}", f"--out_dir={out}", "--max_iters=1", "--sample_tokens=0")
-    assert GPT.load_checkpoint(out / "ckpt.old.pt")[1]["step"] == 20 and (out / "best.old.pt").exists()
+    assert GPT.load_checkpoint(out / "old-1" / "ckpt.pt")[1]["step"] == 20 and (out / "old-1" / "best.pt").exists()
     assert GPT.load_checkpoint(out / "ckpt.pt")[1]["step"] == 1
 
 
@@ -323,7 +323,10 @@ def test_train_says_what_is_wrong(trained, dataset, tmp_path, error_here):
     shutil.copytree(trained, tmp_path / "best")
     shutil.copy(trained / "best.pt", tmp_path / "best" / "ckpt.pt")
     assert "no state" in error("train.py", *good, "--init_from=resume", f"--out_dir={tmp_path / 'best'}", status=1)
-    assert "out of memory" in error("train.py", *good, "--n_embd=100000000", status=1)
+    for flag in ("--n_embd=100000000", "--n_layer=10000 --n_embd=4096", "--batch_size=1e9"):
+        assert "out of memory: try a smaller batch_size" in error("train.py", *good, *flag.split(), status=1)
+    for flag, words in (("--n_layer=1e9", "n_layer must be"), ("--learning_rate=1e300", "learning_rate must be")):
+        assert words in error("train.py", *good, flag)
     assert "damaged" in error("train.py", *good, "--init_from=resume", f"--out_dir={damaged}", status=1)
 
 

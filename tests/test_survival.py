@@ -9,7 +9,7 @@ import time
 
 import pytest
 import torch
-from conftest import SMALL, Script, run
+from conftest import SMALL, Script, error, run
 
 import configurator
 import sample
@@ -84,6 +84,18 @@ def test_checkpoints_between_evaluations_and_older_ones(dataset, tmp_path):
     assert all(torch.equal(before[k], after[k]) for k in before)
 
 
+def test_only_states_of_this_run_are_deleted(dataset, tmp_path):
+    """By number, up to the current step: not a later state that was gone back from, nor a user's copy."""
+    flags = [*SMALL, f"--dataset={dataset}", f"--out_dir={tmp_path}", "--sample_tokens=0", "--eval_interval=100"]
+    run("train.py", *flags, "--max_iters=4", "--ckpt_interval=2", "--keep_checkpoints=2")
+    shutil.copy(tmp_path / "ckpt_00000002.pt", tmp_path / "ckpt_00000002_keep.pt")
+    shutil.copy(tmp_path / "ckpt_00000002.pt", tmp_path / "ckpt_00009000.pt")
+    run("train.py", *flags, "--max_iters=6", "--ckpt_interval=2", "--keep_checkpoints=2", "--init_from=resume")
+    states = sorted(path.name for path in tmp_path.glob("ckpt_*.pt"))
+    kept = ["ckpt_00000002_keep.pt", "ckpt_00000004.pt", "ckpt_00000006.pt", "ckpt_00009000.pt"]
+    assert states == kept
+
+
 def test_what_changes_when_a_run_is_resumed_is_said(trained, dataset, tmp_path):
     shutil.copytree(trained, tmp_path / "out")
     flags = [*SMALL, f"--dataset={dataset}", f"--out_dir={tmp_path / 'out'}", "--eval_interval=10", "--sample_tokens=0"]
@@ -91,6 +103,98 @@ def test_what_changes_when_a_run_is_resumed_is_said(trained, dataset, tmp_path):
     said = next(line for line in done.stdout.splitlines() if line.startswith("resumed at step 20"))
     assert "max_iters is 25, was 20" in said and "batch_size is 2, was 4" in said and "n_embd" not in said
     assert steps(tmp_path / "out") == [0, 10, 20, 25]
+
+
+def test_a_forgotten_resume_loses_nothing(dataset, tmp_path):
+    """Each new run moves what the one before has written, whole, to a folder of its own."""
+    flags = [*SMALL, f"--dataset={dataset}", f"--out_dir={tmp_path}", "--sample_tokens=0", "--eval_interval=2"]
+    for n in (4, 6, 8):
+        run("train.py", *flags, f"--max_iters={n}", "--keep_checkpoints=1", "--tensorboard")
+    for folder, n in ((tmp_path / "old-1", 4), (tmp_path / "old-2", 6), (tmp_path, 8)):
+        assert GPT.load_checkpoint(folder / "ckpt.pt")[1]["step"] == steps(folder)[-1] == n
+        assert (
+            (folder / f"ckpt_{n:08d}.pt").exists() and (folder / "loss.png").exists() and (folder / "best.pt").exists()
+        )
+        assert (folder / "tensorboard").is_dir()
+    assert not (tmp_path / "old-3").exists()
+    done = run("train.py", *flags, "--max_iters=10", f"--out_dir={tmp_path / 'old-1'}", "--init_from=resume")
+    assert done.stdout.startswith("resumed at step 4")
+
+
+def test_a_resume_without_a_state_leaves_no_folder(dataset, tmp_path):
+    flags = [*SMALL, f"--dataset={dataset}", f"--out_dir={tmp_path / 'no'}", "--init_from=resume"]
+    assert "ckpt.pt" in error("train.py", *flags)
+    assert not (tmp_path / "no").exists()
+
+
+@pytest.mark.parametrize("signum", [signal.SIGKILL, signal.SIGTERM])
+def test_a_second_run_in_the_same_folder_is_one_line(dataset, tmp_path, signum):
+    flags = [*SMALL, f"--dataset={dataset}", f"--out_dir={tmp_path}", "--sample_tokens=0", "--eval_interval=1"]
+    first = Script("train.py", *flags, "--max_iters=100000")
+    while not (tmp_path / "best.pt").exists() and first.process.is_alive():
+        time.sleep(0.01)
+    for more in ([], ["--init_from=resume"]):
+        assert f"another run writes to {tmp_path}" in error("train.py", *flags, "--max_iters=3", *more)
+    os.kill(first.process.pid, signum)
+    assert first.wait().returncode in (-signum, 128 + signum)
+    step = GPT.load_checkpoint(tmp_path / "ckpt.pt")[1]["step"]  # a lock ends with its process
+    run("train.py", *flags, f"--max_iters={step + 2}", "--init_from=resume")
+    assert steps(tmp_path) == list(range(step + 3)) and not (tmp_path / "old-1").exists()
+
+
+def test_lines_of_metrics_that_are_no_records_are_skipped_with_a_word(trained, dataset, tmp_path):
+    shutil.copytree(trained, tmp_path / "out")
+    path = tmp_path / "out" / "metrics.jsonl"
+    before = path.read_bytes()
+    lines = [b"[1]", b'{"loss": 2.0}', b'{"step": "a"}', b'{"step": 3, "loss": "b"}', b"\xff\xfe", b"[" * 100_000]
+    path.write_bytes(b"\n".join(lines) + b"\n" + before + b'{"step": 15, "lo')
+    flags = [*SMALL, f"--dataset={dataset}", f"--out_dir={tmp_path / 'out'}", "--eval_interval=10", "--sample_tokens=0"]
+    done = run("train.py", *flags, "--max_iters=30", "--init_from=resume")
+    assert "skipped 7 of 10 lines" in done.stderr
+    assert steps(tmp_path / "out") == [0, 10, 20, 30] and path.read_bytes().startswith(before.splitlines()[0])
+
+
+def rewrite(path, **changes):
+    """A checkpoint with other values in it, and good CRCs."""
+    state = torch.load(path, weights_only=True)
+    for key, value in changes.items():
+        state[key] = value(state[key]) if callable(value) else value
+    torch.save(state, path)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        dict(step="x"),
+        dict(step=-1),
+        dict(best=None),
+        dict(best=float("nan")),
+        dict(id=7),
+        dict(train_config=[]),
+        dict(train_config={}),
+        dict(train_config=lambda c: c | {"sequence_len": "x"}),
+        dict(train_config=lambda c: c | {"sequence_len": -5}),
+        dict(train_config=lambda c: c | {"init_from": None}),
+        dict(optimizers=lambda o: o[:1]),
+        dict(optimizers=lambda o: o[::-1]),
+        dict(optimizers=lambda o: [*o, {}]),
+        dict(optimizers=[1, 2]),
+        dict(optimizers=[{}, {}]),
+        dict(optimizers=lambda o: [o[0] | {"state": {0: 1}}, o[1]]),
+        dict(optimizers=lambda o: [o[0], o[1] | {"state": {0: o[1]["state"][0]}}]),
+        dict(optimizers=lambda o: [{"state": {i: {} for i in o[0]["state"]}}, o[1]]),
+        dict(optimizers=lambda o: [{"state": {i: {"momentum_buffer": torch.ones(3)} for i in o[0]["state"]}}, o[1]]),
+        dict(optimizers=lambda o: [{"state": {i: {"momentum_buffer": "x"} for i in o[0]["state"]}}, o[1]]),
+    ],
+    ids=str,
+)
+def test_a_state_with_wrong_values_is_damaged(changes, trained, dataset, tmp_path, monkeypatch, capsys):
+    shutil.copytree(trained, tmp_path / "out")
+    rewrite(tmp_path / "out" / "ckpt.pt", **changes)
+    flags = [*SMALL, f"--dataset={dataset}", f"--out_dir={tmp_path / 'out'}", "--max_iters=30", "--init_from=resume"]
+    monkeypatch.setattr("sys.argv", ["train.py", *flags])
+    with pytest.raises(configurator.RunError, match="damaged"):
+        train.main()
 
 
 def test_a_gradient_that_is_not_finite_is_never_saved(dataset, tmp_path, monkeypatch, capsys):
@@ -113,8 +217,8 @@ def test_a_gradient_that_is_not_finite_is_never_saved(dataset, tmp_path, monkeyp
 def test_a_folder_that_cannot_be_written_is_one_line_before_any_training(dataset, tmp_path):
     flags = [*SMALL, f"--dataset={dataset}", "--max_iters=1"]
     (tmp_path / "file").write_text("")
-    for out, status in ((tmp_path / "file", 2), (tmp_path / "file" / "out", 2), ("/proc/self", 1)):
-        done = run("train.py", *flags, f"--out_dir={out}", status=status)
+    for out in (tmp_path / "file", tmp_path / "file" / "out", "/proc/self"):
+        done = run("train.py", *flags, f"--out_dir={out}", status=2)
         assert done.stderr.startswith("error: ") and len(done.stderr.splitlines()) == 1 and str(out) in done.stderr
         assert "step 0" not in done.stdout
 

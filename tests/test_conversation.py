@@ -1,0 +1,99 @@
+"""A conversation that outgrows the model's window, or the cache that it began with."""
+
+import pytest
+import torch
+from conftest import make_model
+from test_chat import answer, checkpoint, here  # noqa: F401
+from test_hf_tokenizer import CHATML
+
+import sample
+from gpt import GPT, KVCache
+from sologpt.text import drop_old_turns
+from sologpt.tokenizer import Tokenizer
+
+
+class Words(Tokenizer):
+    """A chat template that makes a token of each word, and one of each message."""
+
+    def __init__(self):
+        pass
+
+    def encode_chat(self, messages):
+        return [1 for message in messages for _ in (message["role"], *message["content"].split())]
+
+
+def conversation(*sizes: int, system: int = 0) -> list[dict[str, str]]:
+    """Turns of `sizes` words, question and answer alike, and a last question without an answer."""
+    messages = [{"role": "system", "content": "s " * (system - 1)}] if system else []
+    for i, size in enumerate(sizes):
+        messages.append({"role": "user", "content": f"{i} " * (size - 1)})
+        messages.append({"role": "assistant", "content": f"{i} " * (size - 1)})
+    return messages[:-1]
+
+
+@pytest.mark.parametrize(
+    "sizes, system, max_tokens, first",
+    [
+        ((10, 10, 10), 0, 20, 0),  # 50 tokens, and 20 fit into 100
+        ((10, 10, 10), 0, 50, 0),  # just
+        ((10, 10, 11), 0, 50, 1),  # one too many: 51 and 50
+        ((10, 10, 11), 10, 30, 0),
+        ((10, 10, 10, 10, 10), 5, 20, 3),  # 95: cut to at most 50, where 4 turns would take 75 and 3 of them 55
+        ((10, 10, 10), 0, 10_000, 0),  # an answer without bound has half the window
+        ((10, 10, 90), 20, 20, 2),  # the last turn stays, whatever its size
+        ((200,), 20, 20, 0),
+    ],
+)
+def test_the_oldest_turns_are_dropped_whole(sizes, system, max_tokens, first):
+    messages = conversation(*sizes, system=system)
+    kept = drop_old_turns(Words(), messages, 100, max_tokens)
+    begins = bool(system)
+    assert kept == messages[:begins] + messages[begins + 2 * first :]
+
+
+def test_a_long_chat_keeps_its_system_message_and_says_once_what_it_drops(tmp_path, here):  # noqa: F811
+    """The oracle answers each turn by itself, from the turns that are left: found by trying all."""
+    path, window = checkpoint(tmp_path / "best.pt", sequence_len=160, chat_template=CHATML), 160
+    model, extra = GPT.load_checkpoint(path)
+    tokenizer = Tokenizer.from_dict(extra["tokenizer"])
+    system = {"role": "system", "content": "Be brief"}
+    turns, history, said, dropped = [f"What is {i} and {i}?" for i in range(12)], [], "", 0
+    for turn in turns:
+        history.append({"role": "user", "content": turn})
+        if len(tokenizer.encode_chat([system, *history])) + 8 > window:
+            fitting = [n for n in range(0, len(history), 2) if len(tokenizer.encode_chat([system, *history[n:]])) <= 80]
+            history, dropped = history[fitting[0] :], dropped + 1
+        history.append({"role": "assistant", "content": answer(model, tokenizer, [system, *history], 8)})
+        said += history[-1]["content"] + "\n"
+    assert dropped > 1
+    flags = ["--interactive", "--chat", "--system=Be brief", "--temperature=0", "--max_tokens=8"]
+    status, out, err = here(f"--ckpt={path}", *flags, lines=turns)
+    assert status == 0 and out == said + "\n"
+    assert err.count("no longer sees the oldest turns") == 1 and "reads the last" not in err
+
+
+def test_the_cache_of_a_conversation_starts_small_and_grows(monkeypatch, trained, here):  # noqa: F811
+    sizes = []
+    monkeypatch.setattr(sample, "KVCache", lambda *a: sizes.append(a[2]) or KVCache(*a))
+    model, extra = GPT.load_checkpoint(trained / "best.pt")
+    model.config.sequence_len = 100_000
+    model.save(trained.parent / "long.pt", **extra)
+    lines = ["a" * 900, "b" * 300, "c" * 5000]
+    status, _, err = here(f"--ckpt={trained.parent / 'long.pt'}", "--interactive", "--max_tokens=4", lines=lines)
+    assert status == 0 and err.count("tokens/s") == 3
+    assert sizes == [1024, 2048, 900 + 300 + 5000 + 4 * 3]
+
+
+def test_a_larger_cache_holds_the_same():
+    model = make_model(torch.float64, sequence_len=64)
+    cache = KVCache(model.config, 1, 8, dtype=model.dtype)
+    first = list(model.generate([1, 2, 3], 5, temperature=0, kv_cache=cache))
+    assert sample.with_room(cache, model.config, 8) is cache
+    larger = sample.with_room(cache, model.config, 9)
+    assert (larger.max_len, larger.tokens()) == (16, cache.tokens())
+    assert (
+        sample.with_room(cache, GPTConfig(sequence_len=12, n_layer=3, n_head=4, n_kv_head=2, n_embd=32), 99).max_len
+        == 12
+    )
+    out = list(model.generate([4], 7, temperature=0, kv_cache=larger))
+    assert out == list(model.generate([1, 2, 3, *first, 4], 7, temperature=0))
