@@ -21,7 +21,7 @@ import re
 import sys
 import tempfile
 import typing
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
@@ -75,7 +75,7 @@ def read_json(path: Path) -> dict:
         return {}
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as e:
+    except (ValueError, RecursionError) as e:
         raise ValueError(f"{path} is damaged: {e}") from e
     if not isinstance(value, dict):
         raise ValueError(f"{path} is damaged: it holds no JSON object")
@@ -172,6 +172,7 @@ CONFIG_KEYS = {  # config.json: GPTConfig
     "rms_norm_eps": "norm_eps",
     "tie_word_embeddings": "tie_embd",
 }
+MAX_SIZE = 2**31  # products of two fit in an int64
 DEFAULTS = dict(num_key_value_heads=None, head_dim=None, rms_norm_eps=1e-6, tie_word_embeddings=False)
 
 # Keys that change the computation of any family, each with the only value that is supported
@@ -248,20 +249,25 @@ def to_gpt_config(config_json: dict[str, Any]) -> GPTConfig:
     if {*(config_json.get("layer_types") or [])} - {"full_attention"}:
         raise ValueError(f"layer_types are {config_json['layer_types']!r}, but only 'full_attention' is supported")
     config_json["final_logit_softcapping"] = config_json.get("final_logit_softcapping") or 0.0  # null is off
-    fields, types = {}, typing.get_type_hints(GPTConfig)
+    fields: dict[str, Any] = {}
+    types = typing.get_type_hints(GPTConfig)
     for key, ours in (CONFIG_KEYS | family.config_keys).items():
-        if not isinstance(config_json.get(key), types[ours] | int):  # JSON may write the float 1.0 as 1
-            raise ValueError(f"{key} has the wrong type: {config_json.get(key)!r}")
-        fields[ours] = config_json[key]
+        value, wanted = config_json.get(key), types[ours]
+        right_type = isinstance(value, wanted | int) and isinstance(value, bool) == (wanted is bool)  # 1 may mean 1.0
+        if not right_type or not abs(value or 0) < MAX_SIZE:
+            raise ValueError(f"{key} has the wrong type or size: {value!r}")
+        fields[ours] = value
 
     # transformers 5 writes rope_parameters. Before, rope_theta stood beside rope_scaling, and rope_type was once "type"
     rope = config_json.get("rope_scaling") or config_json.get("rope_parameters") or {}
     if not isinstance(rope, dict):
         raise ValueError(f"rope_parameters are {rope!r}, not an object")
     rope = {"rope_type": rope.get("type", "default"), "rope_theta": config_json.get("rope_theta", 10_000.0)} | rope
-    base = rope.pop("rope_theta")
-    if not isinstance(base, int | float):
-        raise ValueError(f"rope_theta is {base!r}, not a number")
+    base = rope["rope_theta"]
+    numbers = [x for x in rope.values() if isinstance(x, int | float)]
+    if type(base) not in (int, float) or not all(x < MAX_SIZE**2 for x in numbers):
+        raise ValueError(f"rope_theta or rope_parameters have the wrong type or size: {rope}")
+    del rope["rope_theta"]
     rope.pop("type", None)
     if rope.get("partial_rotary_factor") == 1:
         del rope["partial_rotary_factor"]
@@ -367,17 +373,27 @@ def load(
         raise ValueError(f"{path}: {e}") from e
     tokenizer = load_tokenizer(folder)
     local_folder(name_or_dir, WEIGHT_FILES)  # only now: no download for a model that is refused
-    with torch.device("meta"):  # skips the initialization
-        model = GPT(config)
-    weights = read_weights(folder, model, FAMILIES[config_json["model_type"]], device, dtype)
+    found = find_tensors(folder)
+    if config.n_layer > len(found):  # building it would take for ever
+        raise ValueError(f"{path}: num_hidden_layers is {config.n_layer}, but {folder} has {len(found)} tensors")
+    try:
+        with torch.device("meta"):  # skips the initialization
+            model = GPT(config)
+    except RuntimeError as e:
+        raise ValueError(f"{path}: no tensor can be as large as it says") from e
+    weights = read_weights(folder, found, model, FAMILIES[config_json["model_type"]], device, dtype)
     model.load_state_dict(weights, assign=True)
     return model.eval(), tokenizer
 
 
 def local_folder(name_or_dir: str | Path, patterns: list[str]) -> Path:
     """The folder itself or, for a name on the Hub, the one to which the files that match patterns are downloaded."""
-    if Path(name_or_dir).is_dir():
-        return Path(name_or_dir)
+    folder = Path(name_or_dir)
+    if folder.is_dir():
+        for path in folder.iterdir():
+            if not path.is_file() and not path.is_dir():  # reading a FIFO would wait for ever
+                raise ValueError(f"{path} is not a regular file")
+        return folder
     try:
         from huggingface_hub import snapshot_download
     except ImportError as e:
@@ -396,9 +412,9 @@ def local_folder(name_or_dir: str | Path, patterns: list[str]) -> Path:
 def find_tensors(folder: Path) -> dict[str, TensorInfo]:
     """Where each tensor of a folder's safetensors is. ValueError for a damaged file or an index that disagrees."""
     single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
-    if single.exists():
+    if single.is_file():
         return read_header(single)
-    if not index.exists():
+    if not index.is_file():
         others = [path.name for path in sorted(folder.iterdir()) if path.suffix in (".bin", ".pth", ".gguf")]
         raise FileNotFoundError(
             f"{folder} has no model.safetensors{', only ' + ', '.join(others) if others else ''}: other formats are "
@@ -408,16 +424,21 @@ def find_tensors(folder: Path) -> dict[str, TensorInfo]:
     if not isinstance(weight_map, dict) or not weight_map:
         raise ValueError(f"{index} has no weight_map")
     for file in weight_map.values():
-        if not isinstance(file, str) or Path(file).name != file or not file.endswith(".safetensors"):
+        if not isinstance(file, str) or not re.fullmatch(r"[\w.-]+\.safetensors", file):
             raise ValueError(f"{index}: {file!r} is not the name of a safetensors file in that folder")
     found: dict[str, TensorInfo] = {}
     for file in sorted(set(weight_map.values())):
         header = read_header(folder / file)
-        mismatches = sorted(header.keys() ^ {name for name in weight_map if weight_map[name] == file})
+        mismatches = header.keys() ^ {name for name in weight_map if weight_map[name] == file}
         if mismatches:
-            raise ValueError(f"{folder / file} and the index do not agree on {', '.join(mismatches[:3])}")
+            raise ValueError(f"{folder / file} and the index do not agree on {listed(mismatches)}")
         found |= header
     return found
+
+
+def listed(names: Collection[str]) -> str:
+    """The first of some names from a file, for a message: a newline in one is escaped."""
+    return ", ".join(map(repr, sorted(names)[:3]))
 
 
 def read_header(path: Path) -> dict[str, TensorInfo]:
@@ -443,15 +464,20 @@ def read_tensor(path: Path, name: str) -> Tensor:
 
 
 def read_weights(
-    folder: Path, model: GPT, family: Family, device: torch.device | str | None, dtype: torch.dtype | None
+    folder: Path,
+    found: dict[str, TensorInfo],
+    model: GPT,
+    family: Family,
+    device: torch.device | str | None,
+    dtype: torch.dtype | None,
 ) -> dict[str, Tensor]:
     """The state dict of model, from a folder's safetensors. All names, shapes and dtypes are checked before reading."""
-    found, names, state = find_tensors(folder), tensor_names(model, family), model.state_dict()
+    names, state = tensor_names(model, family), model.state_dict()
     expected = {theirs for _, theirs, _ in names}
     # Old checkpoints hold the rotary frequencies, which are computed here
     extra = {name for name in found.keys() - expected if not name.endswith("rotary_emb.inv_freq")}
-    if missing := sorted(expected - found.keys()):
-        raise ValueError(f"{folder}: {len(missing)} tensors are missing: {', '.join(missing[:3])}")
+    if missing := expected - found.keys():
+        raise ValueError(f"{folder}: {len(missing)} tensors are missing: {listed(missing)}")
     if model.config.tie_embd and "lm_head.weight" in extra:
         both = ("lm_head.weight", "model.embed_tokens.weight")
         head, embedding = (read_tensor(found[name][0], name) for name in both)
@@ -459,7 +485,7 @@ def read_weights(
             raise ValueError(f"{folder}: tie_word_embeddings is true, but lm_head.weight is not the embedding")
         extra.remove("lm_head.weight")
     if extra:
-        raise ValueError(f"{folder}: {len(extra)} tensors are unexpected: {', '.join(sorted(extra)[:3])}")
+        raise ValueError(f"{folder}: {len(extra)} tensors are unexpected: {listed(extra)}")
     for ours, theirs, _ in names:
         path, shape, kind = found[theirs]
         if shape != state[ours].shape:

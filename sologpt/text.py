@@ -57,26 +57,32 @@ class TextRow:
         self.tokens.append(token)
         if token in self.eos_tokens:
             return self.end("stop")
-        self.held += self.decoder.decode(token)
-        found = [at for stop in self.stop if (at := self.held.find(stop)) >= 0]
-        if found:
-            self.held, self.reason = self.held[: min(found)], "stop"
-            return self._release(len(self.held))
-        n = self.stop_on_repeat
+        text, n = self._add(self.decoder.decode(token)), self.stop_on_repeat
         if n and len(self.tokens) >= 2 * n and self.tokens[-n:] == self.tokens[-2 * n : -n]:
-            return self.end("repeat")
-        # Hold back the longest end of the text that a stop sequence begins with
-        lengths = range(min(len(self.held), max(map(len, self.stop), default=0)), 0, -1)
-        partial = next((k for k in lengths if any(stop.startswith(self.held[-k:]) for stop in self.stop)), 0)
-        return self._release(len(self.held) - partial)
+            text += self.end("repeat")
+        return text
 
     def end(self, reason: str) -> str:
         """No token follows: returns the text that was held back. Does nothing to a row that has ended."""
         if self.reason:
             return ""
-        self.reason = reason
-        self.held += self.decoder.flush()
-        return self._release(len(self.held))
+        text = self._add(self.decoder.flush())
+        if not self.reason:  # no stop sequence in the flushed text
+            text += self._release(len(self.held))
+            self.reason = reason
+        return text
+
+    def _add(self, text: str) -> str:
+        """Hold decoded text back; returns what is now certain. Sets `reason` at a stop sequence."""
+        self.held += text
+        found = [at for stop in self.stop if (at := self.held.find(stop)) >= 0]
+        if found:
+            self.held, self.reason = self.held[: min(found)], "stop"
+            return self._release(len(self.held))
+        # Hold back the longest end of the text that a stop sequence begins with
+        lengths = range(min(len(self.held), max(map(len, self.stop), default=0)), 0, -1)
+        partial = next((k for k in lengths if any(stop.startswith(self.held[-k:]) for stop in self.stop)), 0)
+        return self._release(len(self.held) - partial)
 
     def _release(self, n: int) -> str:
         text, self.held = self.held[:n], self.held[n:]

@@ -10,19 +10,38 @@ every checkpoint: sampling needs neither the dataset nor a network.
 
 import base64
 import codecs
+import copy
 import json
 import re
-from collections.abc import Iterable, Sequence
-from datetime import datetime
-from typing import Any, NoReturn
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import cached_property
+from itertools import chain, pairwise
+from typing import Any
 
 import tiktoken
+
+from sologpt import chat
 
 EOT = "<|endoftext|>"  # separates documents
 
 # Pre-tokenization: merges do not cross the borders of these pieces. A word with the space or sign before it, one or two
 # digits, punctuation with the line breaks after it, whitespace without the last space before a word.
 BPE_PATTERN = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,2}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s+(?!\S)|\s+"
+
+MAX_SPACE = 400_000  # tiktoken's regular expressions overflow their stack at a million whitespace characters
+BYTES = [bytes([i]) for i in range(256)]
+
+
+@contextmanager
+def refused(what: str) -> Iterator[None]:
+    """A ValueError for what the Rust libraries raise: a plain Exception, or a PanicException, which is none at all."""
+    try:
+        yield
+    except BaseException as e:
+        if type(e) is not Exception and type(e).__name__ != "PanicException":
+            raise
+        raise ValueError(f"{what}: {e}") from e
 
 
 class Tokenizer:
@@ -47,7 +66,7 @@ class Tokenizer:
         needs a missing extra.
         """
         if spec == "bytes":
-            return cls._from_tokens("bytes", r"[\s\S]{1,32}", [bytes([i]) for i in range(256)])
+            return cls._from_tokens("bytes", r"[\s\S]{1,32}", BYTES)
         if spec.startswith("bpe:"):
             size = spec.removeprefix("bpe:")
             if not size.isdecimal() or len(size) > 7 or int(size) < 257:
@@ -96,12 +115,15 @@ class Tokenizer:
                 token is not None for token in d["tokens"]
             ):
                 raise ValueError("an id or a token occurs twice")
-            return cls(
-                tiktoken.Encoding(
-                    d["name"], pat_str=d["pattern"], mergeable_ranks=ranks, special_tokens=d["special_tokens"]
+            if not ranks.keys() >= {*BYTES}:
+                raise ValueError("a byte has no token")
+            with refused("tiktoken"):
+                return cls(
+                    tiktoken.Encoding(
+                        d["name"], pat_str=d["pattern"], mergeable_ranks=ranks, special_tokens=d["special_tokens"]
+                    )
                 )
-            )
-        except (KeyError, TypeError, ValueError, AttributeError) as e:
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as e:
             raise ValueError("this is not the dict of a tokenizer") from e
 
     @property
@@ -113,8 +135,14 @@ class Tokenizer:
         return [i for i in range(vocab_size) if i not in self.ids]
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of text. The text of a special token is encoded as text."""
-        return self.encoding.encode_ordinary(text)
+        """Token ids of text. The text of a special token is encoded as text. ValueError if the pattern fails on it.
+
+        A longer run of whitespace than MAX_SPACE may be cut, and its parts encoded one by one.
+        """
+        cuts = [i for i in range(0, len(text), MAX_SPACE) if text[i : i + MAX_SPACE].isspace()]
+        parts = [text[a:b] for a, b in pairwise([0, *cuts, len(text)])]
+        with refused(f"the tokenizer {self.name} cannot encode this text"):
+            return list(chain.from_iterable(map(self.encoding.encode_ordinary, parts)))
 
     def encode_prompt(self, text: str) -> list[int]:
         """Token ids of a prompt: like `encode`, with the special tokens (BOS) that a pretrained tokenizer adds."""
@@ -213,12 +241,11 @@ class PretrainedTokenizer(Tokenizer):
             import tokenizers
         except ImportError as e:
             raise ImportError("a pretrained tokenizer needs the extra 'hf': pip install tokenizers") from e
-        try:
+        with refused("this is not a tokenizer.json"):
             self.backend = tokenizers.Tokenizer.from_str(tokenizer_json)
-        except Exception as e:  # the library raises plain Exceptions
-            raise ValueError(f"this is not a tokenizer.json: {e}") from e
         self.backend.no_truncation()
         self.backend.no_padding()
+        self.backend.encode_special_tokens = True  # as text
         self.name, self.tokenizer_json, self.chat_template = name, tokenizer_json, chat_template
         self.special_tokens = special_tokens
 
@@ -229,7 +256,9 @@ class PretrainedTokenizer(Tokenizer):
         for text in filter(None, (bos, eos)):
             if text not in vocabulary:
                 raise ValueError(f"the special token {text!r} is not in the tokenizer's vocabulary")
-        self.eos_tokens = [i for i in dict.fromkeys([vocabulary.get(eos), *eos_tokens]) if i in self.ids]
+        self.eos_tokens = [
+            i for i in dict.fromkeys([vocabulary.get(eos), *eos_tokens]) if type(i) is int and i in self.ids
+        ]
         separators = [*self.eos_tokens, *([vocabulary[bos]] if bos else [])]
         if not separators:
             raise ValueError("the tokenizer has neither an eos_token nor a bos_token to separate documents")
@@ -255,44 +284,42 @@ class PretrainedTokenizer(Tokenizer):
         }
 
     def encode(self, text: str) -> list[int]:
-        return self._encode(text)
+        return self._encode(self.backend, text)
 
     def encode_prompt(self, text: str) -> list[int]:
-        return self._encode(text, add_special_tokens=True)
+        return self._encode(self.backend, text, add_special_tokens=True)
 
-    def _encode(self, text: str, add_special_tokens: bool = False, parse_special_tokens: bool = False) -> list[int]:
-        """add_special_tokens: BOS and the like around the text. parse_special_tokens: also those in the text."""
-        self.backend.encode_special_tokens = not parse_special_tokens
+    def _encode(self, backend: Any, text: str, add_special_tokens: bool = False) -> list[int]:
+        """add_special_tokens: BOS and the like around the text."""
         text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")  # a lone surrogate has no UTF-8
-        return self.backend.encode(text, add_special_tokens=add_special_tokens).ids
+        with refused(f"the tokenizer {self.name} cannot encode this text"):
+            return backend.encode(text, add_special_tokens=add_special_tokens).ids
+
+    @cached_property
+    def chat_backend(self) -> Any:
+        """The backend that reads special tokens in a text: an object of its own, since threads share them."""
+        backend = copy.deepcopy(self.backend)
+        backend.encode_special_tokens = False
+        return backend
+
+    @cached_property
+    def chat_tokens(self) -> chat.SpecialTokens:
+        added = self.backend.get_added_tokens_decoder().values()
+        return chat.SpecialTokens([token.content for token in added if token.special])
 
     def encode_chat(self, messages: Sequence[dict[str, str]]) -> list[int]:
         if not self.chat_template:
             return super().encode_chat(messages)
-        # A message cannot forge a special token: the text of one is put between the noncharacters U+FDD0 and U+FDD1,
-        # which tell it from the template's own after rendering. A template that cuts a message, say to strip its
-        # reasoning, may leave one of the two: it is dropped.
-        special = [token.content for token in self.backend.get_added_tokens_decoder().values() if token.special]
-        pattern = "|".join(map(re.escape, sorted(special, key=len, reverse=True))) or "(?!)"
-        marked = []
-        for message in messages:
-            content = re.sub("[\ufdd0\ufdd1]", "", message["content"])
-            marked.append(message | {"content": re.sub(pattern, "\ufdd0\\g<0>\ufdd1", content)})
-        pieces = re.split(f"\ufdd0({pattern})\ufdd1|[\ufdd0\ufdd1]", self.render_chat(marked))
-        ids = []
-        for i, piece in enumerate(pieces):
-            if piece:  # re.split puts what its group matched, a message's special token, at odd indices
-                ids += self._encode(piece, parse_special_tokens=i % 2 == 0)
-        return ids
+        mark = self.chat_tokens.mark
+        marked = [{key: mark(text) for key, text in message.items()} for message in messages]
+        pieces = self.chat_tokens.split(self.render_chat(marked))
+        backends = ((self.chat_backend if templates_own else self.backend, text) for text, templates_own in pieces)
+        return list(chain.from_iterable(self._encode(backend, text) for backend, text in backends))
 
     def render_chat(self, messages: Sequence[dict[str, str]]) -> str:
         """The conversation as text, by the chat template, with the generation prompt. ValueError if it fails."""
-        environment = chat_environment()
         values = dict(messages=messages, tools=None, documents=None, add_generation_prompt=True)
-        try:
-            return environment.from_string(self.chat_template).render(**values, **self.special_tokens)
-        except Exception as e:  # a template is a program, which can raise anything
-            raise ValueError(f"the chat template rejects this conversation: {e}") from e
+        return chat.render(self.chat_template, self.special_tokens | values)
 
     def token_bytes(self, token: int) -> bytes:
         if token not in self.tokens:
@@ -335,36 +362,3 @@ class SentencePieceDecoder(StreamDecoder):
         if text and self.strip:
             text, self.strip = text.removeprefix(" "), False
         return text
-
-
-def chat_environment() -> Any:
-    """The sandboxed Jinja environment of chat templates, with the extensions that `transformers` gives them."""
-    try:
-        from jinja2 import nodes
-        from jinja2.ext import Extension, loopcontrols
-        from jinja2.sandbox import ImmutableSandboxedEnvironment
-    except ImportError as e:
-        raise ImportError("a chat template needs the extra 'hf': pip install jinja2") from e
-
-    class Generation(Extension):
-        """{% generation %} ... {% endgeneration %} marks the assistant's tokens for a training mask; a no-op here."""
-
-        tags = {"generation"}  # noqa: RUF012
-
-        def parse(self, parser: Any) -> list[nodes.Node]:
-            next(parser.stream)
-            return parser.parse_statements(("name:endgeneration",), drop_needle=True)
-
-    def raise_exception(message: str) -> NoReturn:
-        raise ValueError(message)
-
-    def tojson(value: Any, ensure_ascii: bool = False, **options: Any) -> str:
-        return json.dumps(value, ensure_ascii=ensure_ascii, **options)  # Jinja's own filter escapes HTML
-
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, Generation]
-    )
-    environment.filters["tojson"] = tojson
-    environment.globals["raise_exception"] = raise_exception
-    environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
-    return environment

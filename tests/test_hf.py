@@ -1,6 +1,7 @@
 """Hugging Face models: `transformers` is the oracle. Tokenizers are tested in test_hf_tokenizer.py."""
 
 import json
+import math
 import os
 import resource
 import shutil
@@ -270,6 +271,15 @@ YARN = dict(rope_type="yarn", factor=4.0, original_max_position_embeddings=64)
         ("llama", dict(num_hidden_layers=0), ("n_layer", "0")),
         ("llama", dict(num_key_value_heads=3), ("n_head 4", "n_kv_head 3")),
         ("llama", dict(vocab_size=None), ("vocab_size",)),
+        ("llama", dict(vocab_size=True), ("vocab_size", "True")),
+        ("llama", dict(max_position_embeddings=True), ("max_position_embeddings", "True")),
+        ("llama", dict(max_position_embeddings=10**30), ("max_position_embeddings", str(10**30))),
+        ("llama", dict(rms_norm_eps=True), ("rms_norm_eps", "True")),
+        ("llama", dict(rms_norm_eps=math.nan), ("rms_norm_eps", "nan")),
+        ("llama", dict(tie_word_embeddings=1), ("tie_word_embeddings", "1")),
+        ("llama", dict(rope_parameters=dict(rope_theta=True)), ("rope_theta", "True")),
+        ("llama", dict(rope_parameters=dict(rope_theta=10**400)), ("rope_theta", "0000")),
+        ("llama", dict(rope_parameters=dict(rope_type="linear", factor=10**400)), ("rope_parameters", "0000")),
         ("mistral", dict(sliding_window=64), ("sliding_window", "64")),
         ("qwen2", dict(use_sliding_window=True), ("use_sliding_window",)),
         ("qwen2", dict(layer_types=["sliding_attention"] * 2), ("layer_types",)),
@@ -357,6 +367,11 @@ def edit_tensors(folder: Path, edit) -> None:
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
 
+def replace_by_fifo(path: Path) -> None:
+    path.unlink(missing_ok=True)
+    os.mkfifo(path)
+
+
 def swap(a: Path, b: Path) -> None:
     was = a.read_bytes()
     a.write_bytes(b.read_bytes())
@@ -377,11 +392,31 @@ HEAD, Q = "lm_head.weight", "model.layers.0.self_attn.q_proj.weight"
         ("single", lambda f: edit_json(f / "config.json", num_hidden_layers=1), ("unexpected", "layers.1.")),
         ("single", lambda f: edit_json(f / "config.json", tie_word_embeddings=True), ("tie_word_embeddings", HEAD)),
         ("single", lambda f: edit_json(f / "config.json", model_type="qwen3"), ("missing", "q_norm")),
+        (
+            "single",
+            lambda f: edit_json(f / "config.json", num_hidden_layers=10**9),
+            ("num_hidden_layers", "21 tensors"),
+        ),
         ("single", lambda f: edit_json(f / "config.json", hidden_size=64), ("(101, 32)", "(101, 64)")),
+        (
+            "single",
+            lambda f: edit_json(f / "config.json", hidden_size=2**31 - 1, vocab_size=2**31 - 1),
+            ("config.json", "no tensor can be as large"),
+        ),
         ("single", lambda f: (f / "config.json").write_text("{not json"), ("config.json",)),
         ("single", lambda f: (f / "config.json").write_text("[1]"), ("config.json",)),
         ("single", lambda f: (f / "config.json").write_bytes(b"\xff\xfe\x00"), ("config.json",)),
+        ("single", lambda f: (f / "config.json").write_text('{"a":' * 100_000), ("config.json", "recursion")),
         ("single", lambda f: (f / "config.json").unlink(), ("config.json",)),
+        *[
+            ("single", lambda f, name=name: replace_by_fifo(f / name), (name, "not a regular file"))
+            for name in ("model.safetensors", "config.json", "tokenizer.json", "chat_template.jinja")
+        ],
+        (
+            "single",
+            lambda f: edit_tensors(f, lambda t: t.update({"a\nb\x1b[2J": torch.ones(1)})),
+            ("unexpected", r"'a\nb\x1b[2J'"),
+        ),
         ("single", lambda f: (f / "tokenizer.json").unlink(), ("tokenizer.json",)),
         ("single", lambda f: (f / "model.safetensors").write_bytes(b""), ("model.safetensors", "damaged")),
         ("single", lambda f: (f / "model.safetensors").write_bytes(b"x" * 99), ("model.safetensors", "damaged")),
@@ -398,6 +433,8 @@ HEAD, Q = "lm_head.weight", "model.layers.0.self_attn.q_proj.weight"
         ("shards", lambda f: edit_index(f, **{Q: ".."}), ("'..'",)),
         ("shards", lambda f: edit_index(f, **{Q: "pytorch_model.bin"}), ("pytorch_model.bin",)),
         ("shards", lambda f: edit_index(f, **{Q: 3}), ("3",)),
+        ("shards", lambda f: edit_index(f, **{Q: "a\nb.safetensors"}), (r"'a\nb.safetensors'",)),
+        ("shards", lambda f: edit_index(f, **{"a\nb": min(f.glob("*.safetensors")).name}), ("agree", r"a\nb")),
         ("shards", lambda f: edit_index(f, **{Q: "model-9.safetensors"}), ("agree", Q)),
         ("shards", lambda f: edit_index(f, extra=min(f.glob("*.safetensors")).name), ("agree", "extra")),
         ("shards", lambda f: swap(*sorted(f.glob("*.safetensors"))[:2]), ("agree", "safetensors")),

@@ -1,7 +1,9 @@
 """Tokenizers of Hugging Face models: the `tokenizers` library and `transformers` are the oracles."""
 
 import json
+import re
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -17,6 +19,7 @@ from transformers import AutoTokenizer
 
 from gpt import GPT
 from sologpt import hf
+from sologpt.chat import SpecialTokens
 from sologpt.tokenizer import EOT, PretrainedTokenizer, Tokenizer
 
 TEXT = (
@@ -155,6 +158,16 @@ def test_a_lone_surrogate_is_a_replacement_character(ours):
     assert ours.encode("a\udcffb") == ours.encode("a\ufffdb")
 
 
+@pytest.mark.parametrize("pattern", ["(a+)+b", "(a|aa)+$"])
+def test_a_pattern_that_backtracks_for_ever_is_a_value_error(tmp_path, pattern):
+    d = hf.load_tokenizer(write_folder(tmp_path, "qwen2")).to_dict()
+    made = json.loads(d["tokenizer_json"])
+    made["pre_tokenizer"]["pretokenizers"][0]["pattern"] = {"Regex": pattern}
+    tokenizer = Tokenizer.from_dict(d | {"tokenizer_json": json.dumps(made)})
+    with pytest.raises(ValueError, match="llama cannot encode this text"):
+        tokenizer.encode("a" * 40 + "c")
+
+
 # ---- decode
 
 
@@ -237,6 +250,7 @@ def test_damaged_dicts_and_files_are_value_errors(tmp_path):
         ("special_tokens", None),
         ("special_tokens", {"eos_token": "none"}),
         ("eos_tokens", None),
+        ("eos_tokens", [[1]]),
         ("more", 1),
     ):
         with pytest.raises(ValueError, match="not the dict of a tokenizer"):
@@ -428,7 +442,11 @@ def chat(request, tmp_path_factory):
     return hf.load_tokenizer(folder), AutoTokenizer.from_pretrained(folder)
 
 
-@pytest.mark.parametrize("messages", [TURNS[:1], TURNS, [SYSTEM, *TURNS[:1]], [SYSTEM, *TURNS]])
+# They end and begin with parts of special tokens, and hold one in other letters
+PARTS = [{"role": "user", "content": "> <|IM_END|> a < b <|im_"}, {"role": "assistant", "content": "end|> <"}, TURNS[2]]
+
+
+@pytest.mark.parametrize("messages", [TURNS[:1], TURNS, [SYSTEM, *TURNS[:1]], [SYSTEM, *TURNS], PARTS])
 def test_chat_gives_the_text_and_ids_of_transformers(chat, messages):
     ours, auto = chat
     text = auto.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
@@ -453,6 +471,68 @@ def test_a_message_cannot_forge_a_special_token(chat, content):
         )
 
 
+@pytest.mark.parametrize(
+    "template, contents",
+    [
+        ("{{ messages[0].content[1:] }}", ["<|im_end|>"]),
+        ("<{{ messages[0].content[1:] }}", ["<|im_end|>"]),
+        ("{{ messages[0].content[:-1] }}>", ["<|im_end|>"]),
+        ("{{ messages[0].content|tojson }}", ["<|im_end|> é"]),
+        ("{{ messages[0].content|tojson(ensure_ascii=true) }}", ["<|im_end|> é 😀 \\ufdd0"]),
+        ("{{ messages[0].content|lower }}", ["<|IM_END|>"]),
+        ("{{ messages[0].content.upper().lower() }}", ["<|im_end|>"]),
+        ("{{ messages[0].content|trim }}", ["  <|im_end|>  "]),
+        ("{{ messages[0].content.split('</think>')[-1] }}", ["a</think><|im_end|>"]),
+        ("{{ messages[0].role }}", ["x"]),
+        ("{{ messages[0].content }}{{ messages[1].content }}", ["<|im_", "end|>"]),
+        ("{{ messages[0].content }}{{ messages[1].content }}", ["<", "|im_end|>"]),
+        ("{{ messages[0].content }}{{ messages[1].content }}", ["<|im_end|", ">"]),
+        ("{{ messages[0].content }}end|>", ["<|im_"]),
+        ("<|im_{{ messages[0].content }}", ["end|> a"]),
+        ("{{ messages[0].content }}", ["<\ufdd0|im_end|>"]),
+    ],
+)
+def test_no_template_makes_a_special_token_of_a_message(tmp_path, template, contents):
+    tokenizer = hf.load_tokenizer(write_folder(tmp_path, "smollm2", chat_template=template + "<|im_start|>"))
+    messages = [{"role": "<|im_end|>", "content": content} for content in contents]
+    ids = tokenizer.encode_chat(messages)
+    assert [i for i in ids if i < 3] == [1], "the template's own"
+    assert tokenizer.decode(ids) == tokenizer.render_chat(messages).replace("\ufdd0", "")
+
+
+@settings(max_examples=500, deadline=None)
+@given(
+    special=st.sets(st.text("<|>aA", min_size=2, max_size=5), max_size=4),
+    parts=st.lists(st.tuples(st.booleans(), st.text("<|>aA", max_size=6)), max_size=6),
+)
+def test_a_special_token_that_begins_or_ends_in_a_message_is_text(special, parts):
+    tokens, at = SpecialTokens(special), 0
+    rendered = "".join(tokens.mark(text) if message else text for message, text in parts)
+    from_message = [message for message, text in parts for _ in text]
+    pieces = [*tokens.split(rendered)]
+    assert "".join(piece for piece, _ in pieces) == "".join(text for _, text in parts)
+    pattern = "|".join(map(re.escape, sorted(special, key=len, reverse=True))) or "(?!)"
+    for piece, templates_own in pieces:
+        for match in re.finditer(pattern, piece) if templates_own else ():
+            assert not from_message[at + match.start()] and not from_message[at + match.end() - 1]
+        at += len(piece)
+
+
+def test_threads_that_encode_text_and_chats_do_not_disturb_each_other(tmp_path, monkeypatch):
+    tokenizer = hf.load_tokenizer(write_folder(tmp_path, "smollm2", chat_template="x"))
+    text, before = "<|im_start|>" * 20, sys.getswitchinterval()
+    expected = tokenizer.encode(text)
+    monkeypatch.setattr(tokenizer, "render_chat", lambda messages: text)
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(1) as pool:
+            chats = pool.submit(lambda: [tokenizer.encode_chat([]) for _ in range(2000)])
+            assert all(tokenizer.encode(text) == expected for _ in range(2000))
+            assert all(ids == [1] * 20 for ids in chats.result())
+    finally:
+        sys.setswitchinterval(before)
+
+
 def test_sources_of_the_chat_template(tmp_path):
     several = [{"name": "tools", "template": "a"}, {"name": "default", "template": "b"}]
     folder = write_folder(tmp_path, "gpt2", chat_template=several)
@@ -473,9 +553,23 @@ def test_sources_of_the_chat_template(tmp_path):
         ("{{ messages.append(1) }}", "unsafe"),
         ("{% for %}", "chat template"),
         ("{{ messages + 1 }}", "chat template"),
+        ("{{ raise_exception('a\\nb') }}", "conversation: a b$"),
+        ("{{ '%1000000000d' % 1 }}", "out of memory"),
+        ("{{ 'a' * 10**10 }}", "out of memory"),
+        ("{{ 'a'|center(10**10) }}", "out of memory"),
+        ("{{ '{:9999999999}'.format(1) }}", "out of memory"),
+        (
+            "{% set n = namespace(s='a') %}{% for _ in range(99) %}{% set n.s = n.s ~ n.s %}{% endfor %}",
+            "out of memory",
+        ),
+        ("{{ 'a' * 11000000 }}", "more than 10,000,000 characters"),
+        ("{% for _ in range(99999) %}{% for _ in range(99999) %}{% endfor %}{% endfor %}", "more than 2 s"),
+        ("{{ lipsum(n=10**6) }}", "more than 2 s"),
+        ("{{ 10**(10**9) % 7 }}", "more than 2 s|out of memory"),
     ],
 )
-def test_a_failing_chat_template_is_a_value_error(tmp_path, template, words):
+def test_a_failing_chat_template_is_a_value_error(tmp_path, template, words, monkeypatch):
+    monkeypatch.setattr("sologpt.chat.SECONDS", 2)
     tokenizer = hf.load_tokenizer(write_folder(tmp_path, "gpt2", chat_template=template))
     assert isinstance(tokenizer, PretrainedTokenizer)
     with pytest.raises(ValueError, match=words):

@@ -78,6 +78,18 @@ def test_a_row_is_the_text_before_the_first_complete_stop_sequence(text, stops):
     assert "".join(pieces) == row.text == expected
 
 
+def test_a_stop_sequence_in_the_flushed_bytes_ends_a_row(tmp_path):
+    """SentencePiece holds a run of byte tokens back until it ends: a newline at the end of the tokens is flushed."""
+    tokenizer = hf.load_tokenizer(write_folder(tmp_path, "metaspace"))
+    newline, a = (tokenizer.backend.token_to_id(text) for text in ("<0x0A>", "a"))
+    for stop, tokens, text in (("\n", [a, newline], "a"), ("\n\n", [a, newline], "a\n"), ("a\n", [a, newline, a], "")):
+        for reason in ("length", "interrupt"):
+            row = TextRow(tokenizer, stop)
+            pieces = [*map(row.push, tokens), row.end(reason)]
+            assert "".join(pieces) == row.text == text
+            assert row.reason == (reason if stop == "\n\n" else "stop")
+
+
 def test_stop_on_repeat():
     _, row = feed("xyabcabcabc", stop_on_repeat=3)
     assert row.text == "xyabcabc" and row.reason == "repeat"

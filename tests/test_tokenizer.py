@@ -105,10 +105,34 @@ def test_bad_dicts_are_errors():
         good | {"tokens": None},
         good | {"tokens": good["tokens"] * 2},
         good | {"special_tokens": {EOT: 5}},
+        good | {"special_tokens": {EOT: -1}},
+        good | {"special_tokens": {EOT: 10**30}},
+        good | {"special_tokens": {EOT: 2**32}},
+        good | {"special_tokens": {EOT: True}},
+        good | {"tokens": good["tokens"][:255]},
+        good | {"tokens": [*good["tokens"][:97], None, *good["tokens"][98:]]},
+        good | {"pattern": "("},
         [],
     ):
-        with pytest.raises(ValueError):
+        with pytest.raises(ValueError, match="not the dict of a tokenizer"):
             Tokenizer.from_dict(bad)
+
+
+@pytest.mark.parametrize("pattern, text", [("", "abc"), ("a*", "abc"), (r"(?:(?=a)a|a)*b|[\s\S]", "a" * 40)])
+def test_a_pattern_that_matches_nothing_or_backtracks_for_ever_is_a_value_error(pattern, text):
+    tokenizer = Tokenizer.from_dict(Tokenizer.from_spec("bytes").to_dict() | {"pattern": pattern})
+    with pytest.raises(ValueError, match="bytes cannot encode this text"):
+        tokenizer.encode(text)
+
+
+@pytest.mark.parametrize("space", [" ", "\n", "\u3000"])
+def test_a_million_whitespace_characters_are_encoded(space):
+    tokenizer = Tokenizer.from_spec("bpe:300", [TORTURE + " " * 100])
+    for n in (399_999, 1_000_000, 1_700_000):
+        for text in (space * n, f"ab {space * n}c "):
+            ids = tokenizer.encode(text)
+            assert tokenizer.encoding.decode(ids) == text
+            assert n > 400_000 or ids == tokenizer.encoding.encode_ordinary(text)
 
 
 def test_bad_ids_are_errors():
