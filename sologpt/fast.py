@@ -170,7 +170,7 @@ class OneToken(TorchFunctionMode):
 
 
 def block_of_one_token(
-    block: nn.Module, x: Tensor, rotations: Tensor, mask: Tensor | None, layer: LayerCache | None
+    block: nn.Module, x: Tensor, rotations: Tensor | None, mask: Tensor | None, layer: LayerCache | None
 ) -> Tensor:
     with OneToken():
         return block(x, rotations, mask, layer)
@@ -218,8 +218,9 @@ class Compiled:
         model, positions, (keys, values, cached) = self.model, lengths[:, None], memory  # (B or 1, 1)
         slots = (torch.arange(len(ids), device=ids.device)[:, None], positions)
         cached[slots] = ids[:, None]
-        rotations = rope(positions, model.config, model.dtype)
-        x = model.embd_norm(model.wte(ids[:, None]))  # (B, 1, C)
+        rotations = None if model.wpe else rope(positions, model.config, model.dtype)
+        x = model.wte(ids[:, None])  # (B, 1, C)
+        x = model.embd_norm(x + model.wpe(positions) if model.wpe else x)
         for block, k, v in zip(model.h, keys, values, strict=True):
             x = self.block(block, x, rotations, mask, (k.transpose(1, 2), v.transpose(1, 2), slots, end))
         return self.head(model, model.norm(x)[:, -1])
