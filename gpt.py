@@ -6,7 +6,7 @@ The default architecture is nanochat's (https://github.com/karpathy/nanochat), H
 - RMSNorm without gains (https://arxiv.org/abs/1910.07467) before each sublayer, after the embedding, before the head
 - an MLP with ReLU squared (https://arxiv.org/abs/2109.08668), no biases, an untied head
 - logits softcapped in float32 (Gemma 2, https://arxiv.org/abs/2408.00118)
-Switches in the config make it Llama (https://arxiv.org/abs/2407.21783), Mistral or Qwen (https://arxiv.org/abs/2505.09388).
+Switches in the config make it GPT-2, Llama, Mistral or Qwen.
 
 Shapes in the comments: B rows, T new tokens, S tokens to attend to, C = n_embd, H query heads and G key/value heads of
 D channels each, M = n_hidden, V = vocab_size. The file knows token ids and no text.
@@ -30,7 +30,6 @@ from torch import Tensor
 
 Device: TypeAlias = torch.device | str | None
 Dtype: TypeAlias = torch.dtype | None
-Path: TypeAlias = str | os.PathLike
 LayerCache: TypeAlias = tuple[Tensor, Tensor, tuple, int]  # keys, values (B, max_len, G, D); new tokens' slots; S
 Decoder: TypeAlias = Callable[[Tensor, "KVCache"], Tensor]  # reads ids (B,) into a cache, returns logits (B, V)
 
@@ -64,17 +63,20 @@ class GPTConfig:
     n_embd: int = 768  # width of the residual stream
     head_dim: int | None = None  # channels of a head; None means n_embd // n_head
     n_hidden: int | None = None  # width of the MLP; None means 4 * n_embd
-    mlp: str = "relu2"  # relu2 (two matrices) or swiglu (three, one of them the gate)
+    mlp: str = "relu2"  # relu2, gelu, gelu_tanh (two matrices) or swiglu (three, one of them the gate)
     qk_norm: bool = True  # RMSNorm of queries and keys
     embd_norm: bool = True  # RMSNorm of the embedding
-    norm_weight: bool = False  # learned gains in every RMSNorm
-    qkv_bias: bool = False  # biases of queries, keys and values
+    norm: str = "rms"  # rms (RMSNorm) or layer (LayerNorm)
+    norm_weight: bool = False  # learned gains in every norm
+    bias: bool = False  # biases in all linear layers but the head, and in every LayerNorm
+    qkv_bias: bool = False  # biases of queries, keys and values alone
+    positions: str = "rotary"  # rotary, or learned: an embedding of each position
     tie_embd: bool = False  # share one matrix between embedding and head
     dropout: float = 0.0  # probability of zeroing an activation in training
     softcap: float = 15.0  # bound on the logits, softcap * tanh(logits / softcap); 0 switches it off
     rope_base: float = 10_000.0  # base of the rotary frequencies
     rope_scaling: dict | None = None  # {"rope_type": "linear", "factor": 2.0}, or "llama3" with its four numbers
-    norm_eps: float = 1e-6  # added to the mean square in RMSNorm
+    norm_eps: float = 1e-6  # added to the mean square, or the variance, in a norm
     heads = property(lambda self: (self.n_head, self.n_kv_head, self.head_dim))  # (H, G, D)
 
     def __post_init__(self) -> None:
@@ -88,11 +90,14 @@ class GPTConfig:
             check(C % H == 0, f"n_embd {C} must be divisible by n_head {H}, or give head_dim")
             self.head_dim = C // H
         check(H % G == 0, f"n_head {H} must be divisible by n_kv_head {G}")
-        check(self.head_dim % 2 == 0, f"head_dim {self.head_dim} must be even for RoPE (n_embd {C}, n_head {H})")
-        check(self.mlp in ("relu2", "swiglu"), f"mlp must be relu2 or swiglu, not {self.mlp!r}")
+        for name, choices in (("mlp", ACTIVATIONS), ("norm", ("rms", "layer")), ("positions", ("rotary", "learned"))):
+            value = getattr(self, name)
+            check(value in choices, f"{name} must be {' or '.join(choices)}, not {value!r}")
+        even = (D := self.head_dim) % 2 == 0 or self.positions == "learned"
+        check(even, f"head_dim {D} must be even for RoPE (n_embd {C}, n_head {H})")
         check(0 <= self.dropout < 1, f"dropout must be in [0, 1), not {self.dropout}")
-        check(min(self.softcap, self.norm_eps) >= 0, f"negative softcap {self.softcap} or norm_eps {self.norm_eps}")
-        check(self.rope_base > 0, f"rope_base must be above 0, not {self.rope_base}")
+        ok = min(self.softcap, self.norm_eps) >= 0 and self.rope_base > 0
+        check(ok, f"negative softcap {self.softcap}, norm_eps {self.norm_eps} or rope_base {self.rope_base}")
         if self.rope_scaling is None:
             return
         numbers = {**self.rope_scaling}
@@ -147,8 +152,10 @@ def rotate(x: Tensor, rotations: Tensor) -> Tensor:
     return torch.view_as_real(rotated).flatten(-2).to(x.dtype)  # (B, T, H, D)
 
 
-def rms_norm(channels: int, config: GPTConfig) -> nn.Module:
-    return nn.RMSNorm(channels, eps=config.norm_eps, elementwise_affine=config.norm_weight)
+def make_norm(channels: int, config: GPTConfig) -> nn.Module:
+    if config.norm == "layer":
+        return nn.LayerNorm(channels, config.norm_eps, config.norm_weight, config.bias)
+    return nn.RMSNorm(channels, config.norm_eps, config.norm_weight)
 
 
 class Attention(nn.Module):
@@ -156,19 +163,16 @@ class Attention(nn.Module):
         super().__init__()
         C, (H, G, D) = config.n_embd, config.heads
         self.head_dim, self.gqa, self.dropout = D, G < H, nn.Dropout(config.dropout)
-        self.c_q = nn.Linear(C, H * D, bias=config.qkv_bias)
-        self.c_k = nn.Linear(C, G * D, bias=config.qkv_bias)
-        self.c_v = nn.Linear(C, G * D, bias=config.qkv_bias)
-        self.c_proj = nn.Linear(H * D, C, bias=False)
-        self.q_norm = rms_norm(D, config) if config.qk_norm else nn.Identity()
-        self.k_norm = rms_norm(D, config) if config.qk_norm else nn.Identity()
+        self.c_q, self.c_k, self.c_v = (nn.Linear(C, n * D, config.bias or config.qkv_bias) for n in (H, G, G))
+        self.c_proj = nn.Linear(H * D, C, bias=config.bias)
+        self.q_norm, self.k_norm = (make_norm(D, config) if config.qk_norm else nn.Identity() for _ in range(2))
 
-    def forward(self, x: Tensor, rotations: Tensor, mask: Tensor | None, cache: LayerCache | None) -> Tensor:
+    def forward(self, x: Tensor, rotations: Tensor | None, mask: Tensor | None, cache: LayerCache | None) -> Tensor:
         B, T, _ = x.shape
-        q = self.c_q(x).view(B, T, -1, self.head_dim)  # (B, T, H, D)
-        k = self.c_k(x).view(B, T, -1, self.head_dim)  # (B, T, G, D)
-        v = self.c_v(x).view(B, T, -1, self.head_dim)  # (B, T, G, D)
-        q, k = rotate(self.q_norm(q), rotations), rotate(self.k_norm(k), rotations)
+        q, k, v = (f(x).view(B, T, -1, self.head_dim) for f in (self.c_q, self.c_k, self.c_v))  # (B, T, H or G, D)
+        q, k = self.q_norm(q), self.k_norm(k)
+        if rotations is not None:
+            q, k = rotate(q, rotations), rotate(k, rotations)
         if cache is not None:  # write the new keys and values in place, then attend to all
             keys, values, slots, end = cache
             keys[slots], values[slots] = k.detach().to(keys.dtype), v.detach().to(values.dtype)
@@ -176,41 +180,45 @@ class Attention(nn.Module):
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H, T, D), (B, G, S, D), (B, G, S, D)
         # softmax(q @ k^T / sqrt(D)) @ v; the mask is true where a query may attend, None is causal
         dropout, causal = self.dropout.p if self.training else 0.0, mask is None and T > 1
-        y = F.scaled_dot_product_attention(q, k, v, mask, dropout, causal, enable_gqa=self.gqa)  # (B, H, T, D)
-        return self.c_proj(y.transpose(1, 2).reshape(B, T, -1))  # (B, T, H * D) -> (B, T, C)
+        if self.gqa and not causal:  # a group's queries become rows: few kernels take a mask with enable_gqa
+            mask = mask if mask is None else mask.repeat(1, 1, q.size(1) // k.size(1), 1)  # (B or 1, 1, H/G * T, S)
+            q = q.reshape(B, k.size(1), -1, self.head_dim)  # (B, G, H/G * T, D)
+        y = F.scaled_dot_product_attention(q, k, v, mask, dropout, causal, enable_gqa=self.gqa and causal)
+        return self.c_proj(y.reshape(B, -1, T, self.head_dim).transpose(1, 2).reshape(B, T, -1))  # (B, T, C)
+
+
+def relu2(x: Tensor) -> Tensor:
+    x = F.relu(x)
+    return x * x  # the backward pass of x.square() takes twice the time
+
+
+ACTIVATIONS: dict[str, Callable] = {"relu2": relu2, "gelu": F.gelu, "gelu_tanh": nn.GELU("tanh"), "swiglu": F.silu}
 
 
 class MLP(nn.Module):
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
         n_hidden = config.n_hidden or 4 * config.n_embd
-        self.c_fc = nn.Linear(config.n_embd, n_hidden, bias=False)
-        self.c_proj = nn.Linear(n_hidden, config.n_embd, bias=False)
+        self.activation = ACTIVATIONS[config.mlp]
+        self.c_fc = nn.Linear(config.n_embd, n_hidden, config.bias)
+        self.c_proj = nn.Linear(n_hidden, config.n_embd, config.bias)
+        self.c_gate = nn.Linear(config.n_embd, n_hidden, config.bias) if config.mlp == "swiglu" else None
 
     def forward(self, x: Tensor) -> Tensor:
-        x = F.relu(self.c_fc(x))  # (B, T, M)
-        return self.c_proj(x * x)  # (B, T, C); the backward pass of x.square() takes twice the time
-
-
-class SwiGLU(MLP):
-    def __init__(self, config: GPTConfig) -> None:
-        super().__init__(config)
-        self.c_gate = nn.Linear(config.n_embd, self.c_fc.out_features, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.c_proj(F.silu(self.c_gate(x)) * self.c_fc(x))  # (B, T, M) -> (B, T, C)
+        x = self.activation(self.c_fc(x)) if self.c_gate is None else self.activation(self.c_gate(x)) * self.c_fc(x)
+        return self.c_proj(x)  # (B, T, M) -> (B, T, C)
 
 
 class Block(nn.Module):
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
-        self.attn_norm = rms_norm(config.n_embd, config)
+        self.attn_norm = make_norm(config.n_embd, config)
         self.attn = Attention(config)
-        self.mlp_norm = rms_norm(config.n_embd, config)
-        self.mlp = {"relu2": MLP, "swiglu": SwiGLU}[config.mlp](config)
+        self.mlp_norm = make_norm(config.n_embd, config)
+        self.mlp = MLP(config)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x: Tensor, rotations: Tensor, mask: Tensor | None, cache: LayerCache | None) -> Tensor:
+    def forward(self, x: Tensor, rotations: Tensor | None, mask: Tensor | None, cache: LayerCache | None) -> Tensor:
         x = x + self.dropout(self.attn(self.attn_norm(x), rotations, mask, cache))
         return x + self.dropout(self.mlp(self.mlp_norm(x)))
 
@@ -226,8 +234,9 @@ class KVCache:
     def __init__(self, config: GPTConfig, batch_size: int, max_len: int, device: Device = None, dtype: Dtype = None):
         _, G, D = config.heads
         shape = (config.n_layer, batch_size, G, max_len, D)
-        self.k = torch.zeros(shape, device=device, dtype=dtype)  # (n_layer, B, G, max_len, D)
-        self.v = torch.zeros(shape, device=device, dtype=dtype)
+        self.k, self.v = (
+            torch.zeros(shape, device=device, dtype=dtype) for _ in range(2)
+        )  # (n_layer, B, G, max_len, D)
         self.ids = torch.zeros(batch_size, max_len, device=device, dtype=torch.long)
         self.lengths = torch.zeros(batch_size, dtype=torch.long)
         self.batch_size, self.max_len = batch_size, max_len
@@ -277,12 +286,6 @@ class KVCache:
         cache.k, cache.v, cache.ids = self.k[:, index], self.v[:, index], self.ids[index]
         cache.lengths, cache.batch_size = self.lengths[index], len(cache.ids)
         return cache
-
-    def row(self, b: int) -> "KVCache":
-        """Row b, on the same memory."""
-        if not 0 <= b < self.batch_size:
-            raise IndexError(f"there is no row {b} in a KVCache of {self.batch_size} rows")
-        return self.rows(slice(b, b + 1))
 
     def expand(self, n: int) -> "KVCache":
         """n copies of each row next to each other, so that one prefill serves n samples."""
@@ -373,10 +376,11 @@ class GPT(nn.Module):
         super().__init__()
         self.config = config
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
-        self.embd_norm = rms_norm(config.n_embd, config) if config.embd_norm else nn.Identity()
+        self.wpe = nn.Embedding(config.sequence_len, config.n_embd) if config.positions == "learned" else None
+        self.embd_norm = make_norm(config.n_embd, config) if config.embd_norm else nn.Identity()
         self.dropout = nn.Dropout(config.dropout)
         self.h = nn.ModuleList([Block(config) for _ in range(config.n_layer)])
-        self.norm = rms_norm(config.n_embd, config)
+        self.norm = make_norm(config.n_embd, config)
         self.lm_head = None if config.tie_embd else nn.Linear(config.n_embd, config.vocab_size, bias=False)
         self.loss: nn.Module = CrossEntropy()
         self.modes: list[bool] = []  # train or not, before each generator that is in `evaluating`
@@ -387,7 +391,7 @@ class GPT(nn.Module):
         """Every block starts as the identity and the head near zero, so the first loss is ln(vocab_size)."""
         bound = math.sqrt(3 / self.config.n_embd)  # uniform in +-bound has standard deviation 1 / sqrt(n_embd)
         table: dict[Any, Callable] = {  # by the end of the parameter's name; the first match counts
-            "wte.weight": partial(nn.init.normal_, std=0.001 if self.config.tie_embd else 1.0),
+            ("wte.weight", "wpe.weight"): partial(nn.init.normal_, std=0.001 if self.config.tie_embd else 1.0),
             "lm_head.weight": partial(nn.init.normal_, std=0.001),
             "norm.weight": nn.init.ones_,
             ("c_proj.weight", "bias"): nn.init.zeros_,
@@ -406,8 +410,11 @@ class GPT(nn.Module):
     def flops_per_token(self) -> int:
         """FLOPs of a training step per token, at sequence_len (PaLM's formula, https://arxiv.org/abs/2204.02311)."""
         c, (H, _, D) = self.config, self.config.heads
-        lookup = 0 if c.tie_embd else self.wte.weight.numel()  # an untied embedding takes part in no matmul
-        return 6 * (self.num_params() - lookup) + 12 * c.n_layer * H * D * c.sequence_len
+        tables = [table for table in (None if c.tie_embd else self.wte, self.wpe) if table]  # take part in no matmul
+        return (
+            6 * (self.num_params() - sum(table.weight.numel() for table in tables))
+            + 12 * c.n_layer * H * D * c.sequence_len
+        )
 
     def estimate_mfu(self, tokens_per_second: float, peak_flops: float) -> float:
         """Model FLOPs utilization of training: achieved FLOPs per second over the device's peak_flops."""
@@ -423,8 +430,9 @@ class GPT(nn.Module):
         if kv_cache is not None:
             self.check_cache(kv_cache, B)
             positions, mask, layers = kv_cache.begin(idx)  # (B or 1, T), (B or 1, 1, T, S)
-        rotations = rope(positions, self.config, self.dtype)  # (B or 1, T, 1, D/2, 2)
-        x = self.dropout(self.embd_norm(self.wte(idx)))  # (B, T, C)
+        rotations = None if self.wpe else rope(positions, self.config, self.dtype)  # (B or 1, T, 1, D/2, 2)
+        x = self.wte(idx) + self.wpe(positions) if self.wpe else self.wte(idx)  # (B, T, C)
+        x = self.dropout(self.embd_norm(x))
         for block, layer in zip(self.h, layers, strict=True):
             x = block(x, rotations, mask, layer)
         if kv_cache is not None:
@@ -468,8 +476,7 @@ class GPT(nn.Module):
         c, k = self.config, kv_cache.k
         have = (*k.shape[:3], k.size(4), k.dtype, k.device)
         need = (c.n_layer, B, c.n_kv_head, c.head_dim, self.dtype, self.device)
-        what = "n_layer, batch_size, n_kv_head, head_dim, dtype, device"
-        check(have == need, f"the KVCache has {what} {have}, the model needs {need}")
+        check(have == need, f"a KVCache of n_layer, B, n_kv_head, head_dim, dtype, device {have} must be of {need}")
 
     def generate(self, tokens: Iterable[int], max_tokens: int, *how: Any, **settings: Any) -> Generator[int, None, str]:
         """Continue tokens: yields token ids, and returns why it ended, 'length' or 'stop'.
@@ -596,15 +603,16 @@ class GPT(nn.Module):
             ids[ended] = kv_cache.ids[ended, kv_cache.lengths[ended]]
         for b in (kv_cache.lengths == window).nonzero().flatten().tolist():
             tail = kv_cache.ids[b : b + 1, window - max(1, window // 2) + 1 : window].clone()  # the newest is in ids
-            kv_cache.row(b).reset()
+            row = kv_cache.rows(slice(b, b + 1))
+            row.reset()
             if tail.numel():
-                self.hidden(tail, kv_cache.row(b))
+                self.hidden(tail, row)
         try:
             return decode(ids, kv_cache)
         finally:
             kv_cache.lengths[ended] = lengths[ended]
 
-    def save(self, path: Path, **extra: Any) -> None:
+    def save(self, path: str | os.PathLike, **extra: Any) -> None:
         """Write weights, config and extra (tensors and plain Python values) to path, atomically."""
         temporary = f"{os.fspath(path)}.tmp"
         try:
@@ -618,12 +626,12 @@ class GPT(nn.Module):
                 os.remove(temporary)
 
     @classmethod
-    def load(cls, path: Path, device: Device = None, dtype: Dtype = None) -> "GPT":
+    def load(cls, path: str | os.PathLike, device: Device = None, dtype: Dtype = None) -> "GPT":
         """The model that `save` wrote, in eval mode. OSError for a missing file, RuntimeError for a damaged one."""
         return cls.load_checkpoint(path, device, dtype)[0]
 
     @classmethod
-    def load_checkpoint(cls, path: Path, device: Device = None, dtype: Dtype = None) -> tuple["GPT", dict[str, Any]]:
+    def load_checkpoint(cls, path: str | os.PathLike, device: Device = None, dtype: Dtype = None) -> tuple["GPT", dict]:
         """`load`, and the extra that was saved. Runs no code from the file (weights_only)."""
         with open(path, "rb") as f:
             try:

@@ -149,7 +149,7 @@ def linear_loop(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
 def attention_loop(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float, causal: bool, enable_gqa: bool
 ) -> Tensor:
-    """F.scaled_dot_product_attention of one query in each row: q (B, H, 1, D), k and v (B, G, S, D)."""
+    """F.scaled_dot_product_attention of one query in each row: queries (B, H, 1, D), or (B, G, H/G, D)."""
     G, D = k.size(1), k.size(3)
     q = q.view(q.size(0), G, -1, 1, D)  # (B, G, H/G, 1, D)
     scores = (in_float32(q) * in_float32(k)[:, :, None]).sum(-1) / D**0.5  # (B, G, H/G, S)
@@ -170,7 +170,7 @@ class OneToken(TorchFunctionMode):
 
 
 def block_of_one_token(
-    block: nn.Module, x: Tensor, rotations: Tensor, mask: Tensor | None, layer: LayerCache | None
+    block: nn.Module, x: Tensor, rotations: Tensor | None, mask: Tensor | None, layer: LayerCache | None
 ) -> Tensor:
     with OneToken():
         return block(x, rotations, mask, layer)
@@ -218,8 +218,9 @@ class Compiled:
         model, positions, (keys, values, cached) = self.model, lengths[:, None], memory  # (B or 1, 1)
         slots = (torch.arange(len(ids), device=ids.device)[:, None], positions)
         cached[slots] = ids[:, None]
-        rotations = rope(positions, model.config, model.dtype)
-        x = model.embd_norm(model.wte(ids[:, None]))  # (B, 1, C)
+        rotations = None if model.wpe else rope(positions, model.config, model.dtype)
+        x = model.wte(ids[:, None])  # (B, 1, C)
+        x = model.embd_norm(x + model.wpe(positions) if model.wpe else x)
         for block, k, v in zip(model.h, keys, values, strict=True):
             x = self.block(block, x, rotations, mask, (k.transpose(1, 2), v.transpose(1, 2), slots, end))
         return self.head(model, model.norm(x)[:, -1])

@@ -41,6 +41,7 @@ def configure_optimizers(
     matrices = [p for stack in stacks for p in stack]  # in this order checkpoints number their states
     vectors = [p for p in model.parameters() if p.ndim == 1]
     tables = {model.wte.weight: embd_lr, model.head_weight: head_lr}  # one and the same if tied: then head_lr
+    tables |= {} if model.wpe is None else {model.wpe.weight: embd_lr}
     groups: list[dict[str, Any]] = [dict(params=[table], lr=lr) for table, lr in tables.items()]
     groups += [dict(params=vectors, lr=head_lr)] if vectors else []
     blocks = [dict(params=matrices, lr=learning_rate, weight_decay=weight_decay)]
