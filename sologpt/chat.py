@@ -4,6 +4,7 @@ A template is a Jinja program that comes with a model. `render` runs it in jinja
 with limits on time and memory: it can neither run foreign code, nor hang, nor fill the memory.
 """
 
+import functools
 import importlib.util
 import json
 import re
@@ -62,7 +63,11 @@ def render(template: str, values: dict[str, Any]) -> str:
     """
     if importlib.util.find_spec("jinja2") is None:
         raise ImportError("a chat template needs the extra 'hf': pip install jinja2")
-    job = json.dumps({"path": [*map(str, sys.path)], "template": template, "values": values})
+    return run(json.dumps({"path": [*map(str, sys.path)], "template": template, "values": values}))
+
+
+@functools.lru_cache(maxsize=8)  # a conversation is often rendered more than once: to measure it, then to answer
+def run(job: str) -> str:
     try:
         done = subprocess.run(
             [sys.executable, "-I", "-S", __file__],  # without site, which takes a while to import
