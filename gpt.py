@@ -32,7 +32,7 @@ Path: TypeAlias = str | os.PathLike
 LayerCache: TypeAlias = tuple[Tensor, Tensor, tuple, int]  # keys, values (B, max_len, G, D); new tokens' slots; S
 Decoder: TypeAlias = Callable[[Tensor, "KVCache"], Tensor]  # reads ids (B,) into a cache, returns logits (B, V)
 
-LOGITS_PER_CHUNK = 2**24  # computed at a time for the loss
+LOGITS_PER_CHUNK, MAX_CHUNKS = 2**24, 16  # of the loss; each chunk also reads the head and adds to its gradient
 PREFILL_CHUNK = 1024  # tokens of each row in one forward of a prefill; bounds the memory for activations
 ROPE_SCALINGS = {  # the numbers that each rope_type takes, by Hugging Face's names
     "linear": {"factor"},
@@ -360,7 +360,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, head: Tensor, targets: Tensor, softcap: float) -> Tensor:
         dx, dhead, losses = torch.empty_like(x), torch.zeros_like(head), []
-        rows, counted = max(1, LOGITS_PER_CHUNK // len(head)), targets != -1  # (N,)
+        rows, counted = max(LOGITS_PER_CHUNK // len(head), -(-len(x) // MAX_CHUNKS)), targets != -1  # (N,)
         weights = in_float32(counted.to(x.dtype))[:, None] / counted.sum()  # (N, 1)
         for i in range(0, len(x), rows):
             chunk, target, w = x[i : i + rows], targets[i : i + rows], weights[i : i + rows]  # (R, C), (R,), (R, 1)
@@ -467,7 +467,7 @@ class GPT(nn.Module):
         targets = targets.masked_fill(targets < -1, self.config.vocab_size)
         if loss_reduction == "mean" and torch.is_grad_enabled() and (x.requires_grad or self.head_weight.requires_grad):
             return ChunkedCrossEntropy.apply(x, self.head_weight, targets, self.config.softcap)
-        rows = max(1, LOGITS_PER_CHUNK // self.config.vocab_size)
+        rows = max(LOGITS_PER_CHUNK // self.config.vocab_size, -(-len(x) // MAX_CHUNKS))
         chunks = zip(x.split(rows), targets.split(rows), strict=True)  # (R, C), (R,)
         losses = torch.cat([F.cross_entropy(self.logits(h), t, ignore_index=-1, reduction="none") for h, t in chunks])
         return losses if loss_reduction == "none" else losses.sum() / (targets != -1).sum()

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from conftest import LLAMA, QWEN, ROOT, make_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import gpt
@@ -90,6 +91,24 @@ def test_the_loss_in_chunks_is_that_of_all_logits(rows, softcap, ignored, frozen
     whole = F.cross_entropy(model(idx).flatten(0, 1), targets.flatten(), ignore_index=-1)
     torch.testing.assert_close(loss, whole, rtol=1e-12, atol=0)
     torch.testing.assert_close(grads, torch.autograd.grad(3 * whole, parameters), rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("grad", [True, False])
+def test_however_many_rows_a_batch_has_the_head_is_read_for_few_chunks(grad, monkeypatch):
+    """Each chunk reads the head and adds to its gradient, which would be most of the traffic of a large batch."""
+    model, idx, read = make_model(sequence_len=128), torch.randint(61, (3, 128)), []
+    monkeypatch.setattr(gpt, "LOGITS_PER_CHUNK", 61)
+
+    class Watch(TorchFunctionMode):
+        def __torch_function__(self, func, types, args=(), kwargs=None):
+            if func is F.linear and args[1] is model.lm_head.weight:
+                read.append(len(args[0]))
+            return func(*args, **kwargs or {})
+
+    with torch.set_grad_enabled(grad), Watch():
+        loss = model(idx, idx)
+    assert len(read) == 16 and sum(read) == 3 * 128
+    torch.testing.assert_close(loss, F.cross_entropy(model(idx).flatten(0, 1), idx.flatten()))
 
 
 def test_the_loss_in_chunks_under_autocast(monkeypatch):
