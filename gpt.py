@@ -152,14 +152,11 @@ class Attention(nn.Module):
         self.c_k = nn.Linear(C, G * D, bias=config.qkv_bias)
         self.c_v = nn.Linear(C, G * D, bias=config.qkv_bias)
         self.c_proj = nn.Linear(H * D, C, bias=False)
-        self.q_norm = rms_norm(D, config) if config.qk_norm else nn.Identity()
-        self.k_norm = rms_norm(D, config) if config.qk_norm else nn.Identity()
+        self.q_norm, self.k_norm = (rms_norm(D, config) if config.qk_norm else nn.Identity() for _ in range(2))
 
     def forward(self, x: Tensor, rotations: Tensor, mask: Tensor | None, cache: LayerCache | None) -> Tensor:
         B, T, _ = x.shape
-        q = self.c_q(x).view(B, T, -1, self.head_dim)  # (B, T, H, D)
-        k = self.c_k(x).view(B, T, -1, self.head_dim)  # (B, T, G, D)
-        v = self.c_v(x).view(B, T, -1, self.head_dim)  # (B, T, G, D)
+        q, k, v = (f(x).view(B, T, -1, self.head_dim) for f in (self.c_q, self.c_k, self.c_v))  # (B, T, H or G, D)
         q, k = rotate(self.q_norm(q), rotations), rotate(self.k_norm(k), rotations)
         if cache is not None:  # write the new keys and values in place, then attend to all
             keys, values, slots, end = cache
@@ -168,8 +165,11 @@ class Attention(nn.Module):
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H, T, D), (B, G, S, D), (B, G, S, D)
         # softmax(q @ k^T / sqrt(D)) @ v; the mask is true where a query may attend, None is causal
         dropout, causal = self.dropout.p if self.training else 0.0, mask is None and T > 1
-        y = F.scaled_dot_product_attention(q, k, v, mask, dropout, causal, enable_gqa=self.gqa)  # (B, H, T, D)
-        return self.c_proj(y.transpose(1, 2).reshape(B, T, -1))  # (B, T, H * D) -> (B, T, C)
+        if self.gqa and not causal:  # a group's queries become rows: few kernels take a mask with enable_gqa
+            mask = mask if mask is None else mask.repeat(1, 1, q.size(1) // k.size(1), 1)  # (B or 1, 1, H/G * T, S)
+            q = q.reshape(B, k.size(1), -1, self.head_dim)  # (B, G, H/G * T, D)
+        y = F.scaled_dot_product_attention(q, k, v, mask, dropout, causal, enable_gqa=self.gqa and causal)
+        return self.c_proj(y.reshape(B, -1, T, self.head_dim).transpose(1, 2).reshape(B, T, -1))  # (B, T, C)
 
 
 class MLP(nn.Module):

@@ -149,7 +149,7 @@ def linear_loop(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
 def attention_loop(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float, causal: bool, enable_gqa: bool
 ) -> Tensor:
-    """F.scaled_dot_product_attention of one query in each row: q (B, H, 1, D), k and v (B, G, S, D)."""
+    """F.scaled_dot_product_attention of one query in each row: queries (B, H, 1, D), or (B, G, H/G, D)."""
     G, D = k.size(1), k.size(3)
     q = q.view(q.size(0), G, -1, 1, D)  # (B, G, H/G, 1, D)
     scores = (in_float32(q) * in_float32(k)[:, :, None]).sum(-1) / D**0.5  # (B, G, H/G, S)

@@ -2,9 +2,11 @@ import itertools
 
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import LLAMA, QWEN, make_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.overrides import TorchFunctionMode
 from torch.profiler import ProfilerActivity, profile
 
 from gpt import KVCache
@@ -52,6 +54,24 @@ def test_rows_of_different_lengths_give_the_logits_of_each_alone(lengths, chunks
         for b, n in enumerate(at.tolist()):
             alone = model(idx[b : b + 1, : n + chunk])[0, n:]
             assert (logits[b] - alone).abs().max() < 1e-10
+
+
+def test_no_attention_has_a_mask_and_grouped_heads():
+    """PyTorch's fused kernels for CUDA refuse the two together, and the one that is left writes out all scores."""
+    model, asked = make_model(), []
+
+    class Watch(TorchFunctionMode):
+        def __torch_function__(self, func, types, args=(), kwargs=None):
+            if func is F.scaled_dot_product_attention:
+                asked.append((args[3] is not None, kwargs["enable_gqa"]))
+            return func(*args, **kwargs or {})
+
+    cache = cache_for(model, 2)
+    with Watch():
+        for lengths, T in ((None, 5), (None, 4), ([9, 4], 3), ([9, 4], 1)):  # causal, after a past, ragged
+            cache.truncate(lengths or 32)
+            model(torch.randint(61, (2, T)), kv_cache=cache)
+    assert {mask for mask, _ in asked} == {True, False} and (True, True) not in asked
 
 
 def test_the_cache_is_written_in_place():
