@@ -289,7 +289,8 @@ def train(config: Config, world: World) -> None:
         run.data.check(run.sequence_len, run.model.config.vocab_size)
 
     checkpointing = config.activation_checkpointing
-    run.model, forward = parallel.wrap_model(run.model.train(), world, config.shard, checkpointing, config.compile)
+    how = (config.shard, checkpointing, config.compile, config.dtype)
+    run.model, forward = parallel.wrap_model(run.model.train(), world, *how)
     autocast = parallel.make_autocast(config.dtype, world.device)
     rates = (config.learning_rate, config.embd_lr, config.head_lr, config.weight_decay, config.momentum)
     dtype = None if isinstance(autocast, nullcontext) else torch.bfloat16  # of Muon's products
