@@ -55,7 +55,7 @@ def pack(model: GPT) -> None:
     """Replace the model's Linears by ones with packed weights, in place; nothing happens where oneDNN cannot multiply.
 
     Everything gets faster but compiled decode of one row. It takes no more memory, except that a tied head becomes a
-    second copy of the embedding. A packed model is for inference only: it refuses to be saved, moved or trained.
+    second copy of the embedding. A packed model is for inference only: it refuses to be saved, copied, moved, trained.
     """
     if not packs(model.device, model.dtype) or isinstance(model.wte, PackedEmbedding):
         return
@@ -73,7 +73,10 @@ def pack(model: GPT) -> None:
 
 
 class InferenceOnly(nn.Module):
-    """Refuses to be saved, moved or cast."""
+    """Refuses to be saved, copied, moved or cast."""
+
+    def __reduce_ex__(self, protocol: Any) -> Any:  # of deepcopy, pickle and torch.save
+        raise RuntimeError("a packed model cannot be copied or pickled: do it before fast.pack or fast.prepare")
 
     def _save_to_state_dict(self, *args: Any) -> None:
         raise RuntimeError("a packed model cannot be saved: save it before fast.pack or fast.prepare")
@@ -305,8 +308,8 @@ class Lookup:
     """
 
     def __init__(self, model: GPT, n: int, decode: Decoder | None = None) -> None:
-        if n < 1:
-            raise ValueError(f"lookup must draft at least 1 token, not {n}")
+        if not 1 <= n <= model.config.sequence_len:
+            raise ValueError(f"lookup must draft at least 1 token and at most {model.config.sequence_len}, not {n}")
         self.model, self.n, self.decode = model, n, decode or model.step
         self.text = torch.zeros(0, dtype=torch.long)  # what the cache holds if the whole draft is right, (S,)
         self.logits: list[Tensor] = []  # after each draft token not committed yet, (1, V)

@@ -1,5 +1,7 @@
 """Compiled decode gives what `GPT.step` gives."""
 
+import copy
+import pickle
 import subprocess
 import sys
 
@@ -42,6 +44,19 @@ def test_compiled_decode_gives_the_same_tokens_and_is_compiled_once(kind, packed
             plain.generate_batch(prompts, 20, temperature=0)
         )
     assert counters["stats"]["unique_graphs"] == before
+
+
+@pytest.mark.slow
+def test_a_model_whose_decoder_was_compiled_can_be_copied_and_pickled(kind, tmp_path):
+    """The compiled code belongs to the decoder: the model is as it was."""
+    model = make_model(torch.float32, **kind)
+    decode = fast.prepare(model, compile=True)
+    tokens = list(model.generate([1, 2, 3], 9, temperature=0, decode=decode))
+    torch.save(model, tmp_path / "model.pt")
+    again = torch.load(tmp_path / "model.pt", weights_only=False)
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model)), again):
+        assert list(other.generate([1, 2, 3], 9, temperature=0)) == tokens
+        other(torch.tensor([[1, 2]]), torch.tensor([[2, 3]])).backward()
 
 
 @pytest.mark.slow

@@ -1,5 +1,8 @@
 """Matrices in oneDNN's layout give what plain ones give."""
 
+import copy
+import pickle
+
 import pytest
 import torch
 from conftest import LLAMA, QWEN, make_model
@@ -70,12 +73,15 @@ def test_a_packed_model_is_for_inference_only(kind, tmp_path):
         (lambda: packed.save(tmp_path / "ckpt.pt"), "cannot be saved: save it before"),
         (lambda: packed.to(torch.bfloat16), "cannot be moved or cast"),
         (packed.double, "cannot be moved or cast"),
+        (lambda: copy.deepcopy(packed), "cannot be copied or pickled"),
+        (lambda: pickle.dumps(packed), "cannot be copied or pickled"),
+        (lambda: torch.save(packed, tmp_path / "model.pt"), "cannot be copied or pickled"),
         (lambda: packed.train()(idx, idx), "cannot be trained"),
     ):
         with pytest.raises(RuntimeError, match=words) as e:
             refused()
         assert "\n" not in str(e.value)
-    assert [path.name for path in tmp_path.iterdir()] == ["ckpt.pt"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["ckpt.pt", "model.pt"]  # the second is torch's
     assert (tmp_path / "ckpt.pt").read_bytes() == before
     assert len(list(packed.generate([1], 5))) == 5 and packed.training
     assert packed.dtype == torch.float32 and torch.equal(packed.eval()(idx), logits)
