@@ -228,28 +228,21 @@ class Compiled:
         return self.head(model, model.norm(x)[:, -1])
 
 
-def cuda_graph(step: Callable, ids: Tensor, lengths: Tensor) -> Callable:
-    """Record step(ids, lengths) as a CUDA graph; returns a function that replays it for other ids and lengths.
+def cuda_graph(step: Callable[[], Tensor], device: torch.device) -> tuple[Tensor, Callable[[], None]]:
+    """Record step() as a CUDA graph. Returns its result, whose memory each replay overwrites, and the replay.
 
     torch.cuda.make_graphed_callables does the same, but its graphs wait for the garbage collector, which must not run
     while the next one is recorded. The stream is the graph's own, since cuBLAS's workspace goes with it.
     """
-    stream, graph = torch.cuda.Stream(ids.device), torch.cuda.CUDAGraph()
-    with torch.cuda.device(ids.device):
+    stream, graph = torch.cuda.Stream(device), torch.cuda.CUDAGraph()
+    with torch.cuda.device(device):
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             for _ in range(3):  # compiles, and loads what must not be loaded while recording
-                step(ids, lengths)
+                step()
         with torch.cuda.graph(graph, stream=stream):
-            logits = step(ids, lengths)
-
-    def replay(new_ids: Tensor, new_lengths: Tensor) -> Tensor:
-        ids.copy_(new_ids)
-        lengths.copy_(new_lengths)
-        graph.replay()
-        return logits
-
-    return replay
+            result = step()
+    return result, graph.replay
 
 
 class CudaGraphs(Compiled):
@@ -274,8 +267,8 @@ class CudaGraphs(Compiled):
         if longest >= self.graphs.get(kv_cache, (0, None))[0]:
             self.graphs.pop(kv_cache, None)  # frees its memory first
             self.graphs[kv_cache] = self.record(kv_cache, longest + 1)
-        _, replay = self.graphs[kv_cache]
-        logits = replay(ids, kv_cache.lengths)
+        _, decode = self.graphs[kv_cache]
+        logits = decode(ids, kv_cache.lengths)
         kv_cache.lengths += 1
         return logits
 
@@ -286,13 +279,22 @@ class CudaGraphs(Compiled):
             kv_cache.k[:, b, :, n:size] = 0
             kv_cache.v[:, b, :, n:size] = 0
         memory, device = (kv_cache.k, kv_cache.v, kv_cache.ids), kv_cache.k.device  # not the cache itself: it may go
+        lengths = kv_cache.lengths.to(device, copy=True)
+        ids = torch.zeros_like(lengths)
 
-        def step(ids: Tensor, lengths: Tensor) -> Tensor:
+        def step() -> Tensor:
             mask = (torch.arange(size, device=device) <= lengths[:, None, None])[:, None]  # (B, 1, 1, size)
             return self.read(ids, lengths, mask, memory, size)
 
-        lengths = kv_cache.lengths.to(device, copy=True)
-        return size, cuda_graph(step, torch.zeros_like(lengths), lengths)
+        logits, replay = cuda_graph(step, device)
+
+        def decode(new_ids: Tensor, new_lengths: Tensor) -> Tensor:
+            ids.copy_(new_ids)
+            lengths.copy_(new_lengths)
+            replay()
+            return logits
+
+        return size, decode
 
 
 # -----------------------------------------------------------------------------
