@@ -11,7 +11,7 @@ from conftest import QWEN, ROOT, make_model
 from torch._dynamo.utils import counters
 
 from gpt import KVCache
-from sologpt import fast
+from sologpt import fast, parallel
 
 
 @pytest.fixture(params=[{}, QWEN], ids=["nanochat", "qwen"])
@@ -96,6 +96,19 @@ def test_the_arithmetic_that_is_compiled_is_that_of_the_model(kind, rows, monkey
         with pytest.raises(ValueError, match="48"):
             for _ in range(48):
                 decode(ids, caches[1])
+
+
+@pytest.mark.slow
+def test_wrap_model_compiles_the_training_step(kind):
+    """With --compile, the loss and its gradients come from compiled code, and are those of the plain model."""
+    idx, targets = torch.randint(61, (2, 2, 16))
+    results, world = [], parallel.World(0, 0, 1, torch.device("cpu"))
+    for compile in (False, True):
+        model, forward = parallel.wrap_model(make_model(torch.float32, **kind), world, compile=compile)
+        loss = forward(idx, targets)
+        results.append((loss, *torch.autograd.grad(loss, list(model.parameters()))))
+        assert (counters["stats"]["unique_graphs"] > 0) == compile
+    torch.testing.assert_close(*results, atol=1e-4, rtol=1e-3)
 
 
 def test_compiled_training_needs_no_complex_numbers():

@@ -109,9 +109,19 @@ def test_what_cannot_be_packed_stays_as_it_is(monkeypatch):
 def test_prepare_gives_a_decoder_that_says_the_same(lookup, rows):
     plain, model = (make_model(torch.float32) for _ in range(2))
     decode = fast.prepare(model, lookup=lookup, rows=rows)
+    assert isinstance(decode, fast.Lookup) == bool(lookup)
+    assert model.head_weight.is_mkldnn == fast.packs(model.device, model.dtype)
     prompts = [[1, 2, 3, 1, 2]] * rows
     assert list(model.generate_batch(prompts, 20, temperature=0, decode=decode)) == list(
         plain.generate_batch(prompts, 20, temperature=0)
     )
     with pytest.raises(ValueError, match="one row"):
         fast.prepare(model, lookup=2, rows=2)
+
+
+@pytest.mark.parametrize("lookup, rows, packed", [(0, 1, False), (3, 1, True), (0, 4, True)])
+def test_prepare_packs_for_compiled_code_where_that_does_not_read_plain_weights(lookup, rows, packed):
+    model = make_model(torch.float32)
+    decode = fast.prepare(model, compile=True, lookup=lookup, rows=rows)
+    assert type(decode.decode if lookup else decode) is fast.Compiled
+    assert model.head_weight.is_mkldnn == (packed and fast.packs(model.device, model.dtype))

@@ -133,6 +133,7 @@ with parallel.make_autocast("bfloat16", world.device):
 low, full = torch.bfloat16, torch.float32
 assert seen["h.1.attn.c_q"] == seen["h.1.mlp.c_gate"] == (full, low, low), seen
 assert seen["stream"] == seen["norm"][1] == seen["wte"][1] == loss.dtype == full, seen
+assert all(p.to_local().numel() <= p.numel() * 0.6 for p in model.parameters() if p.numel() > 1)
 assert {p.grad.dtype for p in model.parameters()} == {p.dtype for p in model.parameters()} == {full}
 parallel.leave(world)
 """
@@ -183,13 +184,14 @@ def test_a_sharded_checkpoint_samples_and_names_no_shard(dataset, tmp_path):
         assert done.returncode == 0, done.stderr
     done = run("sample.py", f"--ckpt={tmp_path / 'ckpt.pt'}", "--prompt=def ", "--max_tokens=5")
     assert done.stdout.startswith("def ")
+    assert b"DTensor" not in (tmp_path / "ckpt.pt").read_bytes()
 
 
 def test_what_processes_cannot_share_is_said(dataset, tmp_path):
     flags = [*SMALL, f"--dataset={dataset}", f"--out_dir={tmp_path}"]
     for done in together(2, *flags, "--gradient_accumulation_steps=3"):
-        assert done.returncode == 2 and "Traceback" not in done.stderr
-        assert "2 processes cannot share gradient_accumulation_steps=3" in done.stderr or not done.stderr
+        assert done.returncode == 2 and done.stderr.count("\n") == 1
+        assert "2 processes cannot share gradient_accumulation_steps=3" in done.stderr
     assert "torchrun" in run("train.py", *flags, "--shard", status=2).stderr
 
 
