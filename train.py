@@ -1,7 +1,7 @@
 """Train a GPT: python train.py config/tiny.py --max_iters=200
 
 Batches, dropout and everything else that is random are functions of (seed, step). So a run that was stopped and resumed
-(--init_from=resume) ends with the same weights as one that was not.
+(--init_from=resume) ends with the same weights as one that was not; on a GPU up to rounding.
 """
 
 import math
@@ -290,7 +290,8 @@ def train(config: Config, world: World) -> None:
 
     run.model.loss = ChunkedCrossEntropy()  # needs less memory
     checkpointing = config.activation_checkpointing
-    run.model, forward = parallel.wrap_model(run.model.train(), world, config.shard, checkpointing, config.compile)
+    how = (config.shard, checkpointing, config.compile, config.dtype)
+    run.model, forward = parallel.wrap_model(run.model.train(), world, *how)
     autocast = parallel.make_autocast(config.dtype, world.device)
     rates = (config.learning_rate, config.embd_lr, config.head_lr, config.weight_decay, config.momentum)
     dtype = None if isinstance(autocast, nullcontext) else torch.bfloat16  # of Muon's products

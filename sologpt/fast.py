@@ -55,7 +55,7 @@ def pack(model: GPT) -> None:
     """Replace the model's Linears by ones with packed weights, in place; nothing happens where oneDNN cannot multiply.
 
     Everything gets faster but compiled decode of one row. It takes no more memory, except that a tied head becomes a
-    second copy of the embedding. A packed model is for inference only: it refuses to be saved, moved or trained.
+    second copy of the embedding. A packed model is for inference only: it refuses to be saved, copied, moved, trained.
     """
     if not packs(model.device, model.dtype) or isinstance(model.wte, PackedEmbedding):
         return
@@ -73,7 +73,10 @@ def pack(model: GPT) -> None:
 
 
 class InferenceOnly(nn.Module):
-    """Refuses to be saved, moved or cast."""
+    """Refuses to be saved, copied, moved or cast."""
+
+    def __reduce_ex__(self, protocol: Any) -> Any:  # of deepcopy, pickle and torch.save
+        raise RuntimeError("a packed model cannot be copied or pickled: do it before fast.pack or fast.prepare")
 
     def _save_to_state_dict(self, *args: Any) -> None:
         raise RuntimeError("a packed model cannot be saved: save it before fast.pack or fast.prepare")
@@ -226,28 +229,21 @@ class Compiled:
         return self.head(model, model.norm(x)[:, -1])
 
 
-def cuda_graph(step: Callable, ids: Tensor, lengths: Tensor) -> Callable:
-    """Record step(ids, lengths) as a CUDA graph; returns a function that replays it for other ids and lengths.
+def cuda_graph(step: Callable[[], Tensor], device: torch.device) -> tuple[Tensor, Callable[[], None]]:
+    """Record step() as a CUDA graph. Returns its result, whose memory each replay overwrites, and the replay.
 
     torch.cuda.make_graphed_callables does the same, but its graphs wait for the garbage collector, which must not run
     while the next one is recorded. The stream is the graph's own, since cuBLAS's workspace goes with it.
     """
-    stream, graph = torch.cuda.Stream(ids.device), torch.cuda.CUDAGraph()
-    with torch.cuda.device(ids.device):
+    stream, graph = torch.cuda.Stream(device), torch.cuda.CUDAGraph()
+    with torch.cuda.device(device):
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             for _ in range(3):  # compiles, and loads what must not be loaded while recording
-                step(ids, lengths)
+                step()
         with torch.cuda.graph(graph, stream=stream):
-            logits = step(ids, lengths)
-
-    def replay(new_ids: Tensor, new_lengths: Tensor) -> Tensor:
-        ids.copy_(new_ids)
-        lengths.copy_(new_lengths)
-        graph.replay()
-        return logits
-
-    return replay
+            result = step()
+    return result, graph.replay
 
 
 class CudaGraphs(Compiled):
@@ -272,8 +268,8 @@ class CudaGraphs(Compiled):
         if longest >= self.graphs.get(kv_cache, (0, None))[0]:
             self.graphs.pop(kv_cache, None)  # frees its memory first
             self.graphs[kv_cache] = self.record(kv_cache, longest + 1)
-        _, replay = self.graphs[kv_cache]
-        logits = replay(ids, kv_cache.lengths)
+        _, decode = self.graphs[kv_cache]
+        logits = decode(ids, kv_cache.lengths)
         kv_cache.lengths += 1
         return logits
 
@@ -284,13 +280,22 @@ class CudaGraphs(Compiled):
             kv_cache.k[:, b, :, n:size] = 0
             kv_cache.v[:, b, :, n:size] = 0
         memory, device = (kv_cache.k, kv_cache.v, kv_cache.ids), kv_cache.k.device  # not the cache itself: it may go
+        lengths = kv_cache.lengths.to(device, copy=True)
+        ids = torch.zeros_like(lengths)
 
-        def step(ids: Tensor, lengths: Tensor) -> Tensor:
+        def step() -> Tensor:
             mask = (torch.arange(size, device=device) <= lengths[:, None, None])[:, None]  # (B, 1, 1, size)
             return self.read(ids, lengths, mask, memory, size)
 
-        lengths = kv_cache.lengths.to(device, copy=True)
-        return size, cuda_graph(step, torch.zeros_like(lengths), lengths)
+        logits, replay = cuda_graph(step, device)
+
+        def decode(new_ids: Tensor, new_lengths: Tensor) -> Tensor:
+            ids.copy_(new_ids)
+            lengths.copy_(new_lengths)
+            replay()
+            return logits
+
+        return size, decode
 
 
 # -----------------------------------------------------------------------------
@@ -306,8 +311,8 @@ class Lookup:
     """
 
     def __init__(self, model: GPT, n: int, decode: Decoder | None = None) -> None:
-        if n < 1:
-            raise ValueError(f"lookup must draft at least 1 token, not {n}")
+        if not 1 <= n <= model.config.sequence_len:
+            raise ValueError(f"lookup must draft at least 1 token and at most {model.config.sequence_len}, not {n}")
         self.model, self.n, self.decode = model, n, decode or model.step
         self.text = torch.zeros(0, dtype=torch.long)  # what the cache holds if the whole draft is right, (S,)
         self.logits: list[Tensor] = []  # after each draft token not committed yet, (1, V)

@@ -26,6 +26,11 @@ def pick_device(name: torch.device | str = "auto") -> torch.device:
     return device
 
 
+def multiplies_bfloat16(device: torch.device) -> bool:
+    """Whether it is a CUDA device with bfloat16 units. Older ones emulate it, slower than float32."""
+    return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+
+
 def find_checkpoint(out_dir: Path | str) -> Path:
     """The newest best.pt in out_dir or below, else out_dir/ckpt.pt. FileNotFoundError if there is neither."""
     folder = Path(out_dir)

@@ -15,6 +15,7 @@ import torch.nn as nn
 from torch import Tensor
 
 from gpt import GPT
+from sologpt.load import multiplies_bfloat16
 
 
 def configure_optimizers(
@@ -85,9 +86,9 @@ class Muon(torch.optim.Optimizer):
     """MomentUm Orthogonalized by Newton-schulz, for matrices: `torch.optim.Muon` in batched products.
 
     Matrices of the same shape are stacked, since a few large products cost a fraction of many small ones. `dtype` is
-    the precision of the products: None for bfloat16 on CUDA, where it is several times faster and enough, and the
-    parameters' own elsewhere. Parameters that FSDP has sharded (DTensor) are redistributed: each process orthogonalizes
-    some of the whole matrices.
+    the precision of the products: None for bfloat16 on a GPU that has it, where it is several times faster and enough,
+    and the parameters' own elsewhere. Parameters that FSDP has sharded (DTensor) are redistributed: each process
+    orthogonalizes some of the whole matrices.
     """
 
     def __init__(
@@ -122,7 +123,7 @@ class Muon(torch.optim.Optimizer):
             from torch.distributed.tensor import Shard
 
             nesterov = nesterov.redistribute(placements=[Shard(0)])
-        dtype = self.dtype or (torch.bfloat16 if nesterov.is_cuda else nesterov.dtype)
+        dtype = self.dtype or (torch.bfloat16 if multiplies_bfloat16(nesterov.device) else nesterov.dtype)
         updates = orthogonalize(nesterov.to(dtype)).to(params[0].dtype) * max(1, rows / columns) ** 0.5
         if sharding:
             updates = updates.redistribute(placements=sharding)

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from gpt import GPT
 from sologpt import fast
-from sologpt.load import pick_device
+from sologpt.load import multiplies_bfloat16, pick_device
 from sologpt.optim import Muon
 
 
@@ -65,16 +65,20 @@ def join(device_name: str, gradient_accumulation_steps: int, shard: bool) -> Wor
     """Meet the other processes, if torchrun has started any. ValueError for what they cannot share."""
     rank, local_rank, size = (int(os.environ.get(name, 0)) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"))
     device = pick_device(device_name)
-    if size < 2:
-        if shard:
-            raise ValueError("--shard needs several processes: torchrun --nproc_per_node=N train.py ...")
-        return World(0, 0, 1, device)
-    if gradient_accumulation_steps % size:
+    if size < 2 and shard:
+        raise ValueError("--shard needs several processes: torchrun --nproc_per_node=N train.py ...")
+    if size > 1 and gradient_accumulation_steps % size:
         steps = f"gradient_accumulation_steps={gradient_accumulation_steps}"
         raise ValueError(f"{size} processes cannot share {steps}: make it a multiple of {size}")
     if device.type == "cuda":
-        device = torch.device("cuda", local_rank)
-        torch.cuda.set_device(device)
+        if size > 1:
+            here, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", size)), torch.cuda.device_count()
+            if here > gpus:
+                raise ValueError(f"{here} processes cannot share {gpus} GPUs: start one for each, or use --device=cpu")
+            device = torch.device("cuda", local_rank)
+        torch.cuda.set_device(device.index or 0)  # otherwise pinned memory would also take some of the first GPU
+    if size < 2:
+        return World(0, 0, 1, device)
     # torchrun keeps the store across restarts; the prefix hides the addresses of the processes that have died
     store = dist.PrefixStore(f"restart {n_restarts()}", next(dist.rendezvous("env://"))[0])
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
@@ -105,11 +109,17 @@ def lost_processes(world: World) -> Iterator[None]:
 
 
 def wrap_model(
-    model: GPT, world: World, shard: bool = False, activation_checkpointing: bool = False, compile: bool = False
+    model: GPT,
+    world: World,
+    shard: bool = False,
+    activation_checkpointing: bool = False,
+    compile: bool = False,
+    dtype: str = "float32",
 ) -> tuple[GPT, Any]:
     """The model on its device (its shards on theirs), and the callable that computes the loss in its place.
 
     activation_checkpointing keeps only the inputs of the blocks for the backward pass, which computes the rest again.
+    dtype is that of the autocast in which the callable will run: see `make_autocast`.
     """
     if activation_checkpointing:
         from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
@@ -117,11 +127,15 @@ def wrap_model(
         for i, block in enumerate(model.h):
             model.h[i] = checkpoint_wrapper(block)
     if shard:
-        from torch.distributed.fsdp import fully_shard
+        from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
         mesh = dist.init_device_mesh(world.device.type, (world.size,))
-        for module in (*model.h, model):
-            fully_shard(module, mesh=mesh)
+        # Autocast would keep a bfloat16 copy of every gathered weight until the backward pass. So FSDP gathers a
+        # block's weights in bfloat16. What is between the products, and embedding, head and gradients stay in float32.
+        policy = MixedPrecisionPolicy(autocast_dtype(dtype, world.device), torch.float32, cast_forward_inputs=False)
+        for block in model.h:
+            fully_shard(block, mesh=mesh, mp_policy=policy)
+        fully_shard(model, mesh=mesh)
     else:
         model = model.to(world.device)
     forward: Any = model
@@ -133,13 +147,17 @@ def wrap_model(
     return model, forward
 
 
-def make_autocast(dtype: str, device: torch.device) -> AbstractContextManager:
-    """The precision of a forward pass. "auto" is bfloat16 on a CUDA device that has it, else float32."""
-    if dtype == "auto":
-        dtype = "bfloat16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "float32"
+def autocast_dtype(name: str, device: torch.device) -> torch.dtype:
+    """The precision of matrix products. "auto" is bfloat16 on a CUDA device that has it, else float32."""
+    return getattr(torch, name if name != "auto" else "bfloat16" if multiplies_bfloat16(device) else "float32")
+
+
+def make_autocast(name: str, device: torch.device) -> AbstractContextManager:
+    """A context in which matrix products have this precision: see `autocast_dtype`."""
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")  # TF32 for what stays in float32; it would slow a CPU down
-    return torch.autocast(device.type, torch.bfloat16) if dtype == "bfloat16" else nullcontext()
+    dtype = autocast_dtype(name, device)
+    return nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype)
 
 
 def clip_gradient(model: GPT, max_norm: float) -> torch.Tensor:

@@ -13,6 +13,18 @@ from gpt import GPT, GPTConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 
+# The tests and the processes that they start are on the CPU. test_cuda.py is not, and gives its processes these GPUs
+GPUS = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(torch.cuda.device_count())))
+if torch.cuda.is_available():
+    torch.cuda.init()  # this process sees them from now on, whatever its environment says
+os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
+@pytest.fixture(autouse=True)
+def auto_is_cpu(monkeypatch):
+    """The device "auto" of what runs in this process."""
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available=False: None)
+
 
 def make_model(dtype: torch.dtype = torch.float64, seed: int = 0, **config) -> GPT:
     """A small model whose weights are all random: a fresh one's blocks and head are zero, and hide mistakes."""

@@ -1,5 +1,7 @@
 """Compiled decode gives what `GPT.step` gives."""
 
+import copy
+import pickle
 import subprocess
 import sys
 
@@ -9,7 +11,7 @@ from conftest import QWEN, ROOT, make_model
 from torch._dynamo.utils import counters
 
 from gpt import KVCache
-from sologpt import fast
+from sologpt import fast, parallel
 
 
 @pytest.fixture(params=[{}, QWEN], ids=["nanochat", "qwen"])
@@ -42,6 +44,19 @@ def test_compiled_decode_gives_the_same_tokens_and_is_compiled_once(kind, packed
             plain.generate_batch(prompts, 20, temperature=0)
         )
     assert counters["stats"]["unique_graphs"] == before
+
+
+@pytest.mark.slow
+def test_a_model_whose_decoder_was_compiled_can_be_copied_and_pickled(kind, tmp_path):
+    """The compiled code belongs to the decoder: the model is as it was."""
+    model = make_model(torch.float32, **kind)
+    decode = fast.prepare(model, compile=True)
+    tokens = list(model.generate([1, 2, 3], 9, temperature=0, decode=decode))
+    torch.save(model, tmp_path / "model.pt")
+    again = torch.load(tmp_path / "model.pt", weights_only=False)
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model)), again):
+        assert list(other.generate([1, 2, 3], 9, temperature=0)) == tokens
+        other(torch.tensor([[1, 2]]), torch.tensor([[2, 3]])).backward()
 
 
 @pytest.mark.slow
@@ -81,6 +96,19 @@ def test_the_arithmetic_that_is_compiled_is_that_of_the_model(kind, rows, monkey
         with pytest.raises(ValueError, match="48"):
             for _ in range(48):
                 decode(ids, caches[1])
+
+
+@pytest.mark.slow
+def test_wrap_model_compiles_the_training_step(kind):
+    """With --compile, the loss and its gradients come from compiled code, and are those of the plain model."""
+    idx, targets = torch.randint(61, (2, 2, 16))
+    results, world = [], parallel.World(0, 0, 1, torch.device("cpu"))
+    for compile in (False, True):
+        model, forward = parallel.wrap_model(make_model(torch.float32, **kind), world, compile=compile)
+        loss = forward(idx, targets)
+        results.append((loss, *torch.autograd.grad(loss, list(model.parameters()))))
+        assert (counters["stats"]["unique_graphs"] > 0) == compile
+    torch.testing.assert_close(*results, atol=1e-4, rtol=1e-3)
 
 
 def test_compiled_training_needs_no_complex_numbers():

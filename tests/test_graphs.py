@@ -1,7 +1,5 @@
 """Decode by CUDA graphs, where there is no GPU: what is recorded is run again without its Python, on a CPU."""
 
-from contextlib import nullcontext
-
 import pytest
 import torch
 from conftest import QWEN, make_model
@@ -11,6 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from gpt import KVCache
+from sologpt import fast
 from sologpt.fast import CudaGraphs, Lookup
 
 
@@ -33,43 +32,32 @@ class Recorder(TorchDispatchMode):
                     old.copy_(new)
 
 
-class Stream:
-    def __init__(self, device):
-        assert device.type == "cpu"
-
-    def wait_stream(self, other):
-        pass
-
-
-CUDA = {
-    "CUDAGraph": Recorder,
-    "Stream": Stream,
-    "current_stream": lambda: None,
-    "stream": lambda stream: nullcontext(),
-    "device": lambda device: nullcontext(),
-    "graph": lambda graph, stream: graph,
-}
+def cuda_graph(step, device):
+    """In place of fast.cuda_graph, which needs a GPU to capture what is launched (tests/test_cuda.py runs it there)."""
+    assert device.type == "cpu"
+    step()
+    with Recorder() as graph:
+        result = step()
+    return result, graph.replay
 
 
-@pytest.fixture
+@pytest.fixture(autouse=True)
 def recording(monkeypatch):
-    """torch.cuda without a GPU, and nothing compiled: only what is recorded is of interest."""
-    for name, value in CUDA.items():
-        monkeypatch.setattr(torch.cuda, name, value)
-    monkeypatch.setattr(torch, "compile", lambda function, dynamic: function)
+    monkeypatch.setattr(fast, "cuda_graph", cuda_graph)
 
 
 class Counted(CudaGraphs):
-    """Keeps the sizes of the graphs that it records."""
+    """Keeps the sizes of the graphs that it records. Nothing is compiled: only what is recorded is of interest."""
 
     def __init__(self, model, smallest):
         super().__init__(model, smallest)
+        self.block, self.head = fast.block_of_one_token, fast.head_of_one_token
         self.sizes = []
 
     def record(self, kv_cache, length):
-        size, replay = super().record(kv_cache, length)
+        size, decode = super().record(kv_cache, length)
         self.sizes.append(size)
-        return size, replay
+        return size, decode
 
 
 def new_cache(model, rows):
@@ -82,7 +70,7 @@ def new_cache(model, rows):
 @pytest.mark.parametrize("kind", [{}, QWEN], ids=["nanochat", "qwen"])
 @settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(lengths=st.lists(st.integers(1, 48), min_size=1, max_size=4), seed=st.integers(0, 99))
-def test_the_same_tokens_past_a_full_window_too(recording, kind, lengths, seed):
+def test_the_same_tokens_past_a_full_window_too(kind, lengths, seed):
     model = make_model(sequence_len=48, seed=seed, **kind)
     prompts = [torch.randint(61, (n,)).tolist() for n in lengths]
     decode, cache = Counted(model, 8), new_cache(model, len(prompts))
@@ -92,7 +80,7 @@ def test_the_same_tokens_past_a_full_window_too(recording, kind, lengths, seed):
     assert decode.sizes == [size for size in (8, 16, 32, 48) if size > longest]
 
 
-def test_a_graph_is_recorded_once_for_a_cache_and_freed_with_it(recording):
+def test_a_graph_is_recorded_once_for_a_cache_and_freed_with_it():
     model = make_model(sequence_len=48)
     decode, cache = Counted(model, 8), new_cache(model, 1)
     said = [list(model.generate([1, 2, 3], 4, temperature=0, kv_cache=cache, decode=decode))]
@@ -104,7 +92,7 @@ def test_a_graph_is_recorded_once_for_a_cache_and_freed_with_it(recording):
     assert len(decode.graphs) == 0
 
 
-def test_rows_that_have_ended_forget_what_they_read(recording):
+def test_rows_that_have_ended_forget_what_they_read():
     model = make_model(sequence_len=48)
     cache, decode = new_cache(model, 2), Counted(model, 8)
     free = list(model.generate_batch([[1, 2, 3], [4]], 6, temperature=0))
@@ -114,14 +102,14 @@ def test_rows_that_have_ended_forget_what_they_read(recording):
     assert cache.tokens() == [[1, 2, 3, *(row[0] for row in free)], [4, stop]]
 
 
-def test_beside_lookup(recording):
+def test_beside_lookup():
     model = make_model(sequence_len=48)
     prompt, decode = [1, 2, 3, 4] * 5, Lookup(model, 4, Counted(model, 8))
     out = list(model.generate(prompt, 25, temperature=0, kv_cache=new_cache(model, 1), decode=decode))
     assert out == list(model.generate(prompt, 25, temperature=0))
 
 
-def test_too_little_room_is_an_error_before_anything_is_read(recording):
+def test_too_little_room_is_an_error_before_anything_is_read():
     model = make_model(sequence_len=48)
     cache = KVCache(model.config, 1, 6, dtype=model.dtype)
     decode = Counted(model, 4)

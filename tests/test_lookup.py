@@ -13,7 +13,7 @@ from sologpt.fast import Lookup
 @settings(max_examples=40, deadline=None)
 @given(
     turns=st.lists(st.lists(st.integers(0, 3), min_size=1, max_size=20), min_size=1, max_size=3),
-    n=st.integers(1, 50),
+    n=st.integers(1, 32),
     temperature=st.sampled_from([0, 0.3, 1.0]),
     spoken=st.integers(0, 60),
     max_len=st.integers(32, 40),
@@ -53,8 +53,9 @@ def test_lookup_is_for_one_row_and_drafts_at_least_one_token():
     model = make_model()
     with pytest.raises(ValueError, match="one row"):
         list(model.generate_batch([[1], [2]], 5, decode=Lookup(model, 3)))
-    with pytest.raises(ValueError, match="at least 1"):
-        Lookup(model, 0)
+    for n in (0, -1, 33, 10**9):  # no draft is longer than the context
+        with pytest.raises(ValueError, match=f"at least 1 token and at most 32, not {n}"):
+            Lookup(model, n)
 
 
 def test_each_call_commits_one_token_and_a_changed_cache_drops_the_draft():

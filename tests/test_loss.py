@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from conftest import make_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from gpt import CrossEntropy
@@ -139,7 +140,19 @@ def test_no_target_at_all_is_not_a_number_as_in_pytorch(kind):
     assert model(torch.zeros(1, 4, dtype=torch.long), nothing).isnan()
 
 
-def test_a_chunk_has_a_bounded_number_of_logits_and_a_call_a_bounded_number_of_chunks():
-    assert loss.rows_per_chunk(4096, 50304) == 333
-    assert loss.rows_per_chunk(32768, 50304) == 2048
-    assert loss.rows_per_chunk(3, 2**30) == 1
+@pytest.mark.parametrize("grad", [True, False])
+def test_however_many_rows_a_batch_has_the_head_is_read_for_few_chunks(grad, monkeypatch):
+    """Each chunk reads the head and adds to its gradient, which would be most of the traffic of a large batch."""
+    model, idx, read = model_with(ChunkedCrossEntropy, sequence_len=128), torch.randint(61, (3, 128)), []
+    monkeypatch.setattr(loss, "LOGITS_PER_CHUNK", 61)
+
+    class Watch(TorchFunctionMode):
+        def __torch_function__(self, func, types, args=(), kwargs=None):
+            if func is F.linear and args[1] is model.lm_head.weight:
+                read.append(len(args[0]))
+            return func(*args, **kwargs or {})
+
+    with torch.set_grad_enabled(grad), Watch():
+        ours = model(idx, idx)
+    assert len(read) == 16 and sum(read) == 3 * 128
+    torch.testing.assert_close(ours, F.cross_entropy(model(idx).flatten(0, 1), idx.flatten()))

@@ -44,13 +44,18 @@ def test_a_fresh_model_knows_nothing_and_each_block_is_the_identity(switches):
 
 def test_activation_checkpointing_changes_no_gradient():
     idx, targets = torch.randint(61, (2, 2, 16))
-    grads, world = [], parallel.World(0, 0, 1, torch.device("cpu"))
+    grads, kept, world = [], [], parallel.World(0, 0, 1, torch.device("cpu"))
     for checkpointing in (False, True):
         model, forward = parallel.wrap_model(make_model(dropout=0.2), world, activation_checkpointing=checkpointing)
         torch.manual_seed(0)
-        grads.append(torch.autograd.grad(forward(idx, targets), list(model.parameters())))
+        sizes: list[int] = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda x, s=sizes: s.append(x.numel()) or x, lambda x: x):
+            loss = forward(idx, targets)
+        kept.append(sum(sizes))
+        grads.append(torch.autograd.grad(loss, list(model.parameters())))
         assert model.state_dict().keys() == make_model().state_dict().keys()
     assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
+    assert kept[1] < kept[0] / 2
 
 
 def test_logits_are_capped_and_in_float32_or_better():

@@ -73,16 +73,17 @@ def test_stacked_muon_equals_one_matrix_after_the_other():
     assert all(torch.allclose(p, q, atol=1e-12) for p, q in zip(together, alone, strict=True))
 
 
-def test_muon_does_what_torch_muon_does_up_to_the_iteration():
+@pytest.mark.parametrize("shape", [(30, 20), (80, 10), (10, 80)])
+def test_muon_does_what_torch_muon_does_up_to_the_iteration(shape):
     """The same momentum, decay and scale: steps differ only by how near the iteration comes to orthogonal."""
     torch.manual_seed(0)
-    ours = torch.nn.Parameter(torch.randn(30, 20))
+    ours = torch.nn.Parameter(torch.randn(shape))
     reference = torch.nn.Parameter(ours.detach().clone())
     a = Muon([ours], lr=0.1, momentum=0.9, weight_decay=0.2)
     b = torch.optim.Muon([reference], lr=0.1, momentum=0.9, weight_decay=0.2)
     start = ours.detach().clone()
     for _ in range(5):
-        ours.grad = torch.randn(30, 20)
+        ours.grad = torch.randn(shape)
         reference.grad = ours.grad.clone()
         a.step(), b.step()
     moved, expected = ours - start, reference - start

@@ -1,5 +1,8 @@
 """Matrices in oneDNN's layout give what plain ones give."""
 
+import copy
+import pickle
+
 import pytest
 import torch
 from conftest import LLAMA, QWEN, make_model
@@ -70,12 +73,15 @@ def test_a_packed_model_is_for_inference_only(kind, tmp_path):
         (lambda: packed.save(tmp_path / "ckpt.pt"), "cannot be saved: save it before"),
         (lambda: packed.to(torch.bfloat16), "cannot be moved or cast"),
         (packed.double, "cannot be moved or cast"),
+        (lambda: copy.deepcopy(packed), "cannot be copied or pickled"),
+        (lambda: pickle.dumps(packed), "cannot be copied or pickled"),
+        (lambda: torch.save(packed, tmp_path / "model.pt"), "cannot be copied or pickled"),
         (lambda: packed.train()(idx, idx), "cannot be trained"),
     ):
         with pytest.raises(RuntimeError, match=words) as e:
             refused()
         assert "\n" not in str(e.value)
-    assert [path.name for path in tmp_path.iterdir()] == ["ckpt.pt"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["ckpt.pt", "model.pt"]  # the second is torch's
     assert (tmp_path / "ckpt.pt").read_bytes() == before
     assert len(list(packed.generate([1], 5))) == 5 and packed.training
     assert packed.dtype == torch.float32 and torch.equal(packed.eval()(idx), logits)
@@ -103,9 +109,19 @@ def test_what_cannot_be_packed_stays_as_it_is(monkeypatch):
 def test_prepare_gives_a_decoder_that_says_the_same(lookup, rows):
     plain, model = (make_model(torch.float32) for _ in range(2))
     decode = fast.prepare(model, lookup=lookup, rows=rows)
+    assert isinstance(decode, fast.Lookup) == bool(lookup)
+    assert model.head_weight.is_mkldnn == fast.packs(model.device, model.dtype)
     prompts = [[1, 2, 3, 1, 2]] * rows
     assert list(model.generate_batch(prompts, 20, temperature=0, decode=decode)) == list(
         plain.generate_batch(prompts, 20, temperature=0)
     )
     with pytest.raises(ValueError, match="one row"):
         fast.prepare(model, lookup=2, rows=2)
+
+
+@pytest.mark.parametrize("lookup, rows, packed", [(0, 1, False), (3, 1, True), (0, 4, True)])
+def test_prepare_packs_for_compiled_code_where_that_does_not_read_plain_weights(lookup, rows, packed):
+    model = make_model(torch.float32)
+    decode = fast.prepare(model, compile=True, lookup=lookup, rows=rows)
+    assert type(decode.decode if lookup else decode) is fast.Compiled
+    assert model.head_weight.is_mkldnn == (packed and fast.packs(model.device, model.dtype))

@@ -1,3 +1,4 @@
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -38,6 +39,14 @@ def test_each_filter_and_all_together_leave_what_transformers_leaves(
     ours = Sampling(temperature, top_k, top_p, min_p).filter(logits).softmax(-1)
     assert torch.equal(ours > 0, expected > 0)
     assert torch.allclose(ours, expected)
+
+
+@pytest.mark.parametrize("top_p, kept", [(0.2, 1), (0.25, 1), (0.5, 2), (0.6, 3), (0.75, 3), (0.8, 4)])
+def test_top_p_keeps_the_fewest_tokens_that_sum_to_p(top_p, kept):
+    """Also where they sum to exactly p: four tokens of probability 1/4."""
+    logits = torch.zeros(1, 4)
+    assert Sampling(top_p=top_p).filter(logits).isfinite().sum() == kept
+    assert (by_transformers(logits, 1.0, None, top_p, None) > 0).sum() == kept
 
 
 @settings(max_examples=30, deadline=None)
