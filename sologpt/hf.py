@@ -4,6 +4,7 @@
     hf.save(model, tokenizer, "out/mine")  # a folder for transformers, vLLM, llama.cpp, ...
 
     python -m sologpt.hf import NAME_OR_DIR OUT_DIR [--dtype=bfloat16]
+    python -m sologpt.hf import nanogpt:CKPT OUT_DIR [--tokenizer=gpt2]
     python -m sologpt.hf export CHECKPOINT NEW_DIR [--dtype=bfloat16]
 
 A model that GPTConfig cannot express exactly is refused by a ValueError that names the key. Weights are read from
@@ -22,7 +23,7 @@ import sys
 import tempfile
 import typing
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -172,6 +173,7 @@ CONFIG_KEYS = {  # config.json: GPTConfig
     "rms_norm_eps": "norm_eps",
     "tie_word_embeddings": "tie_embd",
 }
+ACTIVATIONS = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu"}  # config.json: GPTConfig.mlp
 MAX_SIZE = 2**31  # products of two fit in an int64
 DEFAULTS = dict(num_key_value_heads=None, head_dim=None, rms_norm_eps=1e-6, tie_word_embeddings=False)
 
@@ -187,6 +189,39 @@ SUPPORTED: dict[str, Any] = dict(
 )
 
 
+MODULE_NAMES = {  # ours: theirs, for the whole model and within a block
+    "wte": "model.embed_tokens",
+    "norm": "model.norm",
+    "lm_head": "lm_head",
+    "attn_norm": "input_layernorm",
+    "attn.c_q": "self_attn.q_proj",
+    "attn.c_k": "self_attn.k_proj",
+    "attn.c_v": "self_attn.v_proj",
+    "attn.c_proj": "self_attn.o_proj",
+    "attn.q_norm": "self_attn.q_norm",
+    "attn.k_norm": "self_attn.k_norm",
+    "mlp_norm": "post_attention_layernorm",
+    "mlp.c_gate": "mlp.gate_proj",
+    "mlp.c_fc": "mlp.up_proj",
+    "mlp.c_proj": "mlp.down_proj",
+}
+GPT2_NAMES = {
+    "wte": "transformer.wte",
+    "wpe": "transformer.wpe",
+    "norm": "transformer.ln_f",
+    "lm_head": "lm_head",
+    "attn_norm": "ln_1",
+    "attn.c_q": "attn.c_attn",  # one matrix for the three
+    "attn.c_k": "attn.c_attn",
+    "attn.c_v": "attn.c_attn",
+    "attn.c_proj": "attn.c_proj",
+    "mlp_norm": "ln_2",
+    "mlp.c_fc": "mlp.c_fc",
+    "mlp.c_proj": "mlp.c_proj",
+}
+PARTS = {"attn.c_q": 0, "attn.c_k": 1, "attn.c_v": 2}  # of c_attn
+
+
 @dataclass(frozen=True)
 class Family:
     """A model_type of transformers, as its modeling file computes it."""
@@ -195,20 +230,25 @@ class Family:
     switches: dict[str, Any]  # GPTConfig fields that make GPT compute the same
     supported: dict[str, Any]  # like SUPPORTED
     defaults: dict[str, Any] = field(default_factory=dict)  # of keys that config.json may leave out
-    config_keys: dict[str, str] = field(default_factory=dict)  # like CONFIG_KEYS
-    module_names: dict[str, str] = field(default_factory=dict)  # like MODULE_NAMES
+    config_keys: dict[str, str] = field(default_factory=lambda: CONFIG_KEYS)
+    module_names: dict[str, str] = field(default_factory=lambda: MODULE_NAMES)
+    block: str = "model.layers"  # the module that holds the blocks
     inverse_rotation: bool = False  # rotary positions rotate by the negative angle
+    transposed: bool = False  # the blocks' matrices are (in, out)
 
 
-LLAMA = dict(mlp="swiglu", qk_norm=False, embd_norm=False, norm_weight=True, qkv_bias=False, softcap=0.0)
+ROPE: dict[str, Any] = dict(norm="rms", bias=False, positions="rotary")
+LLAMA = ROPE | dict(mlp="swiglu", qk_norm=False, embd_norm=False, norm_weight=True, qkv_bias=False, softcap=0.0)
+GPT2: dict[str, Any] = LLAMA | dict(norm="layer", positions="learned")
+del GPT2["mlp"], GPT2["bias"]  # GPT-2's models differ in these
 FAMILIES = {
     "nanochat": Family(
         "NanoChatForCausalLM",
-        dict(mlp="relu2", qk_norm=True, embd_norm=True, norm_weight=False, qkv_bias=False),
+        ROPE | dict(mlp="relu2", qk_norm=True, embd_norm=True, norm_weight=False, qkv_bias=False),
         dict(hidden_act="relu2", attention_bias=False, sliding_window=None),
         dict(final_logit_softcapping=15.0),
-        config_keys={"final_logit_softcapping": "softcap"},
-        module_names={"mlp.c_fc": "mlp.fc1", "mlp.c_proj": "mlp.fc2"},
+        config_keys=CONFIG_KEYS | {"final_logit_softcapping": "softcap"},
+        module_names=MODULE_NAMES | {"mlp.c_fc": "mlp.fc1", "mlp.c_proj": "mlp.fc2"},
         inverse_rotation=True,
     ),
     "llama": Family(
@@ -234,6 +274,31 @@ FAMILIES = {
         dict(hidden_act="silu", attention_bias=False, use_sliding_window=False),
         dict(num_key_value_heads=32, head_dim=128),
     ),
+    "gpt2": Family(
+        "GPT2LMHeadModel",
+        GPT2 | dict(bias=True),
+        dict(
+            scale_attn_weights=True,
+            scale_attn_by_inverse_layer_idx=False,
+            reorder_and_upcast_attn=False,
+            add_cross_attention=False,
+        ),
+        dict(n_inner=None, activation_function="gelu_new", layer_norm_epsilon=1e-5, tie_word_embeddings=True),
+        config_keys={
+            "vocab_size": "vocab_size",
+            "n_positions": "sequence_len",
+            "n_embd": "n_embd",
+            "n_layer": "n_layer",
+            "n_head": "n_head",
+            "n_inner": "n_hidden",
+            "layer_norm_epsilon": "norm_eps",
+            "tie_word_embeddings": "tie_embd",
+            "activation_function": "mlp",
+        },
+        module_names=GPT2_NAMES,
+        block="transformer.h",
+        transposed=True,
+    ),
 }
 
 
@@ -251,8 +316,13 @@ def to_gpt_config(config_json: dict[str, Any]) -> GPTConfig:
     config_json["final_logit_softcapping"] = config_json.get("final_logit_softcapping") or 0.0  # null is off
     fields: dict[str, Any] = {}
     types = typing.get_type_hints(GPTConfig)
-    for key, ours in (CONFIG_KEYS | family.config_keys).items():
+    for key, ours in family.config_keys.items():
         value, wanted = config_json.get(key), types[ours]
+        if ours == "mlp":
+            if value not in ACTIVATIONS:
+                raise ValueError(f"{key} is {value!r}, but only {', '.join(ACTIVATIONS)} are supported")
+            fields[ours] = ACTIVATIONS[value]
+            continue
         right_type = isinstance(value, wanted | int) and isinstance(value, bool) == (wanted is bool)  # 1 may mean 1.0
         if not right_type or not abs(value or 0) < MAX_SIZE:
             raise ValueError(f"{key} has the wrong type or size: {value!r}")
@@ -283,14 +353,21 @@ def to_hf_config(config: GPTConfig) -> dict[str, Any]:
     }
     if config.n_embd % config.n_head:  # LlamaConfig refuses it without need; mistral, otherwise the same, does not
         mismatches["llama"].append("n_head")
+    if config.mlp not in ACTIVATIONS.values():
+        mismatches["gpt2"].append("mlp")
+    if config.heads != (config.n_head, config.n_head, config.n_embd // config.n_head):
+        mismatches["gpt2"] += ["n_kv_head", "head_dim"]
     name = min(mismatches, key=lambda name: len(mismatches[name]))
     if mismatches[name]:
         differences = ", ".join(f"{key}={getattr(config, key)!r}" for key in mismatches[name])
         raise ValueError(f"transformers has no such model: the nearest is {name}, which does not have {differences}")
     family = FAMILIES[name]
     config_json: dict[str, Any] = {"architectures": [family.architecture], "model_type": name}
-    config_json |= {key: getattr(config, ours) for key, ours in (CONFIG_KEYS | family.config_keys).items()}
+    config_json |= {key: getattr(config, ours) for key, ours in family.config_keys.items()}
     config_json |= family.supported
+    if config.positions == "learned":
+        activations = {ours: theirs for theirs, ours in reversed(ACTIVATIONS.items())}
+        return config_json | {"activation_function": activations[config.mlp]}
     if config_json.get("final_logit_softcapping") == 0:
         config_json["final_logit_softcapping"] = None
     # The older rotary keys: transformers 5 reads them too, and other programs know only these
@@ -300,33 +377,48 @@ def to_hf_config(config: GPTConfig) -> dict[str, Any]:
 # -----------------------------------------------------------------------------
 # Tensor names and layouts
 
-MODULE_NAMES = {  # ours: theirs, for the whole model and within a block
-    "wte": "model.embed_tokens",
-    "norm": "model.norm",
-    "lm_head": "lm_head",
-    "attn_norm": "input_layernorm",
-    "attn.c_q": "self_attn.q_proj",
-    "attn.c_k": "self_attn.k_proj",
-    "attn.c_v": "self_attn.v_proj",
-    "attn.c_proj": "self_attn.o_proj",
-    "attn.q_norm": "self_attn.q_norm",
-    "attn.k_norm": "self_attn.k_norm",
-    "mlp_norm": "post_attention_layernorm",
-    "mlp.c_gate": "mlp.gate_proj",
-    "mlp.c_fc": "mlp.up_proj",
-    "mlp.c_proj": "mlp.down_proj",
-}
 ROTATED = {"attn.c_q", "attn.c_k", "attn.q_norm", "attn.k_norm"}  # rotary positions act on their output channels
 
 
-def tensor_names(model: GPT, family: Family) -> list[tuple[str, str, bool]]:
-    """For each tensor of the state dict: our name, their name, whether the rotary layout permutes it."""
+@dataclass(frozen=True)
+class TensorName:
+    """A tensor of our state dict in a file of transformers."""
+
+    ours: str
+    theirs: str
+    rotated: bool  # the rotary layout permutes it
+    part: int | None  # which third of theirs it is
+    transposed: bool  # theirs is (in, out)
+
+
+def tensor_names(model: GPT, family: Family) -> list[TensorName]:
     names = []
     for ours in model.state_dict():
         layer, module, kind = re.fullmatch(r"(?:h\.(\d+)\.)?(.+)\.(weight|bias)", ours).groups()  # type: ignore[union-attr]
-        block = f"model.layers.{layer}." if layer else ""
-        names.append((ours, f"{block}{(MODULE_NAMES | family.module_names)[module]}.{kind}", module in ROTATED))
+        theirs = f"{family.block}.{layer}." * bool(layer) + f"{family.module_names[module]}.{kind}"
+        joined = family.module_names is GPT2_NAMES and module in PARTS
+        rotated = module in ROTATED and model.config.positions == "rotary"
+        transposed = family.transposed and kind == "weight" and ".c_" in module
+        names.append(TensorName(ours, theirs, rotated, PARTS[module] if joined else None, transposed))
     return names
+
+
+def from_theirs(x: Tensor, name: TensorName, D: int, inverse_rotation: bool) -> Tensor:
+    """A tensor of theirs in our layout."""
+    x = x.mT if name.transposed else x
+    x = x if name.part is None else x.chunk(3)[name.part]
+    return to_interleaved(x, D, inverse_rotation) if name.rotated else x
+
+
+def to_theirs(state: dict[str, Tensor], names: list[TensorName], D: int, inverse_rotation: bool) -> dict[str, Tensor]:
+    """Our state dict by their names, in their layout: the inverse of `from_theirs`."""
+    weights: dict[str, Tensor] = {}
+    for theirs in dict.fromkeys(name.theirs for name in names):
+        parts = [name for name in names if name.theirs == theirs]  # in order
+        tensors = [to_half_split(state[n.ours], D, inverse_rotation) if n.rotated else state[n.ours] for n in parts]
+        x = torch.cat(tensors) if len(tensors) > 1 else tensors[0]
+        weights[theirs] = (x.mT if parts[0].transposed else x).contiguous()
+    return weights
 
 
 def to_interleaved(x: Tensor, D: int, inverse_rotation: bool) -> Tensor:
@@ -473,34 +565,63 @@ def read_weights(
 ) -> dict[str, Tensor]:
     """The state dict of model, from a folder's safetensors. All names, shapes and dtypes are checked before reading."""
     names, state = tensor_names(model, family), model.state_dict()
-    expected = {theirs for _, theirs, _ in names}
-    # Old checkpoints hold the rotary frequencies, which are computed here
-    extra = {name for name in found.keys() - expected if not name.endswith("rotary_emb.inv_freq")}
+    if "wte.weight" in found:  # GPT-2's own files
+        names = [replace(name, theirs=name.theirs.removeprefix("transformer.")) for name in names]
+    expected = {name.theirs for name in names}
+    # Old checkpoints hold what is computed here: the rotary frequencies, or the causal mask
+    computed = re.compile(r".*(\.rotary_emb\.inv_freq|\.attn\.(masked_)?bias)")
+    extra = {name for name in found.keys() - expected if not computed.fullmatch(name)}
     if missing := expected - found.keys():
         raise ValueError(f"{folder}: {len(missing)} tensors are missing: {listed(missing)}")
     if model.config.tie_embd and "lm_head.weight" in extra:
-        both = ("lm_head.weight", "model.embed_tokens.weight")
+        both = ("lm_head.weight", next(name.theirs for name in names if name.ours == "wte.weight"))
         head, embedding = (read_tensor(found[name][0], name) for name in both)
         if not torch.equal(head, embedding):
             raise ValueError(f"{folder}: tie_word_embeddings is true, but lm_head.weight is not the embedding")
         extra.remove("lm_head.weight")
     if extra:
         raise ValueError(f"{folder}: {len(extra)} tensors are unexpected: {listed(extra)}")
-    for ours, theirs, _ in names:
+    (_, _, D), weights = model.config.heads, {}
+    for theirs, x in to_theirs(state, names, D, family.inverse_rotation).items():  # on the meta device: shapes alone
         path, shape, kind = found[theirs]
-        if shape != state[ours].shape:
-            raise ValueError(f"{path}: {theirs} is {shape}, but {tuple(state[ours].shape)} by config.json")
+        if shape != x.shape:
+            raise ValueError(f"{path}: {theirs} is {shape}, but {tuple(x.shape)} by config.json")
         if kind not in DTYPES:
             raise ValueError(f"{path}: {theirs} is {kind}, but only {', '.join(DTYPES)} are supported")
 
     dtype = dtype or functools.reduce(torch.promote_types, {DTYPES[found[theirs][2]] for theirs in expected})
-    names.sort(key=lambda row: -state[row[0]].numel())  # largest first: two copies of it exist for a moment
-    weights, (_, _, D) = {}, model.config.heads
-    for ours, theirs, permuted in names:
-        x = read_tensor(found[theirs][0], theirs)
-        x = to_interleaved(x, D, family.inverse_rotation) if permuted else x
-        weights[ours] = x.to(device, dtype, copy=True)
+    names.sort(key=lambda name: -state[name.ours].numel())  # largest first: two copies of it exist for a moment
+    for name in names:
+        x = from_theirs(read_tensor(found[name.theirs][0], name.theirs), name, D, family.inverse_rotation)
+        weights[name.ours] = x.to(device, dtype, copy=True, memory_format=torch.contiguous_format)
     return weights
+
+
+def load_nanogpt(path: str | Path, tokenizer: str = "gpt2", dtype: torch.dtype | None = None) -> tuple[GPT, Tokenizer]:
+    """The model of a checkpoint of nanoGPT's train.py, in eval mode, and a tokenizer: see `Tokenizer.from_spec`.
+
+    No code in the file is run. ValueError for a file that is no such checkpoint, OSError for a missing one.
+    """
+    with open(path, "rb") as f:
+        try:
+            checkpoint = torch.load(f, map_location="cpu", weights_only=True)
+            args = checkpoint["model_args"]
+            sizes = {key: args[key] for key in ("vocab_size", "n_layer", "n_head", "n_embd", "bias", "dropout")}
+            config = GPTConfig(args["block_size"], mlp="gelu", tie_embd=True, norm_eps=1e-5, **sizes, **GPT2)
+            state = {name.removeprefix("_orig_mod."): x for name, x in checkpoint["model"].items()}
+            if config.n_layer > len(state):
+                raise ValueError("it has fewer tensors than layers")
+            with torch.device("meta"):
+                model = GPT(config)
+            names = tensor_names(model, replace(FAMILIES["gpt2"], transposed=False))
+            weights = {name.ours: from_theirs(state[name.theirs], name, 0, False).clone() for name in names}
+            model.load_state_dict(weights, assign=True)
+        except Exception as e:  # zip, pickle, a missing key, a shape
+            raise ValueError(f"{path} is not a checkpoint of nanoGPT, or is damaged: {type(e).__name__}") from e
+    found = Tokenizer.from_spec(tokenizer)
+    if found.vocab_size > config.vocab_size:
+        raise ValueError(f"the tokenizer {tokenizer} has {found.vocab_size} tokens, {path} only {config.vocab_size}")
+    return model.to(dtype=dtype).eval(), found
 
 
 # -----------------------------------------------------------------------------
@@ -512,11 +633,7 @@ def export(model: GPT) -> tuple[dict[str, Any], dict[str, Tensor]]:
     config, (_, _, D), state = to_hf_config(model.config), model.config.heads, model.state_dict()
     family = FAMILIES[config["model_type"]]
     config["dtype"] = str(model.dtype).removeprefix("torch.")
-    weights = {}
-    for ours, theirs, permuted in tensor_names(model, family):
-        x = to_half_split(state[ours], D, family.inverse_rotation) if permuted else state[ours]
-        weights[theirs] = x.contiguous()
-    return config, weights
+    return config, to_theirs(state, tensor_names(model, family), D, family.inverse_rotation)
 
 
 def save(model: GPT, tokenizer: Tokenizer, folder: str | Path) -> None:
@@ -561,15 +678,18 @@ def special_token_ids(tokenizer: Tokenizer) -> dict[str, Any]:
 # Command line
 
 
-def import_checkpoint(source: str, out_dir: Path, dtype: torch.dtype | None) -> None:
-    """Write out_dir/best.pt from a Hugging Face model. RuntimeError if it cannot be written."""
+def import_checkpoint(source: str, out_dir: Path, dtype: torch.dtype | None, tokenizer: str = "gpt2") -> None:
+    """Write out_dir/best.pt from a Hugging Face model, or nanogpt:FILE. RuntimeError if it cannot be written."""
     path = out_dir / "best.pt"
     if path.exists():
         raise FileExistsError(f"{path} exists already: give another folder")
-    model, tokenizer = load(source, dtype=dtype)
+    if source.startswith("nanogpt:"):
+        model, found = load_nanogpt(source.removeprefix("nanogpt:"), tokenizer, dtype)
+    else:
+        model, found = load(source, dtype=dtype)
     try:
         out_dir.mkdir(parents=True, exist_ok=True)
-        model.save(path, tokenizer=tokenizer.to_dict(), step=0, source=source)
+        model.save(path, tokenizer=found.to_dict(), step=0, source=source)
     except (OSError, RuntimeError) as e:  # torch.save raises RuntimeError when the disk is full
         raise RuntimeError(f"cannot write {path}: {e}") from e
     print(f"wrote {path}: {model.num_params() / 1e6:.2f}M parameters in {model.dtype}")
@@ -616,15 +736,24 @@ def make_parser() -> Parser:
     command = commands.add_parser(
         "import",
         parents=[options],
-        help="Hugging Face model to checkpoint",
+        help="Hugging Face model, or nanoGPT's ckpt.pt, to checkpoint",
         description=f"Convert a Hugging Face model to a checkpoint.\nModel types: {', '.join(FAMILIES)}.",
-        epilog="example:\n  python -m sologpt.hf import HuggingFaceTB/SmolLM2-135M out/smollm2 --dtype=bfloat16",
+        epilog=(
+            "examples:\n"
+            "  python -m sologpt.hf import HuggingFaceTB/SmolLM2-135M out/smollm2 --dtype=bfloat16\n"
+            "  python -m sologpt.hf import nanogpt:out/ckpt.pt out/mine"
+        ),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     command.add_argument(
         "source",
-        metavar="NAME_OR_DIR",
-        help="a name on the Hugging Face Hub, or a folder with config.json, tokenizer.json and safetensors",
+        metavar="SOURCE",
+        help="a name on the Hugging Face Hub, a model's folder (config.json, tokenizer.json, ...), or nanogpt:CKPT",
+    )
+    command.add_argument(
+        "--tokenizer",
+        default="gpt2",
+        help="tokenizer of a nanoGPT checkpoint, which holds none: a tiktoken encoding (gpt2, the default), or bytes",
     )
     command.add_argument(
         "out_dir", metavar="OUT_DIR", type=Path, help="the folder that best.pt is written to; it must not hold one yet"
@@ -647,7 +776,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     dtype = None if args.dtype == "auto" else getattr(torch, args.dtype)
     try:
         if args.command == "import":
-            import_checkpoint(args.source, args.out_dir, dtype)
+            import_checkpoint(args.source, args.out_dir, dtype, args.tokenizer)
         else:
             export_checkpoint(args.checkpoint, args.new_dir, dtype)
     except (ValueError, OSError, ImportError, RuntimeError, MemoryError) as e:

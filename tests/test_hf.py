@@ -29,6 +29,7 @@ LLAMA3 = dict(rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_fac
 SHAPE = dict(
     hidden_size=32, intermediate_size=56, num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=400
 )
+GPT2_SHAPE = dict(n_embd=32, n_layer=2, n_head=4, n_positions=400)
 MODELS = {
     "llama": dict(vocab_size=101, num_key_value_heads=4),
     "llama-gqa-3": dict(
@@ -62,6 +63,10 @@ MODELS = {
         head_dim=6,
         rope_parameters=dict(rope_type="linear", factor=4.0, rope_theta=1e6),
     ),
+    "gpt2": dict(vocab_size=101),
+    "gpt2-exact": dict(vocab_size=97, activation_function="gelu", n_inner=72, layer_norm_epsilon=1e-3),
+    "gpt2-odd": dict(vocab_size=63, n_embd=35, n_head=5, n_layer=3, n_positions=301),
+    "gpt2-untied": dict(vocab_size=131, tie_word_embeddings=False, n_head=2),
     "nanochat": dict(vocab_size=101, num_key_value_heads=4),
     "nanochat-gqa": dict(vocab_size=97, num_key_value_heads=2, final_logit_softcapping=3.0, rms_norm_eps=1e-5),
     "nanochat-tied": dict(
@@ -73,12 +78,14 @@ MODELS = {
 def make_theirs(name: str = "llama", **keys):
     """A small transformers model whose weights, gains and biases are all random."""
     torch.manual_seed(len(name))
+    model_type = name.split("-")[0]
+    shape = GPT2_SHAPE if model_type == "gpt2" else SHAPE
     config = AutoConfig.for_model(
-        name.split("-")[0], **SHAPE | MODELS[name] | keys, bos_token_id=None, eos_token_id=None, pad_token_id=0
+        model_type, **shape | MODELS[name] | keys, bos_token_id=None, eos_token_id=None, pad_token_id=0
     )
     theirs = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
-    for parameter in theirs.parameters():
-        parameter.data.normal_(1.0 if parameter.ndim == 1 else 0.0, 0.3)
+    for key, parameter in theirs.named_parameters():
+        parameter.data.normal_(1.0 if parameter.ndim == 1 and key.endswith("weight") else 0.0, 0.3)
     return theirs
 
 
@@ -124,10 +131,14 @@ def test_load_then_save_keeps_every_tensor_and_key(models, tmp_path):
     assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
     config = AutoConfig.from_pretrained(tmp_path / "out")
     assert config.model_type in (theirs.config.model_type, "llama")  # Mistral without a sliding window is Llama
-    for key in (*hf.CONFIG_KEYS, *hf.FAMILIES[config.model_type].config_keys, "hidden_act", "rope_parameters"):
+    for key in (*hf.FAMILIES[config.model_type].config_keys, "hidden_act", "rope_parameters"):
+        if config.model_type == "gpt2" and key in ("hidden_act", "rope_parameters"):
+            continue
         expected = getattr(theirs.config, key, None)
         if key == "head_dim" and expected is None:
             expected = config.hidden_size // config.num_attention_heads
+        if key == "n_inner" and expected is None:
+            expected = 4 * config.n_embd
         assert getattr(config, key) == expected, key
     assert hf.load(tmp_path / "out")[0].config == ours.config
 
@@ -145,6 +156,8 @@ def test_load_then_save_keeps_every_tensor_and_key(models, tmp_path):
         ("mistral", hf.LLAMA | dict(n_embd=30, head_dim=10)),  # LlamaConfig refuses it
         ("qwen2", hf.FAMILIES["qwen2"].switches | dict(n_kv_head=None)),
         ("qwen3", hf.FAMILIES["qwen3"].switches | dict(rope_base=1e6, head_dim=12)),
+        ("gpt2", hf.FAMILIES["gpt2"].switches | dict(mlp="gelu", n_kv_head=None)),
+        ("gpt2", hf.FAMILIES["gpt2"].switches | dict(mlp="gelu_tanh", n_kv_head=None, n_hidden=40, tie_embd=True)),
     ],
 )
 @torch.no_grad()
@@ -176,6 +189,8 @@ def test_a_saved_model_gives_the_same_logits_and_tokens_in_transformers(model_ty
         (hf.LLAMA | dict(mlp="relu2"), ("llama", "mlp='relu2'")),
         (hf.LLAMA | dict(qk_norm=True, qkv_bias=True), ("qwen2", "qk_norm=True")),
         (dict(qkv_bias=True), ("nanochat", "qkv_bias=True")),
+        (hf.GPT2 | dict(mlp="gelu", n_kv_head=None), ("gpt2", "bias=False")),
+        (hf.GPT2 | dict(mlp="gelu", bias=True), ("gpt2", "n_kv_head=2")),
     ],
 )
 def test_a_model_that_transformers_cannot_express_is_refused(switches, words, tmp_path):
@@ -185,13 +200,16 @@ def test_a_model_that_transformers_cannot_express_is_refused(switches, words, tm
     assert not list(tmp_path.iterdir())
 
 
+GPT2_FIXED = ("n_kv_head", "head_dim")  # by the other sizes: any others are refused
+
+
 def test_every_field_of_gpt_config_is_mapped():
     """A new field of GPTConfig needs a line in hf.py; dropout is used in training only."""
     for family in hf.FAMILIES.values():
         places = [
-            *hf.CONFIG_KEYS.values(),
             *family.config_keys.values(),
             *family.switches,
+            *((*GPT2_FIXED,) if "learned" in family.switches.values() else ()),
             "rope_base",
             "rope_scaling",
             "dropout",
