@@ -33,6 +33,20 @@ KNOWN_FAILURES = {  # a pattern in Python's or PyTorch's message: what to print 
     "MemoryError|out of memory|can't allocate memory": "out of memory: try {less}",
     "No working C\\+\\+ compiler": "--compile needs a C++ compiler, such as g++, and none was found",
 }
+NANOGPT_KEYS = {  # nanoGPT's name: the key that has its place, and how
+    "start": ("prompt", "is nanoGPT's name for --prompt"),
+    "max_new_tokens": ("max_tokens", "is nanoGPT's name for --max_tokens"),
+    "block_size": ("sequence_len", "is nanoGPT's name for --sequence_len"),
+    "eval_only": ("max_iters", "is nanoGPT's: here --max_iters=0 evaluates and stops"),
+    "always_save_checkpoint": ("keep_checkpoints", "is nanoGPT's: here every evaluation saves ckpt.pt"),
+    "decay_lr": ("warmdown", "is nanoGPT's: here --warmdown=0 keeps the learning rates constant"),
+    "lr_decay_iters": (
+        "warmdown",
+        "is nanoGPT's: here --warmdown is the fraction of steps in which rates fall",
+    ),
+    "min_lr": ("warmdown", "is nanoGPT's: here the learning rates fall to zero, see --warmdown"),
+    "backend": ("device", "is nanoGPT's: here --device decides, nccl on GPUs and gloo on CPUs"),
+}
 
 
 class UserError(Exception):
@@ -234,6 +248,9 @@ def _assignments(cls: type, known: dict[str, Key], argv: Sequence[str]) -> Itera
 def _find(known: dict[str, Key], where: str, name: str) -> Key:
     if name in known:
         return known[name]
+    key, hint = NANOGPT_KEYS.get(name, ("", ""))
+    if key in known:
+        raise UserError(f"{where}: unknown key {name!r}: it {hint}")
     close = difflib.get_close_matches(name, known, n=1)
     hint = f"did you mean {close[0]!r}?" if close else "--help lists all keys"
     raise UserError(f"{where}: unknown key {name!r}; {hint}")

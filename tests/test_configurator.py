@@ -404,6 +404,17 @@ def test_exit_statuses(capsys, raised, status, line):
     assert e.value.code == status and capsys.readouterr().err == line
 
 
+@pytest.mark.parametrize("name, target", [(name, target) for name, (target, _) in configurator.NANOGPT_KEYS.items()])
+def test_keys_of_nanogpt_say_what_has_their_place(name, target, tmp_path):
+    scripts = [cls for cls in (train.Config, sample.Config) if target in configurator.keys(cls)]
+    assert scripts
+    (tmp_path / "nano.py").write_text(f"{name} = 1")
+    for cls in scripts:
+        for arg in (f"--{name}=1", str(tmp_path / "nano.py")):
+            with pytest.raises(UserError, match=f"unknown key '{name}': it is nanoGPT's.*--?{target}|ckpt.pt"):
+                parse(cls, [arg])
+
+
 @pytest.mark.parametrize("bug", [ValueError("a bug"), RuntimeError("a bug")])
 def test_a_bug_keeps_its_traceback(bug):
     def main():

@@ -1,0 +1,84 @@
+"""Checkpoints of nanoGPT's train.py: GPT-2 of `transformers`, whose weights are the same transposed, is the oracle."""
+
+import pytest
+import torch
+from conftest import error, run
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from sologpt import hf
+from sologpt.load import load_model
+
+SIZES = dict(vocab_size=300, n_layer=2, n_head=4, n_embd=32)
+
+
+def make_theirs(bias: bool) -> GPT2LMHeadModel:
+    torch.manual_seed(0)
+    config = GPT2Config(n_positions=40, activation_function="gelu", bos_token_id=None, eos_token_id=None, **SIZES)
+    theirs = GPT2LMHeadModel(config).eval()
+    for name, parameter in theirs.named_parameters():
+        parameter.data.normal_(1.0 if parameter.ndim == 1 and name.endswith("weight") else 0.0, 0.3)
+        if name.endswith("bias") and not bias:
+            parameter.data.zero_()
+    return theirs
+
+
+def checkpoint(path, bias: bool, prefix: str = "", **changes):
+    """What nanoGPT's train.py saves."""
+    theirs = make_theirs(bias)
+    state = {
+        prefix + name: x.mT.contiguous() if ".c_" in name and x.ndim == 2 else x
+        for name, x in theirs.state_dict().items()
+        if bias or not name.endswith("bias")
+    }
+    mask = torch.ones(40, 40).tril().view(1, 1, 40, 40)
+    state |= {f"{prefix}transformer.h.{i}.attn.bias": mask for i in range(2)}  # without flash attention
+    args = dict(block_size=40, bias=bias, dropout=0.1, **SIZES) | changes
+    config = dict(out_dir="out", eval_interval=5, compile=True)
+    optimizer = {"state": {}, "param_groups": []}
+    saved = dict(model=state, optimizer=optimizer, model_args=args, iter_num=7, best_val_loss=torch.tensor(2.5))
+    torch.save(saved | {"config": config}, path)
+    return theirs
+
+
+@pytest.mark.parametrize("prefix", ["", "_orig_mod."])
+@pytest.mark.parametrize("bias", [True, False])
+def test_an_imported_checkpoint_computes_the_same(bias, prefix, tmp_path):
+    theirs = checkpoint(tmp_path / "ckpt.pt", bias, prefix)
+    out = tmp_path / "mine"
+    command = ("-c", "from sologpt import hf; hf.main()", "import", f"nanogpt:{tmp_path / 'ckpt.pt'}", out)
+    assert "wrote" in run(*command, "--tokenizer=bytes").stdout
+    ours, tokenizer, about = load_model(out)
+    assert tokenizer.name == "bytes" and about["step"] == 0 and ours.config.bias == bias
+    assert ours.config.dropout == 0.1 and ours.config.sequence_len == 40
+    idx = torch.randint(300, (2, 40))
+    with torch.no_grad():
+        expected = theirs(idx).logits
+        assert expected.std() > 0.5
+        assert (ours(idx) - expected).abs().max() < 1e-4
+        greedy = theirs.generate(idx[:1, :9], max_new_tokens=31, do_sample=False, pad_token_id=0)[0, 9:].tolist()
+    assert len(set(greedy)) > 3 and list(ours.generate(idx[0, :9].tolist(), 31, temperature=0)) == greedy
+    if bias:  # transformers has no GPT-2 without biases
+        hf.save(ours, tokenizer, tmp_path / "theirs")
+        assert torch.equal(hf.load(tmp_path / "theirs")[0](idx), ours(idx))
+    else:
+        with pytest.raises(ValueError, match="bias=False"):
+            hf.save(ours, tokenizer, tmp_path / "theirs")
+
+
+@pytest.mark.parametrize(
+    "changes", [dict(n_layer=3), dict(n_layer=10**9), dict(n_embd=64), dict(bias=0.5), dict(n_head="4")]
+)
+def test_a_checkpoint_that_lies_is_one_line(changes, tmp_path):
+    checkpoint(tmp_path / "ckpt.pt", True, **changes)
+    with pytest.raises(ValueError, match=r"ckpt\.pt is not a checkpoint of nanoGPT"):
+        hf.load_nanogpt(tmp_path / "ckpt.pt", "bytes")
+
+
+def test_other_mistakes_are_one_line(tmp_path, trained):
+    command = ("-c", "from sologpt import hf; hf.main()", "import")
+    assert "none.pt" in error(*command, f"nanogpt:{tmp_path / 'none.pt'}", tmp_path / "out")
+    assert "not a checkpoint of nanoGPT" in error(*command, f"nanogpt:{trained / 'best.pt'}", tmp_path / "out")
+    checkpoint(tmp_path / "ckpt.pt", True)
+    assert "unknown tokenizer" in error(*command, f"nanogpt:{tmp_path / 'ckpt.pt'}", tmp_path / "out", "--tokenizer=x")
+    checkpoint(tmp_path / "small.pt", True, vocab_size=300)
+    assert not (tmp_path / "out").exists()
