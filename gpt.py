@@ -476,7 +476,7 @@ class GPT(nn.Module):
         c, k = self.config, kv_cache.k
         have = (*k.shape[:3], k.size(4), k.dtype, k.device)
         need = (c.n_layer, B, c.n_kv_head, c.head_dim, self.dtype, self.device)
-        check(have == need, f"a KVCache of n_layer, B, n_kv_head, head_dim, dtype, device {have} must be of {need}")
+        check(have == need, f"KVCache: n_layer, batch_size, n_kv_head, head_dim, dtype, device are {have}, not {need}")
 
     def generate(self, tokens: Iterable[int], max_tokens: int, *how: Any, **settings: Any) -> Generator[int, None, str]:
         """Continue tokens: yields token ids, and returns why it ended, 'length' or 'stop'.

@@ -55,9 +55,7 @@ class Config:
     ckpt: str = ""  # use this checkpoint file instead
     init_from: str = ""  # use an open model instead: hf:NAME or hf:FOLDER
     device: str = "auto"  # cuda, mps, cpu, ...; auto picks an accelerator if there is one, else the CPU
-    dtype: str = (
-        "auto"  # data type of the weights: float32, bfloat16, float16, or auto to keep the one they are stored in
-    )
+    dtype: str = "auto"  # data type of the weights: float32, bfloat16, float16; auto keeps the one they are stored in
     compile: bool = False  # torch.compile the decoding: takes a while to start, then is faster
     lookup: int = 0  # verify up to N draft tokens per forward (prompt lookup decoding): faster where text repeats
 

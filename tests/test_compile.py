@@ -7,14 +7,14 @@ import sys
 
 import pytest
 import torch
-from conftest import QWEN, ROOT, make_model
+from conftest import GPT2, QWEN, ROOT, make_model
 from torch._dynamo.utils import counters
 
 from gpt import KVCache
 from sologpt import fast, parallel
 
 
-@pytest.fixture(params=[{}, QWEN], ids=["nanochat", "qwen"])
+@pytest.fixture(params=[{}, QWEN, GPT2], ids=["nanochat", "qwen", "gpt2"])
 def kind(request):
     torch._dynamo.reset()
     counters.clear()
@@ -76,7 +76,7 @@ def test_compiled_decode_is_exact(kind):
 
 
 @pytest.mark.parametrize("rows", [1, 3])
-@pytest.mark.parametrize("kind", [{}, QWEN], ids=["nanochat", "qwen"])
+@pytest.mark.parametrize("kind", [{}, QWEN, GPT2], ids=["nanochat", "qwen", "gpt2"])
 def test_the_arithmetic_that_is_compiled_is_that_of_the_model(kind, rows, monkeypatch):
     """Without the compiler, to float64's rounding: the loops in place of products, the slots and masks of the cache."""
     monkeypatch.setattr(torch, "compile", lambda function, dynamic: function)

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 import torch
-from conftest import LLAMA, QWEN, ROOT, make_model
+from conftest import GPT2, LLAMA, QWEN, ROOT, make_model
 
 from bench.peers import as_transformers
 from gpt import GPT, GPTConfig, rope, rotate
@@ -33,7 +33,7 @@ def test_logits_equal_transformers(n_kv_head, softcap, rope_base):
     assert (ours - theirs).abs().max() < 1e-5
 
 
-@pytest.mark.parametrize("switches", [{}, LLAMA, QWEN])
+@pytest.mark.parametrize("switches", [{}, LLAMA, QWEN, GPT2])
 def test_a_fresh_model_knows_nothing_and_each_block_is_the_identity(switches):
     config = GPTConfig(sequence_len=64, vocab_size=1000, n_layer=4, n_head=4, n_embd=64, **switches)
     model = GPT(config)
@@ -132,7 +132,11 @@ def test_stretched_positions_keep_the_fast_pairs_and_slow_the_others_down():
         (dict(head_dim=7), ("7", "even")),
         (dict(head_dim=0), ("head_dim", "0")),
         (dict(n_hidden=0), ("n_hidden", "0")),
-        (dict(mlp="gelu"), ("relu2", "swiglu", "'gelu'")),
+        (dict(n_layer=True), ("n_layer", "True")),
+        (dict(n_embd=10**30), ("n_embd", str(10**30))),
+        (dict(norm="batch"), ("rms", "layer", "'batch'")),
+        (dict(positions="none"), ("rotary", "learned", "'none'")),
+        (dict(mlp="tanh"), ("relu2", "swiglu", "'tanh'")),
         (dict(rope_scaling={}), ("linear", "llama3", "None")),
         (dict(rope_scaling={"rope_type": "yarn", "factor": 2.0}), ("linear", "llama3", "'yarn'")),
         (dict(rope_scaling={"rope_type": "linear"}), ("factor", "nothing")),

@@ -1,12 +1,12 @@
 import pytest
 import torch
-from conftest import LLAMA, QWEN, make_model
+from conftest import GPT2, LLAMA, QWEN, make_model
 
 from sologpt.optim import Muon, configure_optimizers, orthogonalize
 
 
 @pytest.mark.parametrize("optimizer", ["muon", "adamw"])
-@pytest.mark.parametrize("switches", [{}, LLAMA, QWEN])
+@pytest.mark.parametrize("switches", [{}, LLAMA, QWEN, GPT2])
 def test_every_parameter_is_in_exactly_one_group(switches, optimizer):
     model = make_model(**switches)
     optimizers = configure_optimizers(model, optimizer=optimizer)
@@ -100,7 +100,7 @@ def test_a_parameter_without_a_gradient_stays():
 
 
 @pytest.mark.parametrize("rates", [{}, dict(learning_rate=0.005, optimizer="adamw")])
-@pytest.mark.parametrize("switches", [{}, LLAMA, QWEN])
+@pytest.mark.parametrize("switches", [{}, LLAMA, QWEN, GPT2])
 def test_the_model_learns_a_batch_by_heart(switches, rates):
     model = make_model(torch.float32, sequence_len=16, **switches)
     model.init_weights()
