@@ -217,9 +217,9 @@ NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # token type
 
 GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 R50K = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"  # tiktoken's form of it
-CONTRACTIONS = "(?i:'s|'t|'re|'ve|'m|'ll|'d)|"
-ASCII_CONTRACTIONS = "(?:'[sS]|'[tT]|'[rR][eE]|'[vV][eE]|'[mM]|'[lL][lL]|'[dD])|"
 WORDS = r"[^\r\n\p{L}\p{N}]?\p{L}+|%s| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+CONTRACTIONS = "(?i:'s|'t|'re|'ve|'m|'ll|'d)|"  # the models'
+ASCII_CONTRACTIONS = "(?:'[sS]|'[tT]|'[rR][eE]|'[vV][eE]|'[mM]|'[lL][lL]|'[dD])|"  # llama.cpp's: no long s, as in 'ſ
 
 
 class PreTokenizer(NamedTuple):
@@ -231,16 +231,19 @@ class PreTokenizer(NamedTuple):
     add_bos: bool = False  # where the file does not say
 
 
-# The first of a name is for reading; all are for writing. What llama.cpp calls gpt-4o and tekken is not here: it tells
+QWEN2, LLAMA3 = WORDS % r"\p{N}", WORDS % r"\p{N}{1,3}"
+# The first of a name is what llama.cpp does; all are for writing. What it calls gpt-4o and tekken is not here: it knows
 # upper from lower case in ASCII alone, and so splits otherwise than the models of that name.
 PRE_TOKENIZERS = [
-    PreTokenizer("qwen2", (CONTRACTIONS + WORDS % r"\p{N}",)),
-    PreTokenizer("qwen2", (ASCII_CONTRACTIONS + WORDS % r"\p{N}",)),
-    PreTokenizer("llama-bpe", (CONTRACTIONS + WORDS % r"\p{N}{1,3}",), ignore_merges=True, add_bos=True),
-    PreTokenizer("dbrx", (CONTRACTIONS + WORDS % r"\p{N}{1,3}",)),
-    PreTokenizer("smollm", (r"\p{N}", GPT2)),
     PreTokenizer("gpt-2", (GPT2,)),
     PreTokenizer("gpt-2", (R50K,)),
+    PreTokenizer("smollm", (r"\p{N}", GPT2)),
+    PreTokenizer("qwen2", (ASCII_CONTRACTIONS + QWEN2,)),
+    PreTokenizer("qwen2", (CONTRACTIONS + QWEN2,)),
+    PreTokenizer("dbrx", (ASCII_CONTRACTIONS + LLAMA3,)),
+    PreTokenizer("dbrx", (CONTRACTIONS + LLAMA3,)),
+    PreTokenizer("llama-bpe", (ASCII_CONTRACTIONS + LLAMA3,), ignore_merges=True, add_bos=True),
+    PreTokenizer("llama-bpe", (CONTRACTIONS + LLAMA3,), ignore_merges=True, add_bos=True),
 ]
 ALIASES = {"deepseek-r1-qwen": "qwen2", "llama3": "llama-bpe", "llama-v3": "llama-bpe", "falcon3": "llama-bpe"}
 
@@ -280,6 +283,8 @@ class Vocabulary:
             tokens[token["id"]], types[token["id"]] = token["content"], CONTROL if token["special"] else USER_DEFINED
         if len({*tokens.values()}) < len(tokens):
             raise ValueError("two of its ids have the same text")
+        if bad := [text for text in tokens.values() if not text or "\0" in text]:  # llama.cpp has C strings
+            raise ValueError(f"its token {bad[0]!r} is no C string")
         return cls(d, tokens, types, [tuple(merge) for merge in model["merges"]])
 
 
