@@ -136,10 +136,12 @@ def to_metadata(config: GPTConfig) -> tuple[Architecture, dict[str, Any]]:
         metadata["rope.scaling.original_context_length"] = int(scaling["original_max_position_embeddings"])
     metadata = {f"{arch.name}.{key}": value for key, value in metadata.items()}
 
-    back = to_config(arch, metadata, config.tie_embd, rope_factors(config))  # what the file means
+    factors = rope_factors(config) if arch.rope_freqs else None
+    back = to_config(arch, metadata, config.tie_embd, factors)  # what the file means
     names = [f.name for f in fields(config) if f.name != "dropout"]
     if lost := [name for name in names if getattr(back, name) != getattr(config, name)]:
-        raise ValueError(f"GGUF cannot say {', '.join(f'{name}={getattr(config, name)!r}' for name in lost)}")
+        values = ", ".join(f"{name}={getattr(config, name)!r}" for name in lost)
+        raise ValueError(f"{arch.name} in llama.cpp has no {values}")
     return arch, metadata
 
 
@@ -253,15 +255,15 @@ REPLACE = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
 
 @dataclass
 class Vocabulary:
-    """What a tokenizer.json says, and GGUF holds."""
+    """What a tokenizer.json says, with a token for each id of the model: UNUSED where the tokenizer has none."""
 
     json: dict[str, Any]
-    tokens: dict[int, str]
-    types: dict[int, int]
+    tokens: list[str]
+    types: list[int]
     merges: list[tuple[str, str]]
 
     @classmethod
-    def read(cls, tokenizer: Tokenizer) -> "Vocabulary":
+    def read(cls, tokenizer: Tokenizer, vocab_size: int) -> "Vocabulary":
         if isinstance(tokenizer, PretrainedTokenizer):
             d = json.loads(tokenizer.backend.to_str())
         else:
@@ -273,17 +275,18 @@ class Vocabulary:
         for option in ("dropout", "continuing_subword_prefix", "end_of_word_suffix"):
             if model[option]:
                 raise ValueError(f"it has no {option}")
-        tokens = {i: text for text, i in model["vocab"].items()}
-        types = dict.fromkeys(tokens, NORMAL)
+        tokens, types = [f"[PAD{i}]" for i in range(vocab_size)], [UNUSED] * vocab_size
+        for text, i in model["vocab"].items():
+            tokens[i], types[i] = text, NORMAL
         for token in d["added_tokens"]:
             if token["lstrip"] or token["rstrip"] or token["single_word"]:
                 raise ValueError(f"its token {token['content']!r} depends on what stands beside it")
             if token["normalized"] and not token["special"] and d["normalizer"]:
                 raise ValueError(f"its token {token['content']!r} is found in normalized text")
             tokens[token["id"]], types[token["id"]] = token["content"], CONTROL if token["special"] else USER_DEFINED
-        if len({*tokens.values()}) < len(tokens):
+        if len({*tokens}) < len(tokens):
             raise ValueError("two of its ids have the same text")
-        if bad := [text for text in tokens.values() if not text or "\0" in text]:  # llama.cpp has C strings
+        if bad := [text for text in tokens if not text or "\0" in text]:  # llama.cpp has C strings
             raise ValueError(f"its token {bad[0]!r} is no C string")
         return cls(d, tokens, types, [tuple(merge) for merge in model["merges"]])
 
@@ -296,7 +299,7 @@ def to_tokenizer_metadata(tokenizer: Tokenizer, vocab_size: int) -> tuple[dict[s
     if tokenizer.vocab_size > vocab_size:
         raise ValueError(f"the tokenizer has {tokenizer.vocab_size} ids, but the model only {vocab_size}")
     try:
-        v = Vocabulary.read(tokenizer)
+        v = Vocabulary.read(tokenizer, vocab_size)
         byte_level = getattr(tokenizer, "byte_level", True)
         metadata, notes = byte_level_metadata(v) if byte_level else sentencepiece_metadata(v)
         metadata |= special_token_metadata(tokenizer)
@@ -304,9 +307,8 @@ def to_tokenizer_metadata(tokenizer: Tokenizer, vocab_size: int) -> tuple[dict[s
         raise ValueError(
             f"llama.cpp would not tokenize like {tokenizer.name}: {e}; it can tokenize like bytes, bpe:N and gpt2"
         ) from e
-    metadata["tokens"] = [v.tokens.get(i, f"[PAD{i}]") for i in range(vocab_size)]
-    metadata["token_type"] = [v.types.get(i, UNUSED) for i in range(vocab_size)]
     metadata = {f"tokenizer.ggml.{key}": value for key, value in metadata.items()}
+    metadata |= {"tokenizer.ggml.tokens": v.tokens, "tokenizer.ggml.token_type": v.types}
     if template := getattr(tokenizer, "chat_template", ""):
         metadata["tokenizer.chat_template"] = template
     return metadata, notes
@@ -326,7 +328,7 @@ def byte_level_metadata(v: Vocabulary) -> tuple[dict[str, Any], list[str]]:
             raise ValueError(f"it has no split by {' and '.join(patterns)} with ignore_merges={ignore_merges}")
         name = same[0]
     else:  # single bytes, however text is split
-        control = next(text for i, text in v.tokens.items() if v.types[i] == CONTROL)
+        control = v.tokens[v.types.index(CONTROL)]
         name, merges = "qwen2", [(control, control)]  # it wants one, and text never becomes a control token
     return {"model": "gpt2", "pre": name, "merges": [" ".join(merge) for merge in merges]}, notes
 
@@ -365,12 +367,12 @@ def sentencepiece_metadata(v: Vocabulary) -> tuple[dict[str, Any], list[str]]:
     else:
         raise ValueError(f"it has no normalizer {json.dumps(normalizer)} before {json.dumps(pre_tokenizer)}")
     model, merges = v.json["model"], {pair: rank for rank, pair in enumerate(v.merges)}
-    for i, text in v.tokens.items():
+    for i, text in enumerate(v.tokens):
         if v.types[i] == NORMAL and BYTE_TOKEN.fullmatch(text):
             v.types[i] = BYTE
         if text == model["unk_token"]:
             v.types[i] = UNKNOWN
-    if not model["byte_fallback"] or model["ignore_merges"] or [*v.types.values()].count(BYTE) != 256:
+    if not model["byte_fallback"] or model["ignore_merges"] or v.types.count(BYTE) != 256:
         raise ValueError("it falls back to 256 bytes for unknown characters")
     ranks: dict[str, float] = {}
     for (a, b), rank in merges.items():
@@ -378,14 +380,15 @@ def sentencepiece_metadata(v: Vocabulary) -> tuple[dict[str, Any], list[str]]:
     own = [merges.get(hf.find_merge(text, ranks), -1) for text in ranks]  # type: ignore[arg-type]
     if own != sorted(own) or own[:1] == [-1]:
         raise ValueError("its merges are not in the order of its tokens")
-    rest = [text for i, text in v.tokens.items() if v.types[i] == NORMAL and len(text) > 1 and text not in ranks]
-    ranks |= dict.fromkeys(rest, len(merges))
-    if formed := [text for text in rest if hf.find_merge(text, ranks)]:
+    normal = [text for text, kind in zip(v.tokens, v.types, strict=True) if kind == NORMAL and len(text) > 1]
+    ranks |= {text: len(merges) for text in normal if text not in ranks}
+    if formed := [text for text in normal if ranks[text] == len(merges) and hf.find_merge(text, ranks)]:
         raise ValueError(f"its token {formed[0]!r} has no merge")
-    scores = [-float(ranks.get(v.tokens.get(i, ""), 0)) for i in range(max(v.tokens) + 1)]
-    unknown = next((i for i in v.types if v.types[i] == UNKNOWN), None)
-    metadata = {"model": "llama", "pre": "default", "scores": scores, "add_space_prefix": prefix}
-    return metadata | ({} if unknown is None else {"unknown_token_id": unknown}), notes
+    metadata = {"model": "llama", "pre": "default", "add_space_prefix": prefix}
+    metadata["scores"] = [-float(ranks.get(text, 0)) for text in v.tokens]
+    if UNKNOWN in v.types:
+        metadata["unknown_token_id"] = v.types.index(UNKNOWN)
+    return metadata, notes
 
 
 def special_token_metadata(tokenizer: Tokenizer) -> dict[str, Any]:
@@ -533,19 +536,17 @@ class Reader:
     """
 
     def __init__(self, path: str | Path) -> None:
-        self.path, self.position = Path(path), 0
-        with open(path, "rb") as f:
-            self.size = os.fstat(f.fileno()).st_size
-            if f.read(len(MAGIC)) != MAGIC:
+        self.path = path
+        with open(path, "rb") as self.file:
+            self.size = os.fstat(self.file.fileno()).st_size
+            if self.file.read(len(MAGIC)) != MAGIC:
                 raise ValueError(f"{path} is not a GGUF file")
-        self.data = np.memmap(path, np.uint8, "r")
-        try:
-            self.read_header()
-        except ValueError as e:  # also of UTF-8
-            raise ValueError(f"{path} is damaged, or of a kind that is not supported: {e}") from e
+            try:
+                self.read_header()
+            except ValueError as e:  # also of UTF-8
+                raise ValueError(f"{path} is damaged, or of a kind that is not supported: {e}") from e
 
     def read_header(self) -> None:
-        self.take(len(MAGIC))
         version = self.scalar("I")
         if version not in (2, 3):  # of big-endian files, too
             raise ValueError(f"its version is {version}, but only 2 and 3 are supported")
@@ -560,15 +561,15 @@ class Reader:
         alignment = self.metadata.get("general.alignment", 32)
         if not isinstance(alignment, int) or alignment < 1:
             raise ValueError(f"general.alignment is {alignment!r}")
-        start = -(-self.position // alignment) * alignment
+        start = -(-self.file.tell() // alignment) * alignment
         self.tensors = {name: self.locate(name, start, *header) for name, header in headers.items()}
 
     def take(self, n: int) -> bytes:
         """The next n bytes."""
-        if n > self.size - self.position:
-            raise ValueError(f"at byte {self.position}, it says that {n} more follow, but it ends at {self.size}")
-        self.position += n
-        return self.data[self.position - n : self.position].tobytes()
+        position = self.file.tell()
+        if n > self.size - position:
+            raise ValueError(f"at byte {position}, it says that {n} more follow, but it ends at {self.size}")
+        return self.file.read(n)
 
     def scalar(self, code: str) -> Any:
         [value] = struct.unpack(f"<{code}", self.take(struct.calcsize(f"<{code}")))
@@ -618,14 +619,13 @@ class Reader:
     def tensor(self, name: str) -> Tensor:
         """A tensor in the file's dtype, in float32 if it is quantized."""
         shape, kind, start, nbytes = self.tensors[name]
-        data = self.data[start : start + nbytes]
-        if (dtype := getattr(torch, DTYPES.get(kind.name, ""), None)) is not None:
-            return torch.from_numpy(data.copy()).view(dtype).view(shape)
-        rows = data.reshape(*shape[:-1], -1)  # (..., bytes of a row)
-        return torch.from_numpy(package().dequantize(rows, kind)).view(shape)
+        data = np.fromfile(self.path, np.uint8, nbytes, offset=start)
+        if kind.name in DTYPES:
+            return torch.from_numpy(data).view(getattr(torch, DTYPES[kind.name])).view(shape)
+        return torch.from_numpy(package().dequantize(data.reshape(*shape[:-1], -1), kind)).view(shape)
 
 
-DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "F64": "float64"}
+DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
 def load(
@@ -669,8 +669,8 @@ def find_model(reader: Reader) -> tuple[GPT, Architecture, dict[str, list[str]]]
     layers = {name.split(".")[1] for name in tensors if name.startswith("blk.")}
     if metadata.get(n := f"{arch.name}.block_count") != len(layers):
         raise ValueError(f"{n} is {metadata.get(n)}, but there are tensors of {len(layers)} blocks")
-    vocab_size = {f"{arch.name}.vocab_size": len(metadata.get("tokenizer.ggml.tokens", ()))}
-    config = to_config(arch, vocab_size | metadata, "output.weight" not in tensors, factors)
+    vocab_size = {f"{arch.name}.vocab_size": len(metadata.get("tokenizer.ggml.tokens", ()))}  # as in llama.cpp
+    config = to_config(arch, metadata | vocab_size, "output.weight" not in tensors, factors)
     try:
         with torch.device("meta"):  # skips the initialization
             model = GPT(config)
@@ -743,6 +743,7 @@ def write(writer: Any, model: GPT, arch: Architecture, metadata: dict[str, Any],
     for theirs, ours in names.items():
         parts = [hf.to_half_split(state[o], D, False) if is_permuted(o, arch) else state[o] for o in ours]
         writer.write_tensor_data(encode(torch.cat(parts), kinds[theirs]))
+    writer.flush()
 
 
 def tensor_type(size: tuple[int, ...], kind: Any) -> Any:
