@@ -6,8 +6,8 @@
     python -m sologpt.gguf export CHECKPOINT FILE [--dtype=q8_0]
 
 What llama.cpp would compute or tokenize differently is refused by a ValueError that says why. A file is not trusted:
-every size in it is compared with the file's own before memory is allocated. The format is described in
-https://github.com/ggml-org/ggml/blob/master/docs/gguf.md; facts about llama.cpp are from its source, b9000 or so.
+every size in it is compared with the file's own before memory is allocated. The format:
+https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. What was run with llama.cpp is in docs/gguf.md.
 """
 
 import argparse
@@ -366,7 +366,7 @@ def sentencepiece_metadata(v: Vocabulary) -> tuple[dict[str, Any], list[str]]:
             notes.append("llama.cpp puts a space before every text, also before one that begins with a space")
     else:
         raise ValueError(f"it has no normalizer {json.dumps(normalizer)} before {json.dumps(pre_tokenizer)}")
-    model, merges = v.json["model"], {pair: rank for rank, pair in enumerate(v.merges)}
+    model = v.json["model"]
     for i, text in enumerate(v.tokens):
         if v.types[i] == NORMAL and BYTE_TOKEN.fullmatch(text):
             v.types[i] = BYTE
@@ -374,21 +374,34 @@ def sentencepiece_metadata(v: Vocabulary) -> tuple[dict[str, Any], list[str]]:
             v.types[i] = UNKNOWN
     if not model["byte_fallback"] or model["ignore_merges"] or v.types.count(BYTE) != 256:
         raise ValueError("it falls back to 256 bytes for unknown characters")
+    normal = [text for text, kind in zip(v.tokens, v.types, strict=True) if kind == NORMAL]
+    runs, n = space_merges(normal), len(v.merges)
+    if v.merges[n - len(runs) :] == runs:
+        n -= len(runs)
+    else:
+        runs = []
+    merges = {pair: rank for rank, pair in enumerate(v.merges[:n])}
     ranks: dict[str, float] = {}
     for (a, b), rank in merges.items():
         ranks.setdefault(a + b, rank)
     own = [merges.get(hf.find_merge(text, ranks), -1) for text in ranks]  # type: ignore[arg-type]
     if own != sorted(own) or own[:1] == [-1]:
         raise ValueError("its merges are not in the order of its tokens")
-    normal = [text for text, kind in zip(v.tokens, v.types, strict=True) if kind == NORMAL and len(text) > 1]
-    ranks |= {text: len(merges) for text in normal if text not in ranks}
-    if formed := [text for text in normal if ranks[text] == len(merges) and hf.find_merge(text, ranks)]:
+    rest = {text for text in normal if len(text) > 1} - ranks.keys()
+    ranks |= dict.fromkeys(rest, n)
+    if formed := [text for text in rest - {a + b for a, b in runs} if hf.find_merge(text, ranks)]:
         raise ValueError(f"its token {formed[0]!r} has no merge")
     metadata = {"model": "llama", "pre": "default", "add_space_prefix": prefix}
     metadata["scores"] = [-float(ranks.get(text, 0)) for text in v.tokens]
     if UNKNOWN in v.types:
         metadata["unknown_token_id"] = v.types.index(UNKNOWN)
     return metadata, notes
+
+
+def space_merges(tokens: list[str]) -> list[tuple[str, str]]:
+    """The merges of runs of spaces that have the same score, as in Llama 2: a run grows from the left while it can."""
+    sizes = sorted({len(text) for text in tokens if not text.strip("▁")})
+    return [("▁" * a, "▁" * b) for a in reversed(sizes) for b in sizes if a + b in sizes]
 
 
 def special_token_metadata(tokenizer: Tokenizer) -> dict[str, Any]:
@@ -487,10 +500,15 @@ def sentencepiece_json(
         raise ValueError(f"tokenizer.ggml has {len(tokens)} tokens and {len(scores)} scores")
     if lookup(metadata, "remove_extra_whitespaces", bool, False):
         raise ValueError("tokenizer.ggml.remove_extra_whitespaces is true, which is not supported")
-    ranks = {text: -float(scores[i]) for i, text in enumerate(tokens) if types[i] == NORMAL and len(text) > 1}
-    if len({*ranks.values()}) < len(ranks):
+    ranks = {text: -float(scores[i]) for i, text in enumerate(tokens) if types[i] == NORMAL}
+    runs = space_merges([*ranks])
+    ranks = {text: rank for text, rank in ranks.items() if len(text) > 1}
+    if {ranks[a + b] for a, b in runs} != {max(ranks.values(), default=0)}:  # all the last
+        runs = []
+    mergeable = sorted(ranks.keys() - {a + b for a, b in runs}, key=ranks.__getitem__)
+    if len({*map(ranks.__getitem__, mergeable)}) < len(mergeable):
         raise ValueError("tokenizer.ggml.scores has the same score for two tokens")
-    merges = [hf.find_merge(text, ranks) for text in sorted(ranks, key=ranks.__getitem__)]
+    merges = [hf.find_merge(text, ranks) for text in mergeable] + runs
     parts = {
         "normalizer": {"type": "Sequence", "normalizers": [PREPEND] * prefix + [REPLACE]},
         "pre_tokenizer": None,

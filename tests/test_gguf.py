@@ -5,6 +5,7 @@ import json
 import struct
 import sys
 import tracemalloc
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -85,6 +86,19 @@ def test_the_package_reads_the_layout_of_llama_cpp(name, tmp_path):
         assert tensor.tensor_type == package.GGMLQuantizationType.F32 and tuple(tensor.shape) == x.shape[::-1]
         assert np.array_equal(tensor.data, expected)
     assert [*read] == (["rope_freqs.weight"] if "llama3" in name else [])
+
+
+def test_an_architecture_may_hold_several_matrices_in_one(tmp_path, monkeypatch):
+    """As GPT-2 does: its rows are those of the queries, then of the keys, then of the values."""
+    joint = dict.fromkeys(("attn.c_q", "attn.c_k", "attn.c_v"), "attn_qkv")
+    arch = replace(gguf.ARCHITECTURES["llama"], modules=gguf.MODULES | joint)
+    monkeypatch.setitem(gguf.ARCHITECTURES, "llama", arch)
+    model = make()
+    gguf.save(model, BYTES, tmp_path / "a.gguf")
+    [x] = [t.data for t in package.GGUFReader(tmp_path / "a.gguf").tensors if t.name == "blk.1.attn_qkv.weight"]
+    attn = model.h[1].attn
+    assert np.array_equal(x, torch.cat([attn.c_q.weight, attn.c_k.weight, attn.c_v.weight]).detach().numpy())
+    assert same_weights(gguf.load(tmp_path / "a.gguf")[0], model)
 
 
 def write_quantized(path: Path, kind, model: GPT, seed: int = 0) -> Path:
@@ -351,9 +365,23 @@ def test_tensors_are_compared_with_the_metadata(drop, extra, words, good, tmp_pa
 def tokenizer_of(kind: str, folder: Path) -> Tokenizer:
     if kind in FAMILIES:
         return hf.load_tokenizer(write_folder(folder, kind, chat_template=CHATML))
+    if kind == "runs":
+        return with_runs(folder)
     if kind == "r50k":
         return crossing(gguf.R50K)
     return Tokenizer.from_spec(kind, [TEXT] * 3)
+
+
+def with_runs(folder: Path) -> Tokenizer:
+    """SentencePiece BPE with tokens of 2, 3, 5, 6 and 8 spaces, which have one score."""
+    d = json.loads((write_folder(folder, "prepend", chat_template=CHATML) / "tokenizer.json").read_text())
+    vocab = {text: i for text, i in d["model"]["vocab"].items() if text.strip("▁") or len(text) == 1}
+    vocab |= {"▁" * n: max(vocab.values()) + n for n in (2, 3, 5, 6, 8)}
+    d["model"]["vocab"] = vocab
+    merges = [merge for merge in d["model"]["merges"] if "".join(merge).strip("▁")]
+    d["model"]["merges"] = merges + gguf.space_merges([*vocab])
+    (folder / "tokenizer.json").write_text(json.dumps(d))
+    return hf.load_tokenizer(folder)
 
 
 def crossing(pattern: str) -> Tokenizer:
@@ -364,7 +392,7 @@ def crossing(pattern: str) -> Tokenizer:
     return Tokenizer._from_tokens("crossing", pattern, tokens)
 
 
-KINDS = ["bytes", "bpe:400", "r50k", *FAMILIES]
+KINDS = ["bytes", "bpe:400", "r50k", "runs", *FAMILIES]
 NUL = "\0"  # no token of SentencePiece's may hold one
 
 
@@ -373,7 +401,7 @@ def saved(request, tmp_path_factory) -> tuple[Tokenizer, Path]:
     """A tokenizer, and a file that holds it with some ids that no token has."""
     folder = tmp_path_factory.mktemp("tokenizer")
     with pytest.MonkeyPatch.context() as patch:
-        if request.param in ("metaspace", "prepend"):
+        if request.param in ("metaspace", "prepend", "runs"):
             patch.setattr("test_hf_tokenizer.TEXT", TEXT.replace(NUL, ""))
         tokenizer = tokenizer_of(request.param, folder / "hf")
     notes = gguf.save(make(vocab_size=tokenizer.vocab_size + 3), tokenizer, folder / "a.gguf")
@@ -388,8 +416,11 @@ def differs(tokenizer: Tokenizer, text: str) -> bool:
     return (d.get("normalizer") or {}).get("type") == "NFC" or (metaspace and text.startswith(" "))
 
 
+TEXTS = st.just(TEXT) | st.text(" a", max_size=60)
+
+
 @settings(max_examples=150, deadline=None)
-@given(text=st.text() | st.text("aAbsSlLtTvVeE'12 \n\r\t\u00a0é\u0301中.,-/<|>endoftext", max_size=60) | st.just(TEXT))
+@given(text=st.text() | st.text("aAbsSlLtTvVeE'12 \n\r\t\u00a0é\u0301中.,-/<|>endoftext", max_size=60) | TEXTS)
 def test_a_tokenizer_gives_the_same_ids_when_read_back(saved, text):
     tokenizer, path = saved
     if differs(tokenizer, text):
@@ -643,7 +674,7 @@ def tokenize(saved, llama_cpp):
 
 
 @settings(max_examples=300, deadline=None)
-@given(text=st.text() | st.text("aAbsSlLtTvVeE'12 \n\r\t\u00a0é\u0301中.,-/<|>endoftext", max_size=60) | st.just(TEXT))
+@given(text=st.text() | st.text("aAbsSlLtTvVeE'12 \n\r\t\u00a0é\u0301中.,-/<|>endoftext", max_size=60) | TEXTS)
 def test_llama_cpp_makes_the_same_ids(saved, tokenize, text):
     tokenizer, path = saved
     assert tokenize(text) == read(path).encode(text)
