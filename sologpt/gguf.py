@@ -108,9 +108,8 @@ def find_architecture(config: GPTConfig) -> tuple[Architecture, dict[str, Any]]:
         return ARCHITECTURES[config_json["model_type"]], config_json
     except (ValueError, KeyError) as e:
         flags = [f"--{key}={value}" for key, value in hf.LLAMA.items() if getattr(config, key) != value]
-        raise ValueError(
-            f"llama.cpp has no such model: train one with {' '.join(flags)} (python train.py config/llama_tiny.py)"
-        ) from e
+        known = f"the switches of config/llama_tiny.py: {' '.join(flags)}"
+        raise ValueError(f"llama.cpp has no such model; train one that it has with {known}") from e
 
 
 def rope_factors(config: GPTConfig) -> Tensor | None:
