@@ -355,11 +355,11 @@ def sentencepiece_metadata(v: Vocabulary) -> tuple[dict[str, Any], list[str]]:
     The `tokenizers` library has a rank for each pair instead. The two agree if the pair by which BPE forms a token (see
     `hf.tokenizer_json`) is one of its merges, for all tokens in the same order.
     """
-    notes, normalizer, pre_tokenizer = [], v.json["normalizer"] or {}, v.json["pre_tokenizer"]
+    notes, normalizer, pre_tokenizer = [], v.json["normalizer"] or {}, v.json["pre_tokenizer"] or {}
     steps = normalizer.get("normalizers", [normalizer])
-    if pre_tokenizer is None and steps in ([PREPEND, REPLACE], [REPLACE]):
+    if not pre_tokenizer and steps in ([PREPEND, REPLACE], [REPLACE]):
         prefix = PREPEND in steps
-    elif not normalizer and pre_tokenizer["type"] == "Metaspace" and not pre_tokenizer["split"]:
+    elif not normalizer and pre_tokenizer.get("type") == "Metaspace" and not pre_tokenizer["split"]:
         prefix = pre_tokenizer["prepend_scheme"] != "never"
         if prefix:
             notes.append("llama.cpp puts a space before every text, also before one that begins with a space")

@@ -479,6 +479,8 @@ def change(d: dict, path: str, value) -> None:
         ("gpt2", "model.dropout", 0.5, "no dropout"),
         ("gpt2", "added_tokens.1.rstrip", True, "beside it"),
         ("prepend", "normalizer", {"type": "NFKC"}, "no normalizer"),
+        ("prepend", "normalizer", None, "no normalizer"),
+        ("metaspace", "pre_tokenizer.split", True, "no normalizer"),
         ("prepend", "model.byte_fallback", False, "256 bytes"),
         ("prepend", "model.ignore_merges", True, "256 bytes"),
     ],
