@@ -77,6 +77,16 @@ MODULES = {  # ours: theirs, for the whole model and within a block
     "mlp.c_fc": "ffn_up",
     "mlp.c_proj": "ffn_down",
 }
+GPT2_KEYS = {
+    "block_count": "n_layer",
+    "context_length": "n_positions",
+    "embedding_length": "n_embd",
+    "feed_forward_length": "n_inner",
+    "attention.head_count": "n_head",
+    "attention.layer_norm_epsilon": "layer_norm_epsilon",
+    "vocab_size": "vocab_size",
+}
+GPT2_MODULES = MODULES | {"wpe": "position_embd"} | dict.fromkeys(("attn.c_q", "attn.c_k", "attn.c_v"), "attn_qkv")
 ROPE_FREQS = "rope_freqs.weight"  # (D/2,): what divides each rotary frequency, for Llama 3's scaling
 
 
@@ -85,7 +95,7 @@ class Architecture:
     """An architecture of llama.cpp, which computes a model_type of `hf.FAMILIES`."""
 
     name: str
-    half_split: bool  # its rotary layout: transformers', or neighbouring channels as in gpt.py
+    half_split: bool  # its rotary layout is that of transformers, not of gpt.py: neighbouring channels
     rope_freqs: bool = False  # it reads ROPE_FREQS
     square: bool = False  # it knows no head_dim but n_embd / n_head
     keys: dict[str, str] = field(default_factory=lambda: KEYS)
@@ -98,6 +108,7 @@ ARCHITECTURES = {  # by model_type
     "mistral": LLAMA,
     "qwen2": Architecture("qwen2", half_split=True, square=True),
     "qwen3": Architecture("qwen3", half_split=True),
+    "gpt2": Architecture("gpt2", half_split=False, keys=GPT2_KEYS, modules=GPT2_MODULES),
 }
 
 
@@ -127,7 +138,8 @@ def to_metadata(config: GPTConfig) -> tuple[Architecture, dict[str, Any]]:
     arch, config_json = find_architecture(config)
     _, _, D = config.heads
     metadata = {key: config_json[theirs] for key, theirs in arch.keys.items()}
-    metadata |= {"attention.value_length": D, "rope.dimension_count": D}
+    if "rope.freq_base" in arch.keys:
+        metadata |= {"attention.value_length": D, "rope.dimension_count": D}
     scaling = config.rope_scaling or {}
     if scaling.get("rope_type") == "linear":
         metadata |= {"rope.scaling.type": "linear", "rope.scaling.factor": float(scaling["factor"])}

@@ -5,7 +5,6 @@ import json
 import struct
 import sys
 import tracemalloc
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +26,8 @@ package = pytest.importorskip("gguf")
 
 BYTES = Tokenizer.from_spec("bytes")
 LLAMA3 = dict(rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0)
+GPT2 = dict(norm="layer", positions="learned", bias=True, mlp="gelu_tanh", tie_embd=True)
+GPT2 |= dict(head_dim=None, n_kv_head=None, norm_eps=1e-5)
 MODELS = {
     "llama": {},
     "llama-tied-llama3": dict(
@@ -37,6 +38,8 @@ MODELS = {
     "qwen2": dict(qkv_bias=True, head_dim=8, rope_base=1e6),
     "qwen2-tied-mha": dict(qkv_bias=True, head_dim=8, n_kv_head=4, tie_embd=True),
     "qwen3": dict(qk_norm=True, head_dim=12),
+    "gpt2": dict(GPT2, n_hidden=48),
+    "gpt2-untied": dict(GPT2, tie_embd=False, n_head=2, norm_eps=1e-6),
     "qwen3-tied-linear": dict(qk_norm=True, tie_embd=True, rope_scaling={"rope_type": "linear", "factor": 4.0}),
 }
 
@@ -71,34 +74,23 @@ def test_the_package_reads_the_layout_of_llama_cpp(name, tmp_path):
     model = make(name)
     gguf.save(model, BYTES, tmp_path / "a.gguf")
     reader = package.GGUFReader(tmp_path / "a.gguf")
-    config, weights = hf.export(model)
+    _, weights = hf.export(model)
     architecture = {"mistral": "llama"}.get(name.split("-")[0], name.split("-")[0])
     assert reader.fields["general.architecture"].contents() == architecture
     names = package.get_tensor_name_map(getattr(package.MODEL_ARCH, architecture.upper()), model.config.n_layer)
     read = {tensor.name: tensor for tensor in reader.tensors}
-    heads = {"q_proj": config["num_attention_heads"], "k_proj": config["num_key_value_heads"]}
+    heads = {"q_proj": model.config.n_head, "k_proj": model.config.n_kv_head}
     for theirs, x in weights.items():
         module = theirs.split(".")[-2]
         expected = x.numpy()
         if architecture == "llama" and module in heads:  # as in convert_hf_to_gguf.py
             expected = expected.reshape(heads[module], 2, -1, *expected.shape[1:]).swapaxes(1, 2).reshape(x.shape)
+        if architecture == "gpt2" and ".c_" in theirs and x.ndim == 2:  # transformers has (in, out)
+            expected, x = expected.T, x.T
         tensor = read.pop(names.get_name(theirs, try_suffixes=(".weight", ".bias")))
         assert tensor.tensor_type == package.GGMLQuantizationType.F32 and tuple(tensor.shape) == x.shape[::-1]
         assert np.array_equal(tensor.data, expected)
     assert [*read] == (["rope_freqs.weight"] if "llama3" in name else [])
-
-
-def test_an_architecture_may_hold_several_matrices_in_one(tmp_path, monkeypatch):
-    """As GPT-2 does: its rows are those of the queries, then of the keys, then of the values."""
-    joint = dict.fromkeys(("attn.c_q", "attn.c_k", "attn.c_v"), "attn_qkv")
-    arch = replace(gguf.ARCHITECTURES["llama"], modules=gguf.MODULES | joint)
-    monkeypatch.setitem(gguf.ARCHITECTURES, "llama", arch)
-    model = make()
-    gguf.save(model, BYTES, tmp_path / "a.gguf")
-    [x] = [t.data for t in package.GGUFReader(tmp_path / "a.gguf").tensors if t.name == "blk.1.attn_qkv.weight"]
-    attn = model.h[1].attn
-    assert np.array_equal(x, torch.cat([attn.c_q.weight, attn.c_k.weight, attn.c_v.weight]).detach().numpy())
-    assert same_weights(gguf.load(tmp_path / "a.gguf")[0], model)
 
 
 def write_quantized(path: Path, kind, model: GPT, seed: int = 0) -> Path:
@@ -305,9 +297,9 @@ def rewrite(good: bytes, path: Path, changes: dict, drop: str = "", extra: str =
         ({"general.architecture": "mamba"}, "general.architecture is 'mamba', but only llama, qwen2, qwen3"),
         ({"general.architecture": "qwen2"}, "qwen2"),
         ({"llama.block_count": 2**31}, "block_count is 2147483648"),
-        ({"llama.embedding_length": 2**31}, "token_embd|impossible"),
+        ({"llama.embedding_length": 2**31}, "wrong type or size: 2147483648"),
         ({"llama.embedding_length": None}, r"llama\.embedding_length is missing"),
-        ({"llama.feed_forward_length": 2**31}, "ffn"),
+        ({"llama.feed_forward_length": 2**30}, r"ffn_\w+\.weight is"),
         ({"llama.attention.head_count": 0}, "n_head"),
         ({"llama.attention.head_count": [4, 4, 4]}, "num_attention_heads"),
         ({"llama.attention.key_length": 11}, "head_dim 11"),
@@ -650,7 +642,8 @@ def test_llama_cpp_computes_the_same(name, tmp_path, llama_cpp):
     gguf.save(model, BYTES, tmp_path / "a.gguf")
     llama = open_llama(llama_cpp, tmp_path / "a.gguf")
     ids = BYTES.encode(TEXT)[:300]
-    assert (llama_logits(llama, ids) - model(torch.tensor([ids]))[0]).abs().max() < 1e-4
+    bound = 2e-3 if "gpt2" in name else 1e-4  # its GELU is a table of float16
+    assert (llama_logits(llama, ids) - model(torch.tensor([ids]))[0]).abs().max() < bound
     for prompt in PROMPTS:
         ids = BYTES.encode(prompt)
         assert llama_greedy(llama, ids, 64) == list(model.generate(ids, 64, temperature=0))
