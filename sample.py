@@ -53,7 +53,7 @@ class Config:
     # ---- model
     out_dir: str = "out"  # use the newest best.pt in this folder or below it
     ckpt: str = ""  # use this checkpoint file instead
-    init_from: str = ""  # use an open model instead: hf:NAME or hf:FOLDER
+    init_from: str = ""  # use an open model instead: hf:NAME, hf:FOLDER or gguf:FILE
     device: str = "auto"  # cuda, mps, cpu, ...; auto picks an accelerator if there is one, else the CPU
     dtype: str = "auto"  # data type of the weights: float32, bfloat16, float16; auto keeps the one they are stored in
     compile: bool = False  # torch.compile the decoding: takes a while to start, then is faster
@@ -64,9 +64,9 @@ class Config:
             raise ValueError("--system is the first message of a conversation: it needs --chat")
         if self.ckpt and self.init_from:
             raise ValueError("--ckpt and --init_from both name a model: give only one of them")
-        if self.init_from and not self.init_from.startswith("hf:"):
+        if self.init_from and not self.init_from.startswith(("hf:", "gguf:")):
             raise ValueError(
-                f"init_from must be hf:NAME or hf:FOLDER, not {self.init_from!r}; for a checkpoint use --ckpt"
+                f"init_from must be hf:NAME, hf:FOLDER or gguf:FILE, not {self.init_from!r}; a checkpoint is --ckpt"
             )
         if self.dtype not in DTYPES:
             raise ValueError(f"dtype must be float32, bfloat16, float16 or auto, not {self.dtype!r}")

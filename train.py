@@ -34,7 +34,7 @@ from sologpt.tokenizer import Tokenizer
 class Config:
     # ---- run
     out_dir: str = "out"  # folder for checkpoints, metrics.jsonl and loss.png
-    init_from: str = "scratch"  # scratch, resume (from out_dir), or weights to fine-tune: a checkpoint, hf:NAME_OR_DIR
+    init_from: str = "scratch"  # scratch, resume (out_dir), or weights to fine-tune: a checkpoint, hf:NAME, gguf:FILE
     seed: int = 1337  # seed of the initial weights, the batches and dropout
     device: str = "auto"  # cuda, mps, cpu, ...; auto picks an accelerator if there is one, else the CPU
     dtype: str = "auto"  # precision of matrix products: float32, bfloat16, or auto for bfloat16 on GPUs that have it

@@ -22,10 +22,10 @@ import re
 import sys
 import tempfile
 import typing
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, AnyStr, NoReturn
 
 import torch
 from torch import Tensor
@@ -146,9 +146,9 @@ def tokenizer_json(tokenizer: Tokenizer) -> str:
     return theirs.to_str(pretty=True)
 
 
-def find_merge(token: bytes, ranks: dict[bytes, int]) -> tuple[bytes, bytes] | None:
+def find_merge(token: AnyStr, ranks: Mapping[AnyStr, float]) -> tuple[AnyStr, AnyStr] | None:
     """The merge by which BPE forms a token, as the pair of tokens merged. None if BPE never forms it."""
-    parts = [bytes([byte]) for byte in token]
+    parts = [token[i : i + 1] for i in range(len(token))]
     while len(parts) > 2:
         merged = [ranks.get(a + b, math.inf) for a, b in itertools.pairwise(parts)]
         if min(merged) > ranks[token]:
@@ -771,20 +771,25 @@ def make_parser() -> Parser:
     return parser
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    args = make_parser().parse_args(argv)
-    dtype = None if args.dtype == "auto" else getattr(torch, args.dtype)
+def report(command: Callable[[], None]) -> None:
+    """Run a command; its errors are one line on stderr and an exit status."""
     try:
-        if args.command == "import":
-            import_checkpoint(args.source, args.out_dir, dtype, args.tokenizer)
-        else:
-            export_checkpoint(args.checkpoint, args.new_dir, dtype)
+        command()
     except (ValueError, OSError, ImportError, RuntimeError, MemoryError) as e:
         message = " ".join(str(e).split()) or "out of memory"
         print(f"error: {message}", file=sys.stderr)
         sys.exit(1 if isinstance(e, RuntimeError | MemoryError) else 2)
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = make_parser().parse_args(argv)
+    dtype = None if args.dtype == "auto" else getattr(torch, args.dtype)
+    if args.command == "import":
+        report(lambda: import_checkpoint(args.source, args.out_dir, dtype, args.tokenizer))
+    else:
+        report(lambda: export_checkpoint(args.checkpoint, args.new_dir, dtype))
 
 
 if __name__ == "__main__":

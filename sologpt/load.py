@@ -1,8 +1,9 @@
-"""A model and its tokenizer from a checkpoint, a run's folder or Hugging Face.
+"""A model and its tokenizer from a checkpoint, a run's folder, Hugging Face or a GGUF file.
 
 model, tokenizer, about = load_model("out/tiny")  # or "out/tiny/best.pt", or "hf:HuggingFaceTB/SmolLM2-135M"
 """
 
+import importlib
 from pathlib import Path
 from typing import Any
 
@@ -48,21 +49,23 @@ def load_model(
 ) -> tuple[GPT, Tokenizer, dict[str, Any]]:
     """The model in eval mode, its tokenizer, and a dict of what else is known about it.
 
-    source: a checkpoint file, an out_dir (see `find_checkpoint`), or "hf:NAME_OR_DIR". device: None is the CPU, "auto"
-    see `pick_device`. dtype: None keeps that of the weights. The dict holds "source" (the file or name that was read)
-    and whatever else the checkpoint holds, such as "step", "train_config" and "optimizers".
+    source: a checkpoint file, an out_dir (see `find_checkpoint`), "hf:NAME_OR_DIR" or "gguf:FILE". device: None is the
+    CPU, "auto" see `pick_device`. dtype: None keeps that of the weights. The dict holds "source" (the file or name that
+    was read) and whatever else the checkpoint holds, such as "step", "train_config" and "optimizers".
 
     OSError if a file is missing or unreadable, ValueError for a bad source or device, ImportError for a missing extra,
     RuntimeError for a checkpoint that is damaged or has no tokenizer.
     """
     device = None if device is None else pick_device(device)
-    if str(source).startswith("hf:"):
-        from sologpt import hf  # here, since it needs the extra 'hf'
-
-        model, tokenizer = hf.load(str(source).removeprefix("hf:"), device, dtype)
+    kind, _, name = str(source).partition(":")
+    if kind in ("hf", "gguf"):
+        module = importlib.import_module(f"sologpt.{kind}")  # here, since it needs an extra of that name
+        model, tokenizer = module.load(name, device, dtype)
         return model, tokenizer, {"source": str(source)}
 
     path = Path(source)
+    if path.suffix == ".gguf":
+        raise ValueError(f"{path} is a GGUF file: load it as gguf:{path}")
     if path.is_dir():
         is_out_dir = (path / "best.pt").exists() or (path / "ckpt.pt").exists()
         if not is_out_dir and (path / "config.json").exists() and any(path.glob("*.safetensors")):

@@ -25,9 +25,13 @@ from sologpt import chat
 
 EOT = "<|endoftext|>"  # separates documents
 
-# Pre-tokenization: merges do not cross the borders of these pieces. A word with the space or sign before it, one or two
-# digits, punctuation with the line breaks after it, whitespace without the last space before a word.
-BPE_PATTERN = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,2}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s+(?!\S)|\s+"
+# Pre-tokenization: merges do not cross the borders of these pieces. An English contraction, a word with the space or
+# sign before it, a digit, punctuation with the line breaks after it, line breaks with the whitespace before them,
+# whitespace without the last space before a word. It is Qwen2's, which llama.cpp knows (sologpt/gguf.py).
+BPE_PATTERN = (
+    r"(?:'[sS]|'[tT]|'[rR][eE]|'[vV][eE]|'[mM]|'[lL][lL]|'[dD])|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}|"
+    r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 
 MAX_SPACE = 400_000  # tiktoken's regular expressions overflow their stack at a million whitespace characters
 BYTES = [bytes([i]) for i in range(256)]
