@@ -19,7 +19,7 @@ import configurator
 from configurator import UserError
 from gpt import GPT, GPTConfig, KVCache
 from sologpt import fast
-from sologpt.load import find_checkpoint, load_model
+from sologpt.load import SHORT_NAMES, find_checkpoint, load_model
 from sologpt.text import TextRow, TextStream, drop_old_turns, stream_text
 from sologpt.tokenizer import Tokenizer
 
@@ -53,7 +53,7 @@ class Config:
     # ---- model
     out_dir: str = "out"  # use the newest best.pt in this folder or below it
     ckpt: str = ""  # use this checkpoint file instead
-    init_from: str = ""  # use an open model instead: hf:NAME, hf:FOLDER or gguf:FILE
+    init_from: str = ""  # use an open model instead: gpt2, hf:NAME, hf:FOLDER or gguf:FILE
     device: str = "auto"  # cuda, mps, cpu, ...; auto picks an accelerator if there is one, else the CPU
     dtype: str = "auto"  # data type of the weights: float32, bfloat16, float16; auto keeps the one they are stored in
     compile: bool = False  # torch.compile the decoding: takes a while to start, then is faster
@@ -64,7 +64,7 @@ class Config:
             raise ValueError("--system is the first message of a conversation: it needs --chat")
         if self.ckpt and self.init_from:
             raise ValueError("--ckpt and --init_from both name a model: give only one of them")
-        if self.init_from and not self.init_from.startswith(("hf:", "gguf:")):
+        if self.init_from and not self.init_from.startswith(("hf:", "gguf:")) and self.init_from not in SHORT_NAMES:
             raise ValueError(
                 f"init_from must be hf:NAME, hf:FOLDER or gguf:FILE, not {self.init_from!r}; a checkpoint is --ckpt"
             )

@@ -12,6 +12,8 @@ import torch
 from gpt import GPT
 from sologpt.tokenizer import Tokenizer
 
+SHORT_NAMES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl", "distilgpt2")  # nanoGPT's, for hf:NAME
+
 
 def pick_device(name: torch.device | str = "auto") -> torch.device:
     """The torch device of that name; "auto" is the accelerator if there is one, else the CPU. ValueError if missing."""
@@ -57,6 +59,8 @@ def load_model(
     RuntimeError for a checkpoint that is damaged or has no tokenizer.
     """
     device = None if device is None else pick_device(device)
+    if str(source) in SHORT_NAMES and not Path(source).exists():
+        source = f"hf:{source}"
     kind, _, name = str(source).partition(":")
     if kind in ("hf", "gguf"):
         module = importlib.import_module(f"sologpt.{kind}")  # here, since it needs an extra of that name

@@ -33,8 +33,8 @@ def configure_optimizers(
 
     learning_rate and weight_decay are for the matrices, momentum and dtype for Muon, betas for AdamW. AdamW wants a
     lower learning_rate than Muon; its step is cheap, which pays where a step has few tokens for the model's size.
-    head_lr is also the rate of gains, biases and a tied embedding. Every group keeps its rate as `initial_lr`, for a
-    schedule to scale.
+    head_lr is also the rate of gains, biases and a tied embedding; learned positions have the embedding's. Every group
+    keeps its rate as `initial_lr`, for a schedule to scale.
     """
     if optimizer not in ("muon", "adamw"):
         raise ValueError(f"optimizer must be muon or adamw, not {optimizer!r}")
@@ -42,7 +42,8 @@ def configure_optimizers(
     matrices = [p for stack in stacks for p in stack]  # in this order checkpoints number their states
     vectors = [p for p in model.parameters() if p.ndim == 1]
     tables = {model.wte.weight: embd_lr, model.head_weight: head_lr}  # one and the same if tied: then head_lr
-    tables |= {} if model.wpe is None else {model.wpe.weight: embd_lr}
+    if model.wpe is not None:
+        tables[model.wpe.weight] = tables[model.wte.weight]
     groups: list[dict[str, Any]] = [dict(params=[table], lr=lr) for table, lr in tables.items()]
     groups += [dict(params=vectors, lr=head_lr)] if vectors else []
     blocks = [dict(params=matrices, lr=learning_rate, weight_decay=weight_decay)]

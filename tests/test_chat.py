@@ -170,7 +170,7 @@ def test_errors_are_one_line(chatty, folder, tmp_path, here):
         ([f"--ckpt={refuses}", "--chat"], "no system message"),
         ([good, "--system=x"], "--chat"),
         ([good, f"--init_from=hf:{folder}"], "--ckpt and --init_from"),
-        (["--init_from=gpt2"], "hf:"),
+        (["--init_from=gpt3"], "hf:"),
         ([good, "--dtype=int8"], "int8"),
         ([f"--init_from=hf:{tmp_path / 'empty'}"], "config.json"),
         ([f"--init_from=hf:{tmp_path / 'none'}"], "none"),

@@ -8,6 +8,7 @@ import pytest
 import torch
 from conftest import ROOT, make_model, run
 
+import sample
 from gpt import GPT
 from sologpt import hf
 from sologpt.load import find_checkpoint, load_model, pick_device
@@ -187,3 +188,14 @@ def test_out_of_memory_is_not_reported_as_damage(error, tmp_path, monkeypatch):
     with pytest.raises(type(error)) as e:
         load_model(save(tmp_path / "best.pt"))
     assert e.value is error
+
+
+@pytest.mark.parametrize("name", ["gpt2", "gpt2-xl"])
+def test_the_short_names_of_gpt2_are_models_on_the_hub(name, tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(hf, "load", lambda name, *rest: asked.append(name) or (None, None))
+    monkeypatch.chdir(tmp_path)
+    assert load_model(name)[2] == {"source": f"hf:{name}"} and asked == [name]
+    assert sample.Config(init_from=name).init_from == name
+    path = save(tmp_path / name / "best.pt")  # a run of that name comes first
+    assert load_model(name)[2]["source"] == str(path.relative_to(tmp_path)) and asked == [name]
