@@ -163,7 +163,9 @@ class Attention(nn.Module):
         super().__init__()
         C, (H, G, D) = config.n_embd, config.heads
         self.head_dim, self.gqa, self.dropout = D, G < H, nn.Dropout(config.dropout)
-        self.c_q, self.c_k, self.c_v = (nn.Linear(C, n * D, config.bias or config.qkv_bias) for n in (H, G, G))
+        self.c_q = nn.Linear(C, H * D, bias=config.bias or config.qkv_bias)
+        self.c_k = nn.Linear(C, G * D, bias=config.bias or config.qkv_bias)
+        self.c_v = nn.Linear(C, G * D, bias=config.bias or config.qkv_bias)
         self.c_proj = nn.Linear(H * D, C, bias=config.bias)
         self.q_norm, self.k_norm = (make_norm(D, config) if config.qk_norm else nn.Identity() for _ in range(2))
 
@@ -234,9 +236,7 @@ class KVCache:
     def __init__(self, config: GPTConfig, batch_size: int, max_len: int, device: Device = None, dtype: Dtype = None):
         _, G, D = config.heads
         shape = (config.n_layer, batch_size, G, max_len, D)
-        self.k, self.v = (
-            torch.zeros(shape, device=device, dtype=dtype) for _ in range(2)
-        )  # (n_layer, B, G, max_len, D)
+        self.k, self.v = (torch.zeros(shape, device=device, dtype=dtype) for _ in range(2))
         self.ids = torch.zeros(batch_size, max_len, device=device, dtype=torch.long)
         self.lengths = torch.zeros(batch_size, dtype=torch.long)
         self.batch_size, self.max_len = batch_size, max_len
@@ -411,10 +411,8 @@ class GPT(nn.Module):
         """FLOPs of a training step per token, at sequence_len (PaLM's formula, https://arxiv.org/abs/2204.02311)."""
         c, (H, _, D) = self.config, self.config.heads
         tables = [table for table in (None if c.tie_embd else self.wte, self.wpe) if table]  # take part in no matmul
-        return (
-            6 * (self.num_params() - sum(table.weight.numel() for table in tables))
-            + 12 * c.n_layer * H * D * c.sequence_len
-        )
+        lookups = sum(table.weight.numel() for table in tables)
+        return 6 * (self.num_params() - lookups) + 12 * c.n_layer * H * D * c.sequence_len
 
     def estimate_mfu(self, tokens_per_second: float, peak_flops: float) -> float:
         """Model FLOPs utilization of training: achieved FLOPs per second over the device's peak_flops."""

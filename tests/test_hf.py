@@ -647,12 +647,18 @@ def test_a_full_disk_is_one_line_and_status_1(args, good, tmp_path, monkeypatch,
     assert not list((tmp_path / "out").iterdir())
 
 
-@pytest.mark.parametrize("flag", ["--init_from=hf:/no/such/folder", "--init_from=hf:{empty}"])
-def test_train_reports_a_missing_model_in_one_line(flag, dataset, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    "flag, words",
+    [
+        ("--init_from=hf:/no/such/folder", "/no/such/folder is not a folder and cannot be downloaded"),
+        ("--init_from=hf:{empty}", "has no config.json"),
+    ],
+)
+def test_train_reports_a_missing_model_in_one_line(flag, words, dataset, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     (tmp_path / "empty").mkdir()
     flag = flag.replace("{empty}", str(tmp_path / "empty"))
-    error("train.py", flag, f"--dataset={dataset}", f"--out_dir={tmp_path / 'out'}")
+    assert words in error("train.py", flag, f"--dataset={dataset}", f"--out_dir={tmp_path / 'out'}")
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs the peak memory of Linux's /proc")

@@ -10,6 +10,7 @@ import pytest
 import torch
 from conftest import ROOT, SMALL, error, run, write_prepare
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch._dynamo.utils import counters
 
 import configurator
 import sample
@@ -268,19 +269,33 @@ def test_a_missing_extra_is_one_line(extra, dataset, tmp_path):
     assert f"extra '{extra}'" in line and not (tmp_path / "ckpt.pt").exists()
 
 
-def test_autocast_and_compile_train_too(dataset, tmp_path):
-    flags = [*SMALL, f"--dataset={dataset}", f"--out_dir={tmp_path}", "--max_iters=10", "--eval_interval=10"]
-    run("train.py", *flags, "--dtype=bfloat16")
-    assert records(tmp_path)[-1]["val_loss"] < 5
+def losses_with(flag: str, dataset, tmp_path, monkeypatch) -> tuple[list[float], list[float]]:
+    """The losses of a run without a flag and of one with it."""
+    flags = [*SMALL, f"--dataset={dataset}", "--max_iters=10", "--eval_interval=10", "--log_interval=1"]
+    flags += ["--sample_tokens=0"]
+    found = []
+    for name, more in (("without", []), ("with", [flag])):
+        monkeypatch.setattr(
+            sys, "argv", ["train.py", *flags, "--sample_tokens=0", f"--out_dir={tmp_path / name}", *more]
+        )
+        train.main()
+        found.append([line.get("loss", line.get("val_loss")) for line in records(tmp_path / name)])
+    return found[0], found[1]
+
+
+def test_autocast_trains_as_float32_does_up_to_its_rounding(dataset, tmp_path, monkeypatch):
+    plain, autocast = losses_with("--dtype=bfloat16", dataset, tmp_path, monkeypatch)
+    assert autocast == pytest.approx(plain, abs=0.05) and autocast[-1] < autocast[0] - 0.5
+    assert autocast != pytest.approx(plain, abs=1e-6), "nothing was computed in bfloat16"
 
 
 @pytest.mark.slow
-def test_compile_gives_the_same_losses(dataset, tmp_path):
-    flags = [*SMALL, f"--dataset={dataset}", "--max_iters=5", "--eval_interval=5", "--log_interval=1"]
-    run("train.py", *flags, f"--out_dir={tmp_path / 'a'}")
-    run("train.py", *flags, f"--out_dir={tmp_path / 'b'}", "--compile")
-    a, b = ([line.get("loss", line.get("val_loss")) for line in records(tmp_path / name)] for name in "ab")
-    assert a == pytest.approx(b, abs=1e-3)
+def test_compile_gives_the_same_losses(dataset, tmp_path, monkeypatch):
+    torch._dynamo.reset()
+    counters.clear()
+    plain, compiled = losses_with("--compile", dataset, tmp_path, monkeypatch)
+    assert compiled == pytest.approx(plain, abs=1e-3)
+    assert counters["stats"]["unique_graphs"] >= 2, "one for training, one for evaluation"
 
 
 def test_train_says_what_is_wrong(trained, dataset, tmp_path, error_here):

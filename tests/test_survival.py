@@ -1,5 +1,6 @@
 """A run is stopped, killed and damaged, and ends as if nothing had been."""
 
+import errno
 import json
 import os
 import random
@@ -119,6 +120,21 @@ def test_a_forgotten_resume_loses_nothing(dataset, tmp_path):
     assert not (tmp_path / "old-3").exists()
     done = run("train.py", *flags, "--max_iters=10", f"--out_dir={tmp_path / 'old-1'}", "--init_from=resume")
     assert done.stdout.startswith("resumed at step 4")
+
+
+def test_an_earlier_run_that_cannot_be_moved_is_one_line(trained, dataset, tmp_path, monkeypatch):
+    shutil.copytree(trained, tmp_path / "out")
+    before = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+
+    def rename(self, target):  # as in a folder that is read-only
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(self))
+
+    monkeypatch.setattr("pathlib.Path.rename", rename)
+    flags = [*SMALL, f"--dataset={dataset}", f"--out_dir={tmp_path / 'out'}", "--max_iters=1"]
+    monkeypatch.setattr("sys.argv", ["train.py", *flags])
+    with pytest.raises(configurator.RunError, match=f"cannot write {tmp_path / 'out'}: Read-only file system"):
+        train.main()
+    assert all((tmp_path / "out" / name).read_bytes() == content for name, content in before.items())
 
 
 def test_a_resume_without_a_state_leaves_no_folder(dataset, tmp_path):
@@ -257,5 +273,8 @@ def test_no_damage_to_a_checkpoint_gives_a_traceback(trained, dataset, tmp_path,
             configurator.run(script.main)  # lets through what is not one of ours: that is the traceback
         err = capsys.readouterr().err
         refused += end.value.code != 0
-        assert (end.value.code == 0) or (end.value.code in (1, 2) and err.count("\n") == 1), (seed, err)
+        one_line = (
+            err.startswith("error: ") and err.count("\n") == 1 and ".pt is not a checkpoint of a GPT, or is" in err
+        )
+        assert end.value.code == 0 or (end.value.code == 1 and one_line), (seed, err)
     assert refused > 250  # all that were cut off, and many more
