@@ -556,6 +556,22 @@ def test_import_fine_tune_and_export(trained, dataset, tmp_path):
     assert (tuned(idx) - logits).abs().max() < 1e-4
 
 
+def test_gpt2_is_fine_tuned_and_goes_back(dataset, tmp_path):
+    folder = write(make_theirs("gpt2", vocab_size=257), tmp_path / "theirs")
+    data = write_prepare(tmp_path / "data", dataset / "text")
+    flags = ["--learning_rate=0.01", "--embd_lr=0.01", "--head_lr=0.01", "--eval_iters=4", "--sample_tokens=0"]
+    flags += [f"--dataset={data}", f"--out_dir={tmp_path / 'tuned'}", "--sequence_len=32", "--eval_interval=20"]
+    run("train.py", "config/finetune.py", f"--init_from=hf:{folder}", "--max_iters=40", *flags)
+    lines = (tmp_path / "tuned" / "metrics.jsonl").read_text().splitlines()
+    losses = [record["val_loss"] for record in map(json.loads, lines) if "val_loss" in record]
+    assert len(losses) == 3 and losses[-1] < losses[0] - 0.5
+    hf.export_checkpoint(tmp_path / "tuned" / "best.pt", tmp_path / "again", None)
+    theirs, tuned = AutoModelForCausalLM.from_pretrained(tmp_path / "again"), GPT.load(tmp_path / "tuned" / "best.pt")
+    idx = torch.randint(256, (2, 100))
+    with torch.no_grad():
+        assert theirs.config.model_type == "gpt2" and (tuned(idx) - theirs(idx).logits).abs().max() < 1e-4
+
+
 def test_import_command(good, tmp_path, capsys):
     hf.main(["import", str(good / "single"), str(tmp_path / "out"), "--dtype=bfloat16"])
     assert capsys.readouterr().out.startswith(f"wrote {tmp_path / 'out' / 'best.pt'}: ")
