@@ -125,3 +125,15 @@ def test_compiled_training_needs_no_complex_numbers():
 def test_nothing_imports_the_compiler_before_it_is_asked_for():
     code = "import sys, sample, train; from sologpt import fast, parallel; assert 'torch._dynamo' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", [-100, -2, 61])
+def test_a_target_that_is_no_token_is_an_error_in_compiled_training_too(target):
+    """Compiled code takes a small negative index for one from the end."""
+    torch._dynamo.reset()
+    fast.compile_rotate()
+    model = make_model(torch.float32, n_layer=1)
+    targets = torch.full((1, 4), target)
+    with pytest.raises((IndexError, RuntimeError), match=r"out of (bounds|range)"):
+        torch.compile(model)(torch.zeros(1, 4, dtype=torch.long), targets)

@@ -1,3 +1,5 @@
+import math
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -96,3 +98,9 @@ def test_logits_are_left_as_they_were_and_so_is_the_global_generator():
     before, state = logits.clone(), torch.get_rng_state()
     sample(logits, temperature=0.7, top_k=5, top_p=0.8, min_p=0.1, generator=torch.Generator().manual_seed(0))
     assert torch.equal(logits, before) and torch.equal(torch.get_rng_state(), state)
+
+
+def test_min_p_keeps_a_token_that_is_just_as_likely_as_it_says():
+    """exp(-ln 2) is 1/2 to the last bit."""
+    logits = torch.tensor([[0.0, -math.log(2), -math.log(2) - 1e-9]], dtype=torch.float64)
+    assert Sampling(min_p=0.5).filter(logits).isfinite().tolist() == [[True, True, False]]
