@@ -41,6 +41,8 @@ def test_a_fresh_model_knows_nothing_and_each_block_is_the_identity(switches):
     assert model(idx, idx).item() == pytest.approx(math.log(1000), rel=0.02)
     x = model.wte(idx) if model.wpe is None else model.wte(idx) + model.wpe.weight
     assert torch.equal(model.hidden(idx), model.norm(model.embd_norm(x)))
+    weight = model.h[1].mlp.c_fc.weight
+    assert weight.std().item() * 64**0.5 == pytest.approx(1, rel=0.05) and weight.abs().max() < (3 / 64) ** 0.5
 
 
 def test_activation_checkpointing_changes_no_gradient():
