@@ -235,6 +235,17 @@ def test_a_conversation_equals_generating_from_all_that_the_cache_holds(turns, s
             assert cache.tokens()[0][-1] == expected[-1]
 
 
+@pytest.mark.parametrize("new, read", [(6, [6]), (7, [16])])
+def test_a_prompt_that_just_fits_beside_the_past_is_all_that_is_read(new, read, monkeypatch):
+    model = make_model(sequence_len=16)
+    cache = new_cache(model)
+    model.prefill([range(10)], cache)
+    sizes, hidden = [], GPT.hidden
+    monkeypatch.setattr(GPT, "hidden", lambda self, idx, *rest: sizes.append(idx.size(1)) or hidden(self, idx, *rest))
+    model.prefill([range(20, 20 + new)], cache)
+    assert sizes == read and cache.tokens() == [[*range(10), *range(20, 20 + new)][-16:]]
+
+
 def test_what_was_said_stays_when_the_caller_walks_away():
     model = make_model()
     cache = new_cache(model)

@@ -269,6 +269,11 @@ def test_a_missing_extra_is_one_line(extra, dataset, tmp_path):
     assert f"extra '{extra}'" in line and not (tmp_path / "ckpt.pt").exists()
 
 
+def test_learning_rates_rise_linearly_stay_and_fall_to_zero_after_the_last_step():
+    config = train.Config(max_iters=10, warmup_iters=4, warmdown=0.4)
+    assert [train.lr_at(config, step) for step in range(10)] == [0.25, 0.5, 0.75, 1, 1, 1, 1, 0.75, 0.5, 0.25]
+
+
 def losses_with(flag: str, dataset, tmp_path, monkeypatch) -> tuple[list[float], list[float]]:
     """The losses of a run without a flag and of one with it."""
     flags = [*SMALL, f"--dataset={dataset}", "--max_iters=10", "--eval_interval=10", "--log_interval=1"]
