@@ -75,3 +75,9 @@ def test_each_call_commits_one_token_and_a_changed_cache_drops_the_draft():
         caches[0].truncate(5)
         logits = decode(torch.tensor([3]), caches[0])
         torch.testing.assert_close(logits[0], model(torch.tensor([[*prompt[:5], 3]]))[0, -1])
+
+
+def test_a_match_of_three_tokens_comes_before_a_later_one_of_two():
+    lookup = Lookup(make_model(), 2)
+    assert lookup.draft(torch.tensor([5, 6, 7, 1, 9, 6, 7, 2, 5, 6, 7])).tolist() == [1, 9]
+    assert lookup.draft(torch.tensor([8, 6, 7, 1, 9, 6, 7, 2, 5, 6, 7])).tolist() == [2, 5]
