@@ -274,6 +274,11 @@ def test_learning_rates_rise_linearly_stay_and_fall_to_zero_after_the_last_step(
     assert [train.lr_at(config, step) for step in range(10)] == [0.25, 0.5, 0.75, 1, 1, 1, 1, 0.75, 0.5, 0.25]
 
 
+def test_a_model_that_has_not_trained_is_not_the_best(dataset, tmp_path):
+    run("train.py", *SMALL, f"--dataset={dataset}", f"--out_dir={tmp_path}", "--max_iters=0", "--sample_tokens=0")
+    assert (tmp_path / "ckpt.pt").exists() and not (tmp_path / "best.pt").exists()
+
+
 def losses_with(flag: str, dataset, tmp_path, monkeypatch) -> tuple[list[float], list[float]]:
     """The losses of a run without a flag and of one with it."""
     flags = [*SMALL, f"--dataset={dataset}", "--max_iters=10", "--eval_interval=10", "--log_interval=1"]
