@@ -64,8 +64,8 @@ class GPTConfig:
     head_dim: int | None = None  # channels of a head; None means n_embd // n_head
     n_hidden: int | None = None  # width of the MLP; None means 4 * n_embd
     mlp: str = "relu2"  # relu2, gelu, gelu_tanh (two matrices) or swiglu (three, one of them the gate)
-    qk_norm: bool = True  # RMSNorm of queries and keys
-    embd_norm: bool = True  # RMSNorm of the embedding
+    qk_norm: bool = True  # a norm of queries and keys
+    embd_norm: bool = True  # a norm of the embedding
     norm: str = "rms"  # rms (RMSNorm) or layer (LayerNorm)
     norm_weight: bool = False  # learned gains in every norm
     bias: bool = False  # biases in all linear layers but the head, and in every LayerNorm

@@ -201,9 +201,10 @@ def converse(config: Config, model: GPT, tokenizer: Tokenizer, generate: Generat
         with catch_sigint() as signals, configurator.reported():
             if config.chat:
                 kept = drop_old_turns(tokenizer, messages, window, config.max_tokens)
-                if len(kept) < len(messages) and not dropped:
+                if kept is not messages and not dropped:
                     print(f"over {window} tokens: the model no longer sees the oldest turns", file=sys.stderr)
-                dropped, messages = dropped or len(kept) < len(messages), kept
+                    dropped = True
+                messages = kept
                 n = len(tokenizer.encode_chat(messages))
             else:
                 n = int(kv_cache.lengths) + len(tokenizer.encode_prompt(prompt))

@@ -14,7 +14,6 @@ import argparse
 import json
 import math
 import os
-import re
 import struct
 import sys
 from collections.abc import Sequence
@@ -213,7 +212,7 @@ def tensor_names(model: GPT, arch: Architecture) -> dict[str, list[str]]:
     """Names in the file: names in the state dict, several where the file has their rows in one tensor."""
     names: dict[str, list[str]] = {}
     for ours in model.state_dict():
-        layer, module, kind = re.fullmatch(r"(?:h\.(\d+)\.)?(.+)\.(weight|bias)", ours).groups()  # type: ignore[union-attr]
+        layer, module, kind = hf.split_name(ours)
         names.setdefault(f"{f'blk.{layer}.' if layer else ''}{arch.modules[module]}.{kind}", []).append(ours)
     return names
 

@@ -391,10 +391,15 @@ class TensorName:
     transposed: bool  # theirs is (in, out)
 
 
+def split_name(ours: str) -> tuple[str | None, str, str]:
+    """The layer (None outside the blocks), the module within it, and weight or bias, of a name in our state dict."""
+    return re.fullmatch(r"(?:h\.(\d+)\.)?(.+)\.(weight|bias)", ours).groups()  # type: ignore[union-attr, return-value]
+
+
 def tensor_names(model: GPT, family: Family) -> list[TensorName]:
     names = []
     for ours in model.state_dict():
-        layer, module, kind = re.fullmatch(r"(?:h\.(\d+)\.)?(.+)\.(weight|bias)", ours).groups()  # type: ignore[union-attr]
+        layer, module, kind = split_name(ours)
         theirs = f"{family.block}.{layer}." * bool(layer) + f"{family.module_names[module]}.{kind}"
         joined = family.module_names is GPT2_NAMES and module in PARTS
         rotated = module in ROTATED and model.config.positions == "rotary"

@@ -218,8 +218,8 @@ def drop_old_turns(
 ) -> list[dict[str, str]]:
     """A conversation without its oldest turns, where an answer of max_tokens would not fit into the window with them.
 
-    A system message at the beginning stays, and so does the last turn. The rest is cut to half a window, since a
-    conversation whose beginning has changed must be prefilled anew.
+    If none is dropped, it is the same list. A system message at the beginning stays, and so does the last turn. The
+    rest is cut to half a window, since a conversation whose beginning has changed must be prefilled anew.
     """
     if len(tokenizer.encode_chat(messages)) + min(max_tokens, window // 2) <= window:
         return messages
