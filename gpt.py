@@ -6,7 +6,7 @@ The default architecture is nanochat's (https://github.com/karpathy/nanochat), H
 - RMSNorm without gains (https://arxiv.org/abs/1910.07467) before each sublayer, after the embedding, before the head
 - an MLP with ReLU squared (https://arxiv.org/abs/2109.08668), no biases, an untied head
 - logits softcapped in float32 (Gemma 2, https://arxiv.org/abs/2408.00118)
-Switches in the config make it GPT-2, Llama, Mistral or Qwen.
+Switches in the config make it GPT-2, Llama, Mistral, Qwen or SmolLM3.
 
 Shapes in the comments: B rows, T new tokens, S tokens to attend to, C = n_embd, H query heads and G key/value heads of
 D channels each, M = n_hidden, V = vocab_size. The file knows token ids and no text.
@@ -17,7 +17,7 @@ import os
 import threading
 import zipfile
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from contextlib import closing, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from copy import copy
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -31,6 +31,7 @@ from torch import Tensor
 Device: TypeAlias = torch.device | str | None
 Dtype: TypeAlias = torch.dtype | None
 LayerCache: TypeAlias = tuple[Tensor, Tensor, tuple, int]  # keys, values (B, max_len, G, D); new tokens' slots; S
+Where: TypeAlias = tuple[Tensor | None, Tensor | None]  # rotations (B or 1, T, 1, D/2, 2), mask (B or 1, 1, T, S)
 Decoder: TypeAlias = Callable[[Tensor, "KVCache"], Tensor]  # reads ids (B,) into a cache, returns logits (B, V)
 
 PREFILL_CHUNK = 1024  # tokens of each row in one forward of a prefill; bounds the memory for activations
@@ -48,8 +49,8 @@ def check(ok: bool, message: str) -> None:
 
 def integer(name: str, x: Any, least: int, most: int = 2**63 - 1) -> int:
     """x as an int, from NumPy or a tensor too. ValueError if it is something else, or outside least to most."""
-    ok = hasattr(x, "__index__") and type(x) is not bool and least <= x.__index__() <= most
-    check(ok, f"{name} must be a whole number from {least} to {most}, not {x!r}")
+    scalar = hasattr(x, "__index__") and type(x) is not bool and not getattr(x, "ndim", 0)
+    check(scalar and least <= x.__index__() <= most, f"{name} must be a whole number from {least} to {most}, not {x!r}")
     return x.__index__()
 
 
@@ -71,6 +72,8 @@ class GPTConfig:
     bias: bool = False  # biases in all linear layers but the head, and in every LayerNorm
     qkv_bias: bool = False  # biases of queries, keys and values alone
     positions: str = "rotary"  # rotary, or learned: an embedding of each position
+    layer_types: str = "F"  # of each layer, repeated: F (full attention), S (sliding window), N (full, no positions)
+    sliding_window: int | None = None  # tokens that an S layer attends to, itself included; None means all
     tie_embd: bool = False  # share one matrix between embedding and head
     dropout: float = 0.0  # probability of zeroing an activation in training
     softcap: float = 15.0  # bound on the logits, softcap * tanh(logits / softcap); 0 switches it off
@@ -82,8 +85,8 @@ class GPTConfig:
     def __post_init__(self) -> None:
         self.n_kv_head = self.n_head if self.n_kv_head is None else self.n_kv_head
         self.n_hidden = 4 * self.n_embd if self.n_hidden is None else self.n_hidden
-        for name in ("sequence_len", "vocab_size", "n_layer", "n_head", "n_kv_head", "n_embd", "head_dim", "n_hidden"):
-            if (size := getattr(self, name)) is not None:
+        for name, kind in self.__annotations__.items():
+            if kind in (int, int | None) and (size := getattr(self, name)) is not None:
                 setattr(self, name, integer(name, size, 1, 10_000 if name == "n_layer" else 2**31 - 1))
         H, G, C = self.n_head, self.n_kv_head, self.n_embd
         if self.head_dim is None:
@@ -95,6 +98,8 @@ class GPTConfig:
             check(value in choices, f"{name} must be {' or '.join(choices)}, not {value!r}")
         even = (D := self.head_dim) % 2 == 0 or self.positions == "learned"
         check(even, f"head_dim {D} must be even for RoPE (n_embd {C}, n_head {H})")
+        check(bool(t := self.layer_types) and {*t} <= {*"FSN"}, f"layer_types must be letters F, S or N, not {t!r}")
+        self.layer_types = (t * self.n_layer)[: self.n_layer]
         check(0 <= self.dropout < 1, f"dropout must be in [0, 1), not {self.dropout}")
         ok = min(self.softcap, self.norm_eps) >= 0 and self.rope_base > 0
         check(ok, f"negative softcap {self.softcap}, norm_eps {self.norm_eps} or rope_base {self.rope_base}")
@@ -103,9 +108,8 @@ class GPTConfig:
         numbers = {**self.rope_scaling}
         wanted = ROPE_SCALINGS.get(str(rope_type := numbers.pop("rope_type", None)), ())
         check(bool(wanted), f"rope_scaling: rope_type must be one of {', '.join(ROPE_SCALINGS)}, not {rope_type!r}")
-        check({*numbers} == {*wanted}, f"rope_scaling {rope_type!r} takes {wanted}, not {[*numbers] or 'nothing'}")
-        positive = all(type(x) in (int, float) and 0 < x < math.inf for x in numbers.values())
-        check(positive, f"rope_scaling: all numbers must be positive: {numbers}")
+        ok = {*numbers} == {*wanted} and all(type(x) in (int, float) and 0 < x < math.inf for x in numbers.values())
+        check(ok, f"rope_scaling {rope_type!r} takes positive numbers {wanted}, not {numbers or 'nothing'}")
         low, high = numbers.get("low_freq_factor", 0), numbers.get("high_freq_factor", 1)
         check(low < high, f"rope_scaling: low_freq_factor {low} must be below high_freq_factor {high}")
 
@@ -136,11 +140,10 @@ def scale_frequencies(frequencies: Tensor, scaling: dict) -> Tensor:
 
     'llama3' keeps those of high_freq_factor or more turns in the original context, and blends from low_freq_factor on.
     """
-    factor = scaling["factor"]
+    factor, low, high, context = (scaling.get(key, 1.0) for key in ROPE_SCALINGS["llama3"])
     if scaling["rope_type"] == "linear":
         return frequencies / factor
-    low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
-    turns = frequencies * scaling["original_max_position_embeddings"] / (2 * math.pi)
+    turns = frequencies * context / (2 * math.pi)
     kept = ((turns - low) / (high - low)).clamp(0, 1)
     return frequencies * (kept + (1 - kept) / factor)
 
@@ -163,10 +166,8 @@ class Attention(nn.Module):
         super().__init__()
         C, (H, G, D) = config.n_embd, config.heads
         self.head_dim, self.gqa, self.dropout = D, G < H, nn.Dropout(config.dropout)
-        self.c_q = nn.Linear(C, H * D, bias=config.bias or config.qkv_bias)
-        self.c_k = nn.Linear(C, G * D, bias=config.bias or config.qkv_bias)
-        self.c_v = nn.Linear(C, G * D, bias=config.bias or config.qkv_bias)
-        self.c_proj = nn.Linear(H * D, C, bias=config.bias)
+        self.c_q, self.c_k, self.c_v = (nn.Linear(C, n * D, config.bias or config.qkv_bias) for n in (H, G, G))
+        self.c_proj = nn.Linear(H * D, C, config.bias)
         self.q_norm, self.k_norm = (make_norm(D, config) if config.qk_norm else nn.Identity() for _ in range(2))
 
     def forward(self, x: Tensor, rotations: Tensor | None, mask: Tensor | None, cache: LayerCache | None) -> Tensor:
@@ -225,6 +226,12 @@ class Block(nn.Module):
         return x + self.dropout(self.mlp(self.mlp_norm(x)))
 
 
+def visible(positions: Tensor, S: int, window: int | None = None) -> Tensor:
+    """The mask of queries at positions (B or 1, T) over S slots, (B or 1, 1, T, S): true for the last window tokens."""
+    distance = positions[..., None] - torch.arange(S, device=positions.device)  # (B or 1, T, S)
+    return ((distance >= 0) & (distance < (window or S)))[:, None]
+
+
 # ---- KV cache ----
 class KVCache:
     """Keys and values of all layers, allocated once and written in place. Row b holds `lengths[b]` tokens, `ids[b]`.
@@ -241,8 +248,10 @@ class KVCache:
         self.lengths = torch.zeros(batch_size, dtype=torch.long)
         self.batch_size, self.max_len = batch_size, max_len
 
-    # 2 (keys, values) * n_layer * batch_size * n_kv_head * max_len * head_dim * bytes of the dtype
-    nbytes = property(lambda self: self.k.nbytes + self.v.nbytes)
+    nbytes = property(lambda self: self.k.nbytes + self.v.nbytes)  # 2 * n_layer * B * G * max_len * D * dtype's bytes
+
+    def __repr__(self) -> str:
+        return f"KVCache({self.lengths.tolist()} of {self.max_len} tokens, {self.k.dtype}, {self.nbytes / 1e6:.1f} MB)"
 
     def begin(self, idx: Tensor) -> tuple[Tensor, Tensor | None, list[LayerCache]]:
         """Make room for tokens idx (B, T). ValueError, before anything is written, if there is too little.
@@ -251,7 +260,7 @@ class KVCache:
         """
         T, longest, device = idx.size(1), int(self.lengths.max()), self.k.device
         ragged, end = int(self.lengths.min()) < longest, longest + T
-        check(end <= self.max_len, f"{longest} tokens and {T} new ones do not fit into a KVCache of {self.max_len}")
+        check(end <= self.max_len, f"{end} tokens do not fit into a KVCache of {self.max_len} ({longest} + {T} new)")
         positions = (self.lengths[: None if ragged else 1, None] + torch.arange(T)).to(device)  # (B or 1, T)
         slots: tuple = (slice(None), slice(longest, end))
         if ragged:
@@ -259,9 +268,7 @@ class KVCache:
             # Shorter rows leave slots here that are masked: their attention weight is 0, but 0 * NaN is NaN
             self.k[:, :, :, longest:end], self.v[:, :, :, longest:end] = 0, 0
         self.ids[slots] = idx
-        mask = None
-        if ragged or (T > 1 and longest > 0):
-            mask = (torch.arange(end, device=device) <= positions[..., None])[:, None]  # (B or 1, 1, T, S)
+        mask = visible(positions, end) if ragged or (T > 1 and longest > 0) else None
         layers = [(k.transpose(1, 2), v.transpose(1, 2), slots, end) for k, v in zip(self.k, self.v, strict=True)]
         return positions, mask, layers
 
@@ -303,22 +310,20 @@ class Sampling:
     min_p: float | None = None  # keep those min_p times as likely as the top one (https://arxiv.org/abs/2407.01082)
     repetition_penalty: float = 1.0  # above 1, seen tokens become less likely (CTRL, https://arxiv.org/abs/1909.05858)
     stop_tokens: Iterable[int] = ()  # a row ends with the first of these
-    seed: int = 42  # the same seed gives the same tokens
+    seed: int | None = 42  # the same seed gives the same tokens; None draws others each time
     suppress_tokens: Iterable[int] = ()  # never drawn
 
     def __post_init__(self) -> None:
-        t = self.temperature
-        check(t == 0 or 1e-30 < t < 1e30, f"temperature must be 0, or positive and finite, not {t}")
+        check((t := self.temperature) == 0 or 1e-30 < t < 1e30, f"temperature must be 0 or a positive number, not {t}")
         integer("top_k", 0 if self.top_k is None else self.top_k, 0)
         check(not self.top_p or 0 < self.top_p <= 1, f"top_p must be in (0, 1], or 0 for no limit, not {self.top_p}")
         check(not self.min_p or 0 < self.min_p < 1, f"min_p must be in (0, 1), or 0 for no limit, not {self.min_p}")
         check(self.repetition_penalty > 0, f"repetition_penalty must be above 0, not {self.repetition_penalty}")
-        integer("seed", self.seed, -(2**63))
+        integer("seed", self.seed or 0, -(2**63))
 
     def filter(self, logits: Tensor, seen: Tensor | None = None) -> Tensor:
         """Logits (B, V) after penalty, temperature and filters, which set tokens to -inf; seen is (B, V) bool."""
-        if seen is not None:
-            penalty = self.repetition_penalty
+        if seen is not None and (penalty := self.repetition_penalty) != 1:
             logits = torch.where(seen, torch.where(logits < 0, logits * penalty, logits / penalty), logits)
         logits = logits / (self.temperature or 1)
         if self.top_k:
@@ -345,46 +350,34 @@ class Sampling:
 
 
 def sample(
-    logits: Tensor,
-    temperature: float = 1.0,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    min_p: float | None = None,
-    generator: torch.Generator | None = None,
+    logits: Tensor, temperature: float = 1.0, top_k: int = 0, top_p: float = 0, min_p: float = 0, generator: Any = None
 ) -> Tensor:
     """Draw a token id for each row of logits: (B, V) to (B,) int64. See `Sampling`."""
     return Sampling(temperature, top_k, top_p, min_p).draw(logits, generator)
 
 
-# ---- loss ----
-def softcapped(logits: Tensor, softcap: float) -> Tensor:
-    """Logits in at least float32, squashed into +-softcap; 0 switches the cap off."""
-    logits = in_float32(logits)
-    return torch.tanh(logits / softcap) * softcap if softcap else logits
-
-
-class CrossEntropy(nn.Module):
-    """Cross entropy of hidden states x (N, C) for targets (N,), with -1 ignored. sologpt/loss.py does it in chunks."""
-
-    def forward(self, model: "GPT", x: Tensor, targets: Tensor, reduction: str) -> Tensor:
-        return F.cross_entropy(model.logits(x), targets, ignore_index=-1, reduction=reduction)
-
-
 # ---- the model ----
+def cross_entropy(model: "GPT", x: Tensor, targets: Tensor, reduction: str) -> Tensor:
+    """Cross entropy of hidden states x (N, C) for targets (N,), with -1 ignored. sologpt/loss.py does it in chunks."""
+    return F.cross_entropy(model.logits(x), targets, ignore_index=-1, reduction=reduction)
+
+
 class GPT(nn.Module):
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
         self.config = config
-        self.wte = nn.Embedding(config.vocab_size, config.n_embd)
-        self.wpe = nn.Embedding(config.sequence_len, config.n_embd) if config.positions == "learned" else None
-        self.embd_norm = make_norm(config.n_embd, config) if config.embd_norm else nn.Identity()
+        V, T, C = config.vocab_size, config.sequence_len, config.n_embd
+        self.wte, wpe = (nn.Embedding.from_pretrained(torch.empty(n, C), freeze=False) for n in (V, T))
+        self.wpe = wpe if config.positions == "learned" else None
+        self.embd_norm = make_norm(C, config) if config.embd_norm else nn.Identity()
         self.dropout = nn.Dropout(config.dropout)
         self.h = nn.ModuleList([Block(config) for _ in range(config.n_layer)])
-        self.norm = make_norm(config.n_embd, config)
-        self.lm_head = None if config.tie_embd else nn.Linear(config.n_embd, config.vocab_size, bias=False)
-        self.loss: nn.Module = CrossEntropy()
+        self.norm = make_norm(C, config)
+        self.lm_head = None if config.tie_embd else nn.Linear(C, V, bias=False)
+        self.loss: Callable[..., Tensor] = cross_entropy
         self.modes: list[bool] = []  # train or not, before each generator that is in `evaluating`
-        self.init_weights()
+        if self.device.type != "meta":  # which has no memory to fill
+            self.init_weights()
 
     @torch.no_grad()
     def init_weights(self) -> None:
@@ -410,16 +403,22 @@ class GPT(nn.Module):
     def flops_per_token(self) -> int:
         """FLOPs of a training step per token, at sequence_len (PaLM's formula, https://arxiv.org/abs/2204.02311)."""
         c, (H, _, D) = self.config, self.config.heads
-        tables = [table for table in (None if c.tie_embd else self.wte, self.wpe) if table]  # take part in no matmul
-        lookups = sum(table.weight.numel() for table in tables)
+        lookups = sum(t.weight.numel() for t in (self.wpe, None if c.tie_embd else self.wte) if t)  # no matmuls
         return 6 * (self.num_params() - lookups) + 12 * c.n_layer * H * D * c.sequence_len
 
     def estimate_mfu(self, tokens_per_second: float, peak_flops: float) -> float:
         """Model FLOPs utilization of training: achieved FLOPs per second over the device's peak_flops."""
         return self.flops_per_token() * tokens_per_second / peak_flops
 
+    def by_layer_type(self, positions: Tensor, mask: Tensor | None, S: int) -> dict[str, Where]:
+        """The rotations and the mask of each layer type, for queries at positions (B or 1, T) over S slots."""
+        rotations = None if self.wpe else rope(positions, self.config, self.dtype)
+        recent = visible(positions, S, n) if (n := self.config.sliding_window) and n < S else mask
+        return {"F": (rotations, mask), "S": (rotations, recent), "N": (None, mask)}
+
     def hidden(self, idx: Tensor, kv_cache: KVCache | None = None) -> Tensor:
         """All layers but the head: idx (B, T) int64 to (B, T, C)."""
+        check(idx.ndim == 2, f"idx must be (B, T), not {tuple(idx.shape)}")
         B, T = idx.shape
         past = 0 if kv_cache is None else int(kv_cache.lengths.max())
         check(past + T <= (n := self.config.sequence_len), f"{past + T} tokens are more than sequence_len {n}")
@@ -428,19 +427,20 @@ class GPT(nn.Module):
         if kv_cache is not None:
             self.check_cache(kv_cache, B)
             positions, mask, layers = kv_cache.begin(idx)  # (B or 1, T), (B or 1, 1, T, S)
-        rotations = None if self.wpe else rope(positions, self.config, self.dtype)  # (B or 1, T, 1, D/2, 2)
+        types = self.by_layer_type(positions, mask, past + T)
         x = self.wte(idx) + self.wpe(positions) if self.wpe else self.wte(idx)  # (B, T, C)
         x = self.dropout(self.embd_norm(x))
-        for block, layer in zip(self.h, layers, strict=True):
-            x = block(x, rotations, mask, layer)
+        for block, layer, kind in zip(self.h, layers, self.config.layer_types, strict=True):
+            x = block(x, *types[kind], layer)
         if kv_cache is not None:
             kv_cache.lengths += T
         return self.norm(x)
 
     def logits(self, x: Tensor) -> Tensor:
         """The head: (..., C) to (..., V), softcapped, in at least float32."""
-        logits = F.linear(x, self.wte.weight) if self.lm_head is None else self.lm_head(x)
-        return softcapped(logits, self.config.softcap)
+        logits = in_float32(F.linear(x, self.wte.weight) if self.lm_head is None else self.lm_head(x))
+        cap = self.config.softcap
+        return cap * torch.tanh(logits / cap) if cap else logits
 
     def forward(
         self, idx: Tensor, targets: Tensor | None = None, kv_cache: KVCache | None = None, loss_reduction: str = "mean"
@@ -453,10 +453,9 @@ class GPT(nn.Module):
         x = self.hidden(idx, kv_cache)  # (B, T, C)
         if targets is None:
             return self.logits(x)
-        x, targets = x.flatten(0, 1), targets.flatten()  # (B*T, C), (B*T,)
         # An index below 0 may wrap around in compiled code. Past the end, it is an error on every backend.
         targets = targets.masked_fill(targets < -1, self.config.vocab_size)
-        return self.loss(self, x, targets, loss_reduction)
+        return self.loss(self, x.flatten(0, 1), targets.flatten(), loss_reduction)  # (B*T, C), (B*T,)
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:
@@ -479,21 +478,23 @@ class GPT(nn.Module):
     def generate(self, tokens: Iterable[int], max_tokens: int, *how: Any, **settings: Any) -> Generator[int, None, str]:
         """Continue tokens: yields token ids, and returns why it ended, 'length' or 'stop'.
 
-        generate(tokens, max_tokens, temperature=1.0, top_k=None, ..., kv_cache=None, decode=None): see `Sampling`. Bad
-        arguments are a ValueError at the call. A full window of sequence_len tokens is cut to its last half, which is
-        prefilled anew; of a longer prompt, the last sequence_len tokens count. With a kv_cache, tokens follow what it
-        holds, and all that is generated stays in it: the next turn of a conversation prefills only what is new.
+        generate(tokens, max_tokens, temperature=1.0, ..., seed=42, kv_cache=None, decode=None): see `Sampling`. A seed
+        of None draws anew at each call. Bad arguments are a ValueError at the call. A full window of sequence_len is
+        cut to its last half, which is prefilled anew; of a longer prompt, the last tokens count. With a kv_cache,
+        tokens follow what it holds, and all that is generated stays in it: the next turn prefills only what is new.
         `decode` replaces `GPT.step` (sologpt/fast.py). In eval mode until the generator ends or is closed.
         """
-        steps = self.generate_batch([tokens], max_tokens, 1, *how, **settings)
+        prompt = tokens.flatten() if isinstance(tokens, Tensor) and len(tokens) == 1 else tokens  # (1, T) is fine, too
+        steps = self.generate_batch([prompt], max_tokens, 1, *how, **settings)
 
         def only_row() -> Generator[int, None, str]:
-            with closing(steps):
-                try:
-                    while True:
-                        yield next(steps)[0]  # type: ignore[misc]  # never None: a batch ends with its last row
-                except StopIteration as end:
-                    return end.value[0]
+            try:
+                while True:
+                    yield next(steps)[0]  # type: ignore[misc]  # never None: a batch ends with its last row
+            except StopIteration as end:
+                return end.value[0]
+            finally:
+                steps.close()
 
         return only_row()
 
@@ -515,7 +516,7 @@ class GPT(nn.Module):
         """
         sampling, V = Sampling(*how, **settings), self.config.vocab_size
         integer("max_tokens", max_tokens, 0), integer("num_samples", num_samples, 1, 2**16)
-        texts = [[integer("a prompt's token id", id, 0, V - 1) for id in prompt] for prompt in prompts]
+        texts = [[integer("a token id (tokenizer.encode(text))", id, 0, V - 1) for id in prompt] for prompt in prompts]
         suppressed = [*{integer("a suppressed token id", id, 0, V - 1) for id in sampling.suppress_tokens}]
         stop = {integer("a stop token id", id, 0) for id in sampling.stop_tokens}
         check(min(map(len, texts), default=0) > 0, "the prompt is empty: generate needs at least one token")
@@ -532,18 +533,18 @@ class GPT(nn.Module):
             with self.evaluating():
                 # 1. Prefill the prompts
                 cache = kv_cache or KVCache(self.config, len(texts), max_len, self.device, self.dtype)
-                seen: Tensor | None = None
+                seen = torch.zeros(len(texts), V, dtype=torch.bool, device=self.device)  # (B, V), for the penalty
                 if sampling.repetition_penalty != 1:
-                    seen = torch.zeros(len(texts), V, dtype=torch.bool, device=self.device)  # (B, V)
                     for row, past, text in zip(seen, cache.tokens(), texts, strict=True):
                         row[past + text] = True
                 logits = self.prefill(texts, cache)  # (B, V)
                 # 2. Copy each row for its samples
                 if num_samples > 1:
-                    cache, logits = cache.expand(num_samples), logits.repeat_interleave(num_samples, dim=0)
-                    seen = None if seen is None else seen.repeat_interleave(num_samples, dim=0)
+                    cache = cache.expand(num_samples)
+                    logits, seen = (x.repeat_interleave(num_samples, dim=0) for x in (logits, seen))
                 # 3. Draw a token of each row, yield, stop, decode
-                B, generator = len(logits), torch.Generator(self.device).manual_seed(int(sampling.seed))
+                B, generator = len(logits), torch.Generator(self.device)
+                generator.seed() if sampling.seed is None else generator.manual_seed(int(sampling.seed))
                 running, ended = {*range(B)}, list[int]()  # the rows; of the ended ones, only those read to their end
                 unread: Tensor | None = None  # the tokens drawn last, (B,), until they are decoded
                 try:
@@ -551,8 +552,7 @@ class GPT(nn.Module):
                         if suppressed:
                             logits[:, suppressed] = -math.inf
                         unread = sampling.draw(logits, generator, seen)
-                        if seen is not None:
-                            seen.scatter_(1, unread[:, None], True)
+                        seen.scatter_(1, unread[:, None], True)
                         tokens = unread.tolist()
                         yield [tokens[b] if b in running else None for b in range(B)]
                         running = {b for b in running if tokens[b] not in stop}
@@ -631,6 +631,7 @@ class GPT(nn.Module):
     @classmethod
     def load_checkpoint(cls, path: str | os.PathLike, device: Device = None, dtype: Dtype = None) -> tuple["GPT", dict]:
         """`load`, and the extra that was saved. Runs no code from the file (weights_only)."""
+        check(not os.path.isdir(path), f"{path} is a folder: {path}/best.pt?")
         with open(path, "rb") as f:
             try:
                 check(zipfile.ZipFile(f).testzip() is None, "a CRC does not match")  # torch.load compares none
@@ -644,5 +645,5 @@ class GPT(nn.Module):
             except Exception as e:  # a damaged file can fail anywhere: zip, pickle, a missing key, a shape
                 if isinstance(e, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(e):
                     raise
-                raise RuntimeError(f"{os.fspath(path)} is not a checkpoint of a GPT, or is damaged") from e
+                raise RuntimeError(f"{path} is damaged, or no checkpoint of a GPT: is it a plain state_dict?") from e
         return model.to(device, dtype).eval(), checkpoint

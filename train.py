@@ -23,7 +23,7 @@ from gpt import GPT, GPTConfig
 from sologpt import parallel, rundir
 from sologpt.load import load_model
 from sologpt.log import Log
-from sologpt.loss import ChunkedCrossEntropy
+from sologpt.loss import chunked_cross_entropy
 from sologpt.optim import configure_optimizers
 from sologpt.parallel import World
 from sologpt.text import stream_text
@@ -288,7 +288,7 @@ def train(config: Config, world: World) -> None:
     with reported():
         run.data.check(run.sequence_len, run.model.config.vocab_size)
 
-    run.model.loss = ChunkedCrossEntropy()  # needs less memory
+    run.model.loss = chunked_cross_entropy  # needs less memory
     checkpointing = config.activation_checkpointing
     how = (config.shard, checkpointing, config.compile, config.dtype)
     run.model, forward = parallel.wrap_model(run.model.train(), world, *how)

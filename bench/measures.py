@@ -25,7 +25,7 @@ from bench.peers import SHAPES, Candidate, SoloGPT
 from bench.report import Row
 from gpt import GPT, GPTConfig, KVCache
 from sologpt import fast
-from sologpt.loss import ChunkedCrossEntropy
+from sologpt.loss import chunked_cross_entropy
 from sologpt.optim import configure_optimizers
 from sologpt.parallel import keep_freed_memory
 
@@ -209,7 +209,7 @@ def train_solo(
     keep_freed_memory()
     torch.manual_seed(0)
     model = GPT(config).to(device)
-    model.loss = ChunkedCrossEntropy()
+    model.loss = chunked_cross_entropy
     is_bfloat16 = dtype == torch.bfloat16
     optimizers = configure_optimizers(model, optimizer=optimizer, dtype=dtype if is_bfloat16 else None)
     autocast = torch.autocast(device.type, dtype) if is_bfloat16 else nullcontext()

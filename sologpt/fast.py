@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 import gpt
-from gpt import GPT, Decoder, KVCache, LayerCache, in_float32, rope
+from gpt import GPT, Decoder, KVCache, LayerCache, in_float32, visible
 
 
 def prepare(model: GPT, compile: bool = False, lookup: int = 0, rows: int = 1) -> Decoder:
@@ -211,7 +211,7 @@ class Compiled:
         if ragged:
             kv_cache.k[:, :, :, longest] = 0  # what is masked must be finite: see KVCache.begin
             kv_cache.v[:, :, :, longest] = 0
-            mask = (torch.arange(end, device=ids.device) <= lengths[:, None, None])[:, None]  # (B, 1, 1, S)
+            mask = visible(lengths[:, None], end)  # (B, 1, 1, S)
         logits = self.read(ids, lengths, mask, (kv_cache.k, kv_cache.v, kv_cache.ids), end)
         kv_cache.lengths += 1
         return logits
@@ -221,11 +221,11 @@ class Compiled:
         model, positions, (keys, values, cached) = self.model, lengths[:, None], memory  # (B or 1, 1)
         slots = (torch.arange(len(ids), device=ids.device)[:, None], positions)
         cached[slots] = ids[:, None]
-        rotations = None if model.wpe else rope(positions, model.config, model.dtype)
+        types = model.by_layer_type(positions, mask, end)
         x = model.wte(ids[:, None])  # (B, 1, C)
         x = model.embd_norm(x + model.wpe(positions) if model.wpe else x)
-        for block, k, v in zip(model.h, keys, values, strict=True):
-            x = self.block(block, x, rotations, mask, (k.transpose(1, 2), v.transpose(1, 2), slots, end))
+        for block, k, v, kind in zip(model.h, keys, values, model.config.layer_types, strict=True):
+            x = self.block(block, x, *types[kind], (k.transpose(1, 2), v.transpose(1, 2), slots, end))
         return self.head(model, model.norm(x)[:, -1])
 
 
@@ -284,8 +284,7 @@ class CudaGraphs(Compiled):
         ids = torch.zeros_like(lengths)
 
         def step() -> Tensor:
-            mask = (torch.arange(size, device=device) <= lengths[:, None, None])[:, None]  # (B, 1, 1, size)
-            return self.read(ids, lengths, mask, memory, size)
+            return self.read(ids, lengths, visible(lengths[:, None], size), memory, size)
 
         logits, replay = cuda_graph(step, device)
 

@@ -115,9 +115,12 @@ def find_architecture(config: GPTConfig) -> tuple[Architecture, dict[str, Any]]:
     """The architecture that computes the same, and the config.json. ValueError if llama.cpp has none."""
     try:
         config_json = hf.to_hf_config(config)
+        if {*config.layer_types} != {"F"}:
+            raise ValueError("no sliding windows, no layers without positions")
         return ARCHITECTURES[config_json["model_type"]], config_json
     except (ValueError, KeyError) as e:
         flags = [f"--{key}={value}" for key, value in hf.LLAMA.items() if getattr(config, key) != value]
+        flags += ["--layer_types=F"] * ({*config.layer_types} != {"F"})
         known = f"the switches of config/llama_tiny.py: {' '.join(flags)}"
         raise ValueError(f"llama.cpp has no such model; train one that it has with {known}") from e
 

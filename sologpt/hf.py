@@ -235,6 +235,7 @@ class Family:
     block: str = "model.layers"  # the module that holds the blocks
     inverse_rotation: bool = False  # rotary positions rotate by the negative angle
     transposed: bool = False  # the blocks' matrices are (in, out)
+    layer_types: str = "F*"  # what GPTConfig.layer_types may be, a regular expression
 
 
 ROPE: dict[str, Any] = dict(norm="rms", bias=False, positions="rotary")
@@ -259,20 +260,30 @@ FAMILIES = {
     "mistral": Family(
         "MistralForCausalLM",
         LLAMA,
-        dict(hidden_act="silu", sliding_window=None),
-        dict(num_key_value_heads=8, sliding_window=4096),
+        dict(hidden_act="silu", layer_types=None),
+        dict(num_key_value_heads=8, sliding_window=4096, use_sliding_window=True, max_window_layers=0),
+        layer_types="F*|S*",
     ),
     "qwen2": Family(
         "Qwen2ForCausalLM",
         LLAMA | dict(qkv_bias=True),
-        dict(hidden_act="silu", use_sliding_window=False),
-        dict(num_key_value_heads=32),
+        dict(hidden_act="silu"),
+        dict(num_key_value_heads=32, sliding_window=4096, max_window_layers=28),
+        layer_types="[FS]*",
     ),
     "qwen3": Family(
         "Qwen3ForCausalLM",
         LLAMA | dict(qk_norm=True),
-        dict(hidden_act="silu", attention_bias=False, use_sliding_window=False),
-        dict(num_key_value_heads=32, head_dim=128),
+        dict(hidden_act="silu", attention_bias=False),
+        dict(num_key_value_heads=32, head_dim=128, sliding_window=4096, max_window_layers=28),
+        layer_types="[FS]*",
+    ),
+    "smollm3": Family(
+        "SmolLM3ForCausalLM",
+        LLAMA,
+        dict(hidden_act="silu", attention_bias=False, mlp_bias=False, use_sliding_window=False),
+        dict(num_key_value_heads=4, tie_word_embeddings=True, rope_theta=2e6, no_rope_layer_interval=4),
+        layer_types="[FN]*",
     ),
     "gpt2": Family(
         "GPT2LMHeadModel",
@@ -311,8 +322,6 @@ def to_gpt_config(config_json: dict[str, Any]) -> GPTConfig:
     for key, value in (SUPPORTED | family.supported).items():
         if config_json.get(key, value) != value:
             raise ValueError(f"{key} is {config_json[key]!r}, but only {value!r} is supported")
-    if {*(config_json.get("layer_types") or [])} - {"full_attention"}:
-        raise ValueError(f"layer_types are {config_json['layer_types']!r}, but only 'full_attention' is supported")
     config_json["final_logit_softcapping"] = config_json.get("final_logit_softcapping") or 0.0  # null is off
     fields: dict[str, Any] = {}
     types = typing.get_type_hints(GPTConfig)
@@ -342,15 +351,71 @@ def to_gpt_config(config_json: dict[str, Any]) -> GPTConfig:
     if rope.get("partial_rotary_factor") == 1:
         del rope["partial_rotary_factor"]
     rope_scaling = None if rope == {"rope_type": "default"} else rope
-    return GPTConfig(**fields | family.switches, rope_base=float(base), rope_scaling=rope_scaling)
+    config = GPTConfig(**fields | family.switches, rope_base=float(base), rope_scaling=rope_scaling)
+    layer_types, window = read_layer_types(config_json, config.n_layer)
+    if not re.fullmatch(family.layer_types, layer_types):
+        raise ValueError(f"no_rope_layers is {config_json['no_rope_layers']!r}, but only None is supported")
+    return replace(config, layer_types=layer_types, sliding_window=window)
+
+
+def read_layer_types(config_json: dict[str, Any], n_layer: int) -> tuple[str, int | None]:
+    """GPTConfig's layer_types and sliding_window. ValueError, with the key, if it has no such layers."""
+    window = config_json.get("sliding_window") if config_json.get("use_sliding_window") else None
+    if window is not None and not is_size(window):
+        raise ValueError(f"sliding_window has the wrong type or size: {window!r}")
+    full = n_layer if window is None else config_json["max_window_layers"]
+    interval = config_json.get("no_rope_layer_interval", n_layer + 1)
+    if type(full) is not int or not is_size(interval):
+        raise ValueError(
+            f"max_window_layers or no_rope_layer_interval has the wrong type or size: {full!r}, {interval!r}"
+        )
+    attention, ropes = config_json.get("layer_types"), config_json.get("no_rope_layers")
+    if attention is None:
+        attention = ["full_attention" if i < full else "sliding_attention" for i in range(n_layer)]
+    if ropes is None:
+        ropes = [int((i + 1) % interval != 0) for i in range(n_layer)]
+    letters = {("full_attention", 1): "F", ("sliding_attention", 1): "S", ("full_attention", 0): "N"}
+    try:
+        layer_types = "".join(letters[each] for each in zip(attention, ropes[:n_layer], strict=True))
+        if len(layer_types) != n_layer:
+            raise ValueError(f"{len(layer_types)} layers, not {n_layer}")
+    except (KeyError, TypeError, ValueError) as e:
+        raise ValueError(f"layer_types {attention!r} with no_rope_layers {ropes!r} are not supported") from e
+    if "S" in layer_types and window is None:
+        raise ValueError(f"layer_types are {attention!r}, but there is no sliding_window")
+    return layer_types, window if "S" in layer_types else None
+
+
+def layer_keys(config: GPTConfig, family: Family) -> dict[str, Any]:
+    """The inverse of `read_layer_types`, for a family that has more than full attention."""
+    types, window = config.layer_types, config.sliding_window
+    keys: dict[str, Any] = {}
+    if "S" in family.layer_types:
+        keys["sliding_window"] = window if "S" in types else None
+    if family.layer_types == "[FS]*":
+        names = {"F": "full_attention", "S": "sliding_attention"}
+        keys |= dict(use_sliding_window="S" in types, layer_types=[names[letter] for letter in types])
+        keys["max_window_layers"] = len(types.rstrip("S"))
+    if "N" in family.layer_types:
+        keys["no_rope_layers"] = [int(letter != "N") for letter in types]
+    return keys
+
+
+def is_size(x: Any) -> bool:
+    return type(x) is int and 0 < x < MAX_SIZE
 
 
 def to_hf_config(config: GPTConfig) -> dict[str, Any]:
     """The config.json of a GPTConfig. ValueError, with our field, if no model of transformers computes the same."""
+    if config.sliding_window is None:  # then a sliding layer is a full one
+        config = replace(config, layer_types=config.layer_types.replace("S", "F"))
     mismatches = {
         name: [key for key, value in family.switches.items() if getattr(config, key) != value]
         for name, family in FAMILIES.items()
     }
+    for name, family in FAMILIES.items():
+        if not re.fullmatch(family.layer_types, config.layer_types):
+            mismatches[name].append("layer_types")
     if config.n_embd % config.n_head:  # LlamaConfig refuses it without need; mistral, otherwise the same, does not
         mismatches["llama"].append("n_head")
     if config.mlp not in ACTIVATIONS.values():
@@ -364,7 +429,8 @@ def to_hf_config(config: GPTConfig) -> dict[str, Any]:
     family = FAMILIES[name]
     config_json: dict[str, Any] = {"architectures": [family.architecture], "model_type": name}
     config_json |= {key: getattr(config, ours) for key, ours in family.config_keys.items()}
-    config_json |= family.supported
+    config_json |= {key: value for key, value in family.supported.items() if value is not None}
+    config_json |= layer_keys(config, family)
     if config.positions == "learned":
         activations = {ours: theirs for theirs, ours in reversed(ACTIVATIONS.items())}
         return config_json | {"activation_function": activations[config.mlp]}

@@ -1,15 +1,15 @@
 """The training loss in less memory and time, attached to a model from outside.
 
-model.loss = ChunkedCrossEntropy()  # in place of gpt.CrossEntropy, which it equals up to rounding
+model.loss = chunked_cross_entropy  # in place of gpt.cross_entropy, which it equals up to rounding
 """
 
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from gpt import GPT, in_float32, softcapped
+from gpt import GPT, in_float32
 
 LOGITS_PER_CHUNK = 2**24  # computed at a time, unless that makes too many chunks
 MAX_CHUNKS = 16  # each reads and writes the whole gradient of the head
@@ -19,17 +19,15 @@ def rows_per_chunk(rows: int, vocab_size: int) -> int:
     return max(LOGITS_PER_CHUNK // vocab_size, -(-rows // MAX_CHUNKS), 1)
 
 
-class ChunkedCrossEntropy(nn.Module):
-    """`gpt.CrossEntropy` for a chunk of rows at a time: the logits of all rows never exist at once."""
-
-    def forward(self, model: GPT, x: Tensor, targets: Tensor, reduction: str) -> Tensor:
-        wants_grad = torch.is_grad_enabled() and (x.requires_grad or model.head_weight.requires_grad)
-        if reduction == "mean" and wants_grad:
-            return MeanCrossEntropy.apply(x, model.head_weight, targets, model.config.softcap)
-        rows = rows_per_chunk(len(x), model.config.vocab_size)
-        chunks = zip(x.split(rows), targets.split(rows), strict=True)  # (R, C), (R,)
-        losses = torch.cat([F.cross_entropy(model.logits(h), t, ignore_index=-1, reduction="none") for h, t in chunks])
-        return losses if reduction == "none" else losses.sum() / (targets != -1).sum()
+def chunked_cross_entropy(model: GPT, x: Tensor, targets: Tensor, reduction: str) -> Tensor:
+    """`gpt.cross_entropy` for a chunk of rows at a time: the logits of all rows never exist at once."""
+    wants_grad = torch.is_grad_enabled() and (x.requires_grad or model.head_weight.requires_grad)
+    if reduction == "mean" and wants_grad:
+        return MeanCrossEntropy.apply(x, model.head_weight, targets, model.config.softcap)
+    rows = rows_per_chunk(len(x), model.config.vocab_size)
+    chunks = zip(x.split(rows), targets.split(rows), strict=True)  # (R, C), (R,)
+    losses = torch.cat([F.cross_entropy(model.logits(h), t, ignore_index=-1, reduction="none") for h, t in chunks])
+    return losses if reduction == "none" else losses.sum() / (targets != -1).sum()
 
 
 class MeanCrossEntropy(torch.autograd.Function):
@@ -46,7 +44,8 @@ class MeanCrossEntropy(torch.autograd.Function):
         weights = in_float32(counted.to(x.dtype))[:, None] / counted.sum()  # (N, 1)
         for i in range(0, len(x), rows):
             chunk, target, w = x[i : i + rows], targets[i : i + rows], weights[i : i + rows]  # (R, C), (R,), (R, 1)
-            logits = softcapped(F.linear(chunk, head), softcap)  # (R, C) @ (C, V) -> (R, V)
+            logits = in_float32(F.linear(chunk, head))  # (R, C) @ (C, V) -> (R, V)
+            logits = torch.tanh(logits / softcap) * softcap if softcap else logits
             logp = logits.log_softmax(dim=-1)
             losses.append(F.nll_loss(logp, target, ignore_index=-1, reduction="none"))  # (R,)
             d = logp.exp_().scatter_add_(1, target.clamp(min=0)[:, None], torch.full_like(w, -1)).mul_(w)  # (R, V)

@@ -41,6 +41,7 @@ LLAMA = dict(mlp="swiglu", n_hidden=40, head_dim=10, qk_norm=False, embd_norm=Fa
 QWEN = LLAMA | dict(qk_norm=True, qkv_bias=True, tie_embd=True, rope_scaling={"rope_type": "linear", "factor": 3.0})
 GPT2 = dict(norm="layer", norm_weight=True, bias=True, positions="learned", mlp="gelu_tanh", qk_norm=False)
 GPT2 |= dict(embd_norm=False, softcap=0.0, tie_embd=True, head_dim=9)
+WINDOWS = dict(layer_types="SFN", sliding_window=5)
 
 
 # Scripts run in processes of their own, forked from one that has imported PyTorch already: that is most of their time.

@@ -3,13 +3,13 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import GPT2, LLAMA, QWEN, make_model
+from conftest import GPT2, LLAMA, QWEN, WINDOWS, make_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.overrides import TorchFunctionMode
 from torch.profiler import ProfilerActivity, profile
 
-from gpt import KVCache
+from gpt import GPTConfig, KVCache
 
 
 def cache_for(model, batch_size, max_len=None) -> KVCache:
@@ -20,7 +20,7 @@ def cache_for(model, batch_size, max_len=None) -> KVCache:
 @given(
     cuts=st.lists(st.integers(1, 31)),
     n_kv_head=st.sampled_from([1, 2, 4]),
-    switches=st.sampled_from([{}, LLAMA, QWEN, GPT2]),
+    switches=st.sampled_from([{}, LLAMA, QWEN, GPT2, WINDOWS]),
     seed=st.integers(0, 99),
 )
 def test_any_way_to_cut_a_sequence_gives_the_uncached_logits(cuts, n_kv_head, switches, seed):
@@ -38,10 +38,11 @@ def test_any_way_to_cut_a_sequence_gives_the_uncached_logits(cuts, n_kv_head, sw
 @given(
     lengths=st.lists(st.integers(1, 20), min_size=2, max_size=6),
     chunks=st.lists(st.integers(1, 4), min_size=1, max_size=3),
+    switches=st.sampled_from([{}, WINDOWS]),
     seed=st.integers(0, 99),
 )
-def test_rows_of_different_lengths_give_the_logits_of_each_alone(lengths, chunks, seed):
-    model = make_model(seed=seed)
+def test_rows_of_different_lengths_give_the_logits_of_each_alone(lengths, chunks, switches, seed):
+    model = make_model(seed=seed, **switches)
     idx = torch.randint(61, (len(lengths), 32))
     cache = cache_for(model, len(lengths))
     cache.k.fill_(torch.nan), cache.v.fill_(torch.nan)  # what lies past the lengths must not matter
@@ -111,6 +112,12 @@ def test_truncate_then_go_on_equals_never_having_gone_further():
     model(torch.cat([idx[:, :10], detour[:, :9]], dim=1), kv_cache=bent)
     bent.truncate(10)
     assert (model(idx[:, 10:], kv_cache=straight) - model(idx[:, 10:], kv_cache=bent)).abs().max() < 1e-12
+
+
+def test_a_cache_prints_its_lengths_and_size():
+    cache = KVCache(GPTConfig(n_layer=2, n_head=2, n_embd=32), 2, 1000, dtype=torch.bfloat16)
+    cache.lengths += torch.tensor([3, 5])
+    assert repr(cache) == "KVCache([3, 5] of 1000 tokens, torch.bfloat16, 0.5 MB)"
 
 
 def test_truncate_never_lengthens_a_row():

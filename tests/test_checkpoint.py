@@ -1,11 +1,13 @@
 import pickle
 import random
+import subprocess
+import sys
 import warnings
 from dataclasses import asdict
 
 import pytest
 import torch
-from conftest import GPT2, LLAMA, QWEN, make_model
+from conftest import GPT2, LLAMA, QWEN, ROOT, WINDOWS, make_model
 
 import gpt
 from gpt import GPT
@@ -30,7 +32,7 @@ def test_a_model_saved_and_loaded_is_the_same(tmp_path):
     assert list(loaded.generate([1, 2, 3], 40)) == before
 
 
-@pytest.mark.parametrize("switches", [LLAMA, QWEN, GPT2])
+@pytest.mark.parametrize("switches", [LLAMA, QWEN, GPT2, WINDOWS])
 def test_switches_are_saved(switches, tmp_path):
     model = make_model(**switches)
     model.save(tmp_path / "m.pt")
@@ -161,3 +163,20 @@ def test_too_little_memory_and_a_missing_device_are_not_damage(tmp_path, monkeyp
             patch.setattr(torch, "load", fail)
             GPT.load(tmp_path / "m.pt")
         assert e.value is error
+
+
+def test_a_folder_and_a_plain_state_dict_are_named(tmp_path):
+    with pytest.raises(ValueError, match=r"is a folder: .*best\.pt\?"):
+        GPT.load(tmp_path)
+    torch.save(make_model().state_dict(), tmp_path / "weights.pt")
+    with pytest.raises(RuntimeError, match="state_dict"):
+        GPT.load(tmp_path / "weights.pt")
+
+
+def test_a_checkpoint_loads_without_the_compiler(tmp_path):
+    """On the meta device, drawing from a normal distribution imports it, which takes longer than all else."""
+    make_model(torch.float32, positions="learned").save(tmp_path / "m.pt")
+    code = "import sys, gpt; gpt.GPT.load(sys.argv[1]); print('torch._dynamo' in sys.modules)"
+    command = [sys.executable, "-c", code, str(tmp_path / "m.pt")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout == "False\n"

@@ -7,15 +7,15 @@ import sys
 
 import pytest
 import torch
-from conftest import GPT2, QWEN, ROOT, make_model
+from conftest import GPT2, QWEN, ROOT, WINDOWS, make_model
 from torch._dynamo.utils import counters
 
 from gpt import KVCache
 from sologpt import fast, parallel
-from sologpt.loss import ChunkedCrossEntropy
+from sologpt.loss import chunked_cross_entropy
 
 
-@pytest.fixture(params=[{}, QWEN, GPT2], ids=["nanochat", "qwen", "gpt2"])
+@pytest.fixture(params=[{}, QWEN, GPT2, WINDOWS], ids=["nanochat", "qwen", "gpt2", "windows"])
 def kind(request):
     torch._dynamo.reset()
     counters.clear()
@@ -77,7 +77,7 @@ def test_compiled_decode_is_exact(kind):
 
 
 @pytest.mark.parametrize("rows", [1, 3])
-@pytest.mark.parametrize("kind", [{}, QWEN, GPT2], ids=["nanochat", "qwen", "gpt2"])
+@pytest.mark.parametrize("kind", [{}, QWEN, GPT2, WINDOWS], ids=["nanochat", "qwen", "gpt2", "windows"])
 def test_the_arithmetic_that_is_compiled_is_that_of_the_model(kind, rows, monkeypatch):
     """Without the compiler, to float64's rounding: the loops in place of products, the slots and masks of the cache."""
     monkeypatch.setattr(torch, "compile", lambda function, dynamic: function)
@@ -135,7 +135,7 @@ def test_a_target_that_is_no_token_is_an_error_in_compiled_training_too(target):
     torch._dynamo.reset()
     fast.compile_rotate()
     model = make_model(torch.float32, n_layer=1)
-    model.loss = ChunkedCrossEntropy()
+    model.loss = chunked_cross_entropy
     targets = torch.full((1, 4), target)
     with pytest.raises((IndexError, RuntimeError), match=r"out of (bounds|range)"):
         torch.compile(model)(torch.zeros(1, 4, dtype=torch.long), targets)

@@ -492,3 +492,26 @@ def test_prompts_and_stop_tokens_may_be_iterators():
     stop = tokens[5]
     settings = dict(stop_tokens=iter([stop]), suppress_tokens=iter([60 if stop != 60 else 59]))
     assert list(model.generate(iter([1, 2, 3]), 20, temperature=0, **settings)) == tokens[: tokens.index(stop) + 1]
+
+
+def test_a_prompt_may_be_a_tensor_of_one_row():
+    model = make_model()
+    expected = list(model.generate([3, 1, 4], 8))
+    for prompt in (torch.tensor([3, 1, 4]), torch.tensor([[3, 1, 4]])):
+        assert list(model.generate(prompt, 8)) == expected
+    with pytest.raises(ValueError, match="token id"):
+        model.generate(torch.tensor([[3, 1], [4, 1]]), 8)
+
+
+def test_text_for_tokens_says_that_it_must_be_encoded():
+    for call in (lambda m: m.generate("def ", 8), lambda m: m.generate_batch(["def "], 8)):
+        with pytest.raises(ValueError, match=r"tokenizer\.encode\(text\).*'d'"):
+            call(make_model())
+
+
+def test_a_seed_of_none_draws_anew_and_leaves_the_global_generator():
+    model = make_model()
+    before = torch.get_rng_state()
+    assert len({tuple(model.generate([1, 2], 20, seed=None)) for _ in range(4)}) == 4
+    assert len({tuple(model.generate([1, 2], 20)) for _ in range(2)}) == 1
+    assert torch.equal(torch.get_rng_state(), before)

@@ -156,6 +156,8 @@ def test_q8_0(tmp_path):
         (dict(), r"llama_tiny\.py: --mlp=swiglu --qk_norm=False --embd_norm=False --norm_weight=True --softcap=0\.0$"),
         (LLAMA | dict(softcap=15.0), r"py: --softcap=0\.0$"),
         (LLAMA | dict(embd_norm=True), "--embd_norm=False"),
+        (LLAMA | dict(layer_types="S", sliding_window=9), r"py: --layer_types=F$"),
+        (LLAMA | dict(layer_types="FN"), r"py: --layer_types=F$"),
         (LLAMA | dict(qk_norm=True, qkv_bias=True), "no such model"),
         (LLAMA | dict(qkv_bias=True), r"qwen2 has head_dim = n_embd / n_head in llama\.cpp, not 10"),
         (

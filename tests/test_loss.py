@@ -9,16 +9,16 @@ from hypothesis import strategies as st
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from gpt import CrossEntropy
+from gpt import cross_entropy
 from sologpt import loss
-from sologpt.loss import ChunkedCrossEntropy
+from sologpt.loss import chunked_cross_entropy
 
-BOTH = pytest.mark.parametrize("kind", [CrossEntropy, ChunkedCrossEntropy])
+BOTH = pytest.mark.parametrize("kind", [cross_entropy, chunked_cross_entropy])
 
 
 def model_with(kind, dtype=torch.float64, **config):
     model = make_model(dtype, **config)
-    model.loss = kind()
+    model.loss = kind
     return model
 
 
@@ -49,7 +49,7 @@ def test_loss_reductions_and_ignored_targets(kind):
 )
 def test_the_loss_in_chunks_is_that_of_all_logits(rows, softcap, ignored, frozen, tie_embd, seed):
     """And so is every gradient; rows is how many of the 2 * 16 rows of logits there are at a time."""
-    model = model_with(ChunkedCrossEntropy, seed=seed, softcap=softcap, tie_embd=tie_embd)
+    model = model_with(chunked_cross_entropy, seed=seed, softcap=softcap, tie_embd=tie_embd)
     if frozen:
         model.requires_grad_(frozen == "head")
         model.head_weight.requires_grad_(frozen == "body")
@@ -71,7 +71,7 @@ def test_the_loss_in_chunks_is_that_of_all_logits(rows, softcap, ignored, frozen
 
 def test_the_loss_in_chunks_under_autocast(monkeypatch):
     """In bfloat16 it is as near to the exact one as all logits at once are."""
-    model = model_with(ChunkedCrossEntropy, torch.float32)
+    model = model_with(chunked_cross_entropy, torch.float32)
     idx, targets = torch.randint(61, (2, 2, 16))
     monkeypatch.setattr(loss, "LOGITS_PER_CHUNK", 5 * 61)
     weight = model.lm_head.weight
@@ -117,7 +117,7 @@ def test_without_gradients_the_loss_costs_no_gradient(monkeypatch):
             model(idx, targets)
         return (61, 32) in shapes
 
-    model = model_with(ChunkedCrossEntropy)
+    model = model_with(chunked_cross_entropy)
     assert made(model)
     with torch.no_grad():
         assert not made(model)
@@ -127,7 +127,7 @@ def test_without_gradients_the_loss_costs_no_gradient(monkeypatch):
 @pytest.mark.parametrize("name", ["wte.weight", "h.0.mlp.c_fc.weight", "lm_head.weight"])
 def test_a_second_derivative_of_the_loss_is_an_error(name):
     """It would be silently wrong: the gradient of the logits is a constant to autograd."""
-    model = model_with(ChunkedCrossEntropy)
+    model = model_with(chunked_cross_entropy)
     idx, targets = torch.randint(61, (2, 2, 16))
     with pytest.raises(RuntimeError, match="no second derivative"):
         torch.autograd.grad(model(idx, targets), model.get_parameter(name), create_graph=True)
@@ -143,7 +143,7 @@ def test_no_target_at_all_is_not_a_number_as_in_pytorch(kind):
 @pytest.mark.parametrize("grad", [True, False])
 def test_however_many_rows_a_batch_has_the_head_is_read_for_few_chunks(grad, monkeypatch):
     """Each chunk reads the head and adds to its gradient, which would be most of the traffic of a large batch."""
-    model, idx, read = model_with(ChunkedCrossEntropy, sequence_len=128), torch.randint(61, (3, 128)), []
+    model, idx, read = model_with(chunked_cross_entropy, sequence_len=128), torch.randint(61, (3, 128)), []
     monkeypatch.setattr(loss, "LOGITS_PER_CHUNK", 61)
 
     class Watch(TorchFunctionMode):

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 import torch
-from conftest import GPT2, LLAMA, QWEN, ROOT, make_model
+from conftest import GPT2, LLAMA, QWEN, ROOT, WINDOWS, make_model
 
 from bench.peers import as_transformers
 from gpt import GPT, GPTConfig, rope, rotate
@@ -33,7 +33,7 @@ def test_logits_equal_transformers(n_kv_head, softcap, rope_base):
     assert (ours - theirs).abs().max() < 1e-5
 
 
-@pytest.mark.parametrize("switches", [{}, LLAMA, QWEN, GPT2])
+@pytest.mark.parametrize("switches", [{}, LLAMA, QWEN, GPT2, WINDOWS])
 def test_a_fresh_model_knows_nothing_and_each_block_is_the_identity(switches):
     config = GPTConfig(sequence_len=64, vocab_size=1000, n_layer=4, n_head=4, n_embd=64, **switches)
     model = GPT(config)
@@ -140,6 +140,9 @@ def test_stretched_positions_keep_the_fast_pairs_and_slow_the_others_down():
         (dict(norm="batch"), ("rms", "layer", "'batch'")),
         (dict(positions="none"), ("rotary", "learned", "'none'")),
         (dict(mlp="tanh"), ("relu2", "swiglu", "'tanh'")),
+        (dict(layer_types="FX"), ("F, S or N", "'FX'")),
+        (dict(layer_types=""), ("F, S or N", "''")),
+        (dict(sliding_window=0), ("sliding_window", "0")),
         (dict(rope_scaling={}), ("linear", "llama3", "None")),
         (dict(rope_scaling={"rope_type": "yarn", "factor": 2.0}), ("linear", "llama3", "'yarn'")),
         (dict(rope_scaling={"rope_type": "linear"}), ("factor", "nothing")),
@@ -159,6 +162,11 @@ def test_impossible_shapes_say_both_numbers(shape, words):
 def test_more_tokens_than_the_context_is_an_error():
     with pytest.raises(ValueError, match=r"33 .* 32"):
         make_model()(torch.zeros(1, 33, dtype=torch.long))
+
+
+def test_idx_without_a_batch_dimension_is_an_error():
+    with pytest.raises(ValueError, match=r"idx must be \(B, T\), not \(5,\)"):
+        make_model()(torch.arange(5))
 
 
 def test_num_params_flops_and_mfu():

@@ -5,14 +5,16 @@ import pickle
 
 import pytest
 import torch
-from conftest import GPT2, LLAMA, QWEN, make_model
+from conftest import GPT2, LLAMA, QWEN, WINDOWS, make_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gpt import GPT
 from sologpt import fast
 
-KINDS = pytest.mark.parametrize("kind", [{}, LLAMA, QWEN, GPT2], ids=["nanochat", "llama", "qwen", "gpt2"])
+KINDS = pytest.mark.parametrize(
+    "kind", [{}, LLAMA, QWEN, GPT2, WINDOWS], ids=["nanochat", "llama", "qwen", "gpt2", "windows"]
+)
 
 
 def make_pair(dtype: torch.dtype, **config) -> tuple[GPT, GPT]:
