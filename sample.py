@@ -17,11 +17,11 @@ import torch
 
 import configurator
 from configurator import UserError
-from gpt import GPT, GPTConfig, KVCache
+from gpt import GPT
 from sologpt import fast
+from sologpt.conversation import Conversation, run_command
 from sologpt.load import SHORT_NAMES, find_checkpoint, load_model
-from sologpt.text import TextRow, TextStream, drop_old_turns, stream_text
-from sologpt.tokenizer import Tokenizer
+from sologpt.text import TextRow, TextStream, stream_text
 
 DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 Generate = Callable[..., TextStream]  # `stream_text` with the model, the tokenizer and the settings filled in
@@ -91,10 +91,6 @@ def read_prompt(prompt: str) -> str:
     return prompt
 
 
-def first_messages(config: Config) -> list[dict[str, str]]:
-    return [{"role": "system", "content": config.system}] if config.system else []
-
-
 def warn_if_cut(stream: TextStream, model: GPT) -> None:
     n, window = len(stream.prompt_tokens), model.config.sequence_len
     if n > window:
@@ -130,7 +126,8 @@ def to_json(prompt: str, row: TextRow) -> str:
 def sample_once(config: Config, model: GPT, generate: Generate, description: str) -> None:
     """Stream the first sample; the others are drawn with it and printed after it."""
     prompt = read_prompt(config.prompt)
-    messages = [*first_messages(config), {"role": "user", "content": prompt}]
+    messages = [{"role": "system", "content": config.system}] if config.system else []
+    messages.append({"role": "user", "content": prompt})
     with configurator.reported():
         stream = generate(messages if config.chat else prompt, num_samples=config.num_samples)
     print(description, file=sys.stderr)
@@ -164,76 +161,69 @@ def catch_sigint() -> Iterator[list[int]]:
         signal.signal(signal.SIGINT, before)
 
 
-def with_room(kv_cache: KVCache, config: GPTConfig, n: int) -> KVCache:
-    """The cache, or where it is too small for n tokens, a copy with at least twice the room."""
-    size, n = kv_cache.max_len, min(n, config.sequence_len)
-    if n <= size:
-        return kv_cache
-    k = kv_cache.k
-    larger = KVCache(config, 1, min(max(n, 2 * size), config.sequence_len), k.device, k.dtype)
-    larger.k[:, :, :, :size], larger.v[:, :, :, :size], larger.ids[:, :size] = k, kv_cache.v, kv_cache.ids
-    larger.lengths.copy_(kv_cache.lengths)
-    return larger
-
-
-def converse(config: Config, model: GPT, tokenizer: Tokenizer, generate: Generate, description: str) -> None:
-    """Answer one prompt after the other. The cache keeps the conversation, so a turn prefills only what is new."""
+def converse(talk: Conversation, description: str) -> None:
+    """Answer one prompt after the other."""
     with suppress(ImportError):  # not on Windows
-        import readline  # noqa: F401  (gives input() line editing and history)
+        import readline  # gives input() line editing and history
+
+        readline.parse_and_bind("set enable-bracketed-paste on")  # keeps the line ends of a pasted text
     if isinstance(sys.stdin, io.TextIOWrapper):
         sys.stdin.reconfigure(errors="replace")
-    messages = first_messages(config)
-    with configurator.reported():  # checks the settings and the chat template before the first prompt
-        generate([*messages, {"role": "user", "content": ""}] if config.chat else [0])
-    print(f"{description}\nCtrl-C stops an answer, Ctrl-D leaves", file=sys.stderr)
-    window, dropped = model.config.sequence_len, False
-    kv_cache = KVCache(model.config, 1, min(1024, window), model.device, model.dtype)
+    print(f"{description}\n/help shows the commands, Ctrl-D leaves", file=sys.stderr)
     while True:
         try:
-            prompt = input("> ") or "\n"
+            prompt = input("> ")
+            if prompt.startswith("/"):
+                print(run_command(prompt, talk), file=sys.stderr)
         except EOFError:
             print()
             return
         except KeyboardInterrupt:
-            print()
+            print("\nCtrl-D or /quit leaves", file=sys.stderr)
             continue
-        messages.append({"role": "user", "content": prompt})
-        with catch_sigint() as signals, configurator.reported():
-            if config.chat:
-                kept = drop_old_turns(tokenizer, messages, window, config.max_tokens)
-                if kept is not messages and not dropped:
-                    print(f"over {window} tokens: the model no longer sees the oldest turns", file=sys.stderr)
-                    dropped = True
-                messages = kept
-                n = len(tokenizer.encode_chat(messages))
-            else:
-                n = int(kv_cache.lengths) + len(tokenizer.encode_prompt(prompt))
-            kv_cache = with_room(kv_cache, model.config, n + config.max_tokens)
-            stream = generate(messages if config.chat else prompt, kv_cache=kv_cache)
-            warn_if_cut(stream, model)
-            for text in stream:
-                print(text, end="", flush=True)
-                if signals:
-                    print(stream.close(), end="")
-            print(flush=True)
-            report(stream.rows)
-        messages.append({"role": "assistant", "content": stream.text})
+        if prompt.strip() and not prompt.startswith("/"):
+            answer(prompt, talk)
+
+
+def answer(prompt: str, talk: Conversation) -> None:
+    dropped = talk.dropped
+    with catch_sigint() as signals, configurator.reported():
+        stream = talk.ask(prompt)
+        if talk.dropped and not dropped:
+            window = talk.model.config.sequence_len
+            print(f"over {window} tokens: the model no longer sees the oldest turns", file=sys.stderr)
+        warn_if_cut(stream, talk.model)
+        for text in stream:
+            print(text, end="", flush=True)
+            if signals:
+                print(stream.close(), end="")
+        print(flush=True)
+        report(stream.rows)
+
+
+def find_model(config: Config) -> str | Path:
+    """The open model or checkpoint that was named, or else the newest in out_dir, which may lie beside this script."""
+    beside = Path(__file__).resolve().parent / config.out_dir
+    folder = beside if beside.is_dir() and not Path(config.out_dir).is_dir() else config.out_dir
+    return config.init_from or config.ckpt or find_checkpoint(folder)
 
 
 def main() -> None:
     config = configurator.parse(Config)
     with configurator.reported():
-        source = config.init_from or config.ckpt or find_checkpoint(config.out_dir)
-        model, tokenizer, about = load_model(source, config.device, DTYPES[config.dtype])
+        model, tokenizer, about = load_model(find_model(config), config.device, DTYPES[config.dtype])
         decode = fast.prepare(model, compile=config.compile, lookup=config.lookup, rows=config.num_samples)
     step = f", step {about['step']}" if "step" in about else ""
-    description = f"{about['source']}{step}, on {model.device}"
+    newest = "" if config.init_from or config.ckpt else " (the newest in --out_dir; --ckpt FILE takes another)"
+    description = f"{about['source']}{step}, on {model.device}{newest}"
     names = ("max_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")
     settings = {name: getattr(config, name) for name in (*names, "stop", "stop_on_repeat")}
-    generate = partial(stream_text, model, tokenizer, decode=decode, **settings)
     if config.interactive:
-        converse(config, model, tokenizer, generate, description)
+        with configurator.reported():
+            talk = Conversation(model, tokenizer, config.chat, config.system, decode=decode, **settings)
+        converse(talk, description)
     else:
+        generate = partial(stream_text, model, tokenizer, decode=decode, **settings)
         sample_once(config, model, generate, description)
 
 

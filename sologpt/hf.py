@@ -557,6 +557,8 @@ def local_folder(name_or_dir: str | Path, patterns: list[str]) -> Path:
             if not path.is_file() and not path.is_dir():  # reading a FIFO would wait for ever
                 raise ValueError(f"{path} is not a regular file")
         return folder
+    if not re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", str(name_or_dir)):
+        raise FileNotFoundError(f"there is no folder {name_or_dir}")
     try:
         from huggingface_hub import snapshot_download
     except ImportError as e:

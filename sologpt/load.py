@@ -40,8 +40,8 @@ def find_checkpoint(out_dir: Path | str) -> Path:
     found = max(folder.rglob("best.pt"), key=lambda path: path.stat().st_mtime, default=folder / "ckpt.pt")
     if not found.exists():
         raise FileNotFoundError(
-            f"no best.pt in {folder} or below, and no {found}: train a model first (python train.py config/tiny.py), "
-            "or name a checkpoint file"
+            f"no best.pt in {folder.resolve()} or below, and no ckpt.pt in it: train a model first "
+            "(python train.py config/tiny.py), or name a checkpoint file"
         )
     return found
 

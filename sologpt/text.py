@@ -165,22 +165,23 @@ def stream_text(
     stop: str | Sequence[str] = (),
     stop_on_repeat: int = 0,
     kv_cache: Any = None,
+    chat_tokens: list[int] | None = None,
     **settings: Any,
 ) -> TextStream:
     """Generate text after a prompt: iterate over the result for the text, then see its `reason`, `text` and `tokens`.
 
-    prompt is text, a conversation ({"role": "user", "content": "Hello"}, ...) that the chat template is applied to, or
-    token ids. num_samples rows are drawn at once: the first is streamed, `rows` has all. See `TextRow` for stop and
-    stop_on_repeat; settings are those of `GPT.generate_batch`: temperature, top_k, top_p, min_p, repetition_penalty,
-    seed, decode.
+    prompt is text, a conversation ([{"role": "user", "content": "Hello"}, ...]) for the chat template, or token ids.
+    The text ends after max_tokens, or before a stop sequence (see `TextRow`, for stop_on_repeat too).
+    num_samples rows are drawn at once: the first is streamed, `rows` has all. settings are those of
+    `GPT.generate_batch`: temperature=1.0 (0 is greedy), top_k, top_p, min_p, repetition_penalty, seed=42, and decode.
 
     With a kv_cache of one row, text or ids come after what it holds. A conversation is given whole, and the cache keeps
-    the tokens that both begin with: only the rest is prefilled.
+    the tokens that both begin with: only the rest is prefilled. chat_tokens are its token ids, if they are known.
 
     Arguments are checked here, before the first token: ValueError for bad ones, or if there is no chat template.
     """
     chat = not isinstance(prompt, str) and len(prompt) > 0 and isinstance(prompt[0], Mapping)
-    prompt_tokens = new_tokens = _encode(tokenizer, prompt, chat, kv_cache)
+    prompt_tokens = new_tokens = chat_tokens or _encode(tokenizer, prompt, chat, kv_cache)
     if chat and kv_cache is not None:
         new_tokens = reuse_prefix(kv_cache, prompt_tokens)
     steps = model.generate_batch(
@@ -215,19 +216,21 @@ def reuse_prefix(kv_cache: Any, tokens: list[int]) -> list[int]:
 
 def drop_old_turns(
     tokenizer: Tokenizer, messages: list[dict[str, str]], window: int, max_tokens: int
-) -> list[dict[str, str]]:
+) -> tuple[list[dict[str, str]], list[int]]:
     """A conversation without its oldest turns, where an answer of max_tokens would not fit into the window with them.
 
-    If none is dropped, it is the same list. A system message at the beginning stays, and so does the last turn. The
-    rest is cut to half a window, since a conversation whose beginning has changed must be prefilled anew.
+    Returns what is left and its tokens. A system message at the beginning stays, and so does the last turn. The rest is
+    cut to half a window, since a conversation whose beginning has changed must be prefilled anew.
     """
-    if len(tokenizer.encode_chat(messages)) + min(max_tokens, window // 2) <= window:
-        return messages
+    tokens = tokenizer.encode_chat(messages)
+    if len(tokens) + min(max_tokens, window // 2) <= window:
+        return messages, tokens
     system = [message for message in messages[:1] if message["role"] == "system"]
     turns = [i for i, message in enumerate(messages) if message["role"] == "user"]
     kept = messages
     for start in turns[1:]:
         kept = [*system, *messages[start:]]
-        if len(tokenizer.encode_chat(kept)) <= window // 2:
+        tokens = tokenizer.encode_chat(kept)
+        if len(tokens) <= window // 2:
             break
-    return kept
+    return kept, tokens

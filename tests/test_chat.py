@@ -40,7 +40,13 @@ def here(monkeypatch, capsys):
     def here(*args, lines: tuple[str, ...] = ()) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["sample.py", *map(str, args)])
         waiting = iter(lines)
-        monkeypatch.setattr("builtins.input", lambda _: next(waiting, None) or (_ for _ in ()).throw(EOFError))
+
+        def read_line(_: str) -> str:
+            for line in waiting:
+                return line
+            raise EOFError
+
+        monkeypatch.setattr("builtins.input", read_line)
         capsys.readouterr()
         with pytest.raises(SystemExit) as e:
             configurator.run(sample.main)

@@ -1,5 +1,6 @@
 """A conversation that outgrows the model's window, or the cache that it began with."""
 
+import json
 from dataclasses import replace
 
 import pytest
@@ -8,8 +9,8 @@ from conftest import make_model
 from test_chat import answer, checkpoint, here  # noqa: F401
 from test_hf_tokenizer import CHATML
 
-import sample
 from gpt import GPT, KVCache
+from sologpt import conversation
 from sologpt.text import drop_old_turns
 from sologpt.tokenizer import Tokenizer
 
@@ -24,7 +25,7 @@ class Words(Tokenizer):
         return [1 for message in messages for _ in (message["role"], *message["content"].split())]
 
 
-def conversation(*sizes: int, system: int = 0) -> list[dict[str, str]]:
+def dialogue(*sizes: int, system: int = 0) -> list[dict[str, str]]:
     """Turns of `sizes` words, question and answer alike, and a last question without an answer."""
     messages = [{"role": "system", "content": "s " * (system - 1)}] if system else []
     for i, size in enumerate(sizes):
@@ -47,8 +48,9 @@ def conversation(*sizes: int, system: int = 0) -> list[dict[str, str]]:
     ],
 )
 def test_the_oldest_turns_are_dropped_whole(sizes, system, max_tokens, first):
-    messages = conversation(*sizes, system=system)
-    kept = drop_old_turns(Words(), messages, 100, max_tokens)
+    messages = dialogue(*sizes, system=system)
+    kept, tokens = drop_old_turns(Words(), messages, 100, max_tokens)
+    assert tokens == Words().encode_chat(kept)
     begins = bool(system)
     assert kept == messages[:begins] + messages[begins + 2 * first :]
 
@@ -76,7 +78,7 @@ def test_a_long_chat_keeps_its_system_message_and_says_once_what_it_drops(tmp_pa
 
 def test_the_cache_of_a_conversation_starts_small_and_grows(monkeypatch, trained, here):  # noqa: F811
     sizes = []
-    monkeypatch.setattr(sample, "KVCache", lambda *a: sizes.append(a[2]) or KVCache(*a))
+    monkeypatch.setattr(conversation, "KVCache", lambda *a: sizes.append(a[2]) or KVCache(*a))
     model, extra = GPT.load_checkpoint(trained / "best.pt")
     model.config.sequence_len = 100_000
     model.save(trained.parent / "long.pt", **extra)
@@ -90,9 +92,32 @@ def test_a_larger_cache_holds_the_same():
     model = make_model(torch.float64, sequence_len=64)
     cache = KVCache(model.config, 1, 8, dtype=model.dtype)
     first = list(model.generate([1, 2, 3], 5, temperature=0, kv_cache=cache))
-    assert sample.with_room(cache, model.config, 8) is cache
-    larger = sample.with_room(cache, model.config, 9)
+    assert conversation.with_room(cache, model.config, 8) is cache
+    larger = conversation.with_room(cache, model.config, 9)
     assert (larger.max_len, larger.tokens()) == (16, cache.tokens())
-    assert sample.with_room(cache, replace(model.config, sequence_len=12), 99).max_len == 12
+    assert conversation.with_room(cache, replace(model.config, sequence_len=12), 99).max_len == 12
     out = list(model.generate([4], 7, temperature=0, kv_cache=larger))
     assert out == list(model.generate([1, 2, 3, *first, 4], 7, temperature=0))
+
+
+def test_the_commands_of_a_chat(tmp_path, here):  # noqa: F811
+    """What each command leaves is what `answer` says to the messages that are left."""
+    path = checkpoint(tmp_path / "best.pt", chat_template=CHATML)
+    model, extra = GPT.load_checkpoint(path)
+    tokenizer = Tokenizer.from_dict(extra["tokenizer"])
+
+    def ask(history, text):
+        history.append({"role": "user", "content": text})
+        history.append({"role": "assistant", "content": answer(model, tokenizer, history, 8)})
+        return history[-1]["content"] + "\n"
+
+    one, two, three = [], [{"role": "system", "content": "Be brief"}], [{"role": "system", "content": "Be brief"}]
+    expected = ask(one, "some") + ask(one, " /words") + ask(two, "some") + ask(three, "words")
+    lines = ["/help", "some", "", "  ", " /words", f"/save {tmp_path / 'one.json'}", "/system Be brief", "some"]
+    lines += ["/nonsense", "/reset", "words", "/save /nowhere/at/all", "/save", "/system", "/quit", "never read"]
+    flags = [f"--ckpt={path}", "--interactive", "--chat", "--temperature=0", "--max_tokens=8"]
+    status, out, err = here(*flags, lines=lines)
+    assert status == 0 and out == expected + "\n"
+    assert json.loads((tmp_path / "one.json").read_text()) == one
+    for words in ("forget it", "no command /nonsense", "cannot write /nowhere", "/save needs", "/system needs"):
+        assert words in err

@@ -5,6 +5,7 @@ import os
 import pty
 import re
 import select
+import shutil
 import signal
 import subprocess
 import sys
@@ -63,7 +64,7 @@ def test_float16_is_offered(trained):
 class Terminal:
     """sample.py --interactive in a pseudo-terminal."""
 
-    def __init__(self, *args):
+    def __init__(self, *args, term="dumb"):
         self.master, slave = pty.openpty()
         self.process = subprocess.Popen(
             [sys.executable, "sample.py", "--interactive", *map(str, args)],
@@ -72,7 +73,7 @@ class Terminal:
             stdout=slave,
             stderr=slave,
             start_new_session=True,
-            env=os.environ | {"TERM": "dumb"},
+            env=os.environ | {"TERM": term},
         )
         os.close(slave)
         self.output = ""
@@ -102,12 +103,12 @@ def test_a_conversation_outgrows_the_window(trained):
         said = terminal.wait_for(r"\d+ tokens, [\d,]+ tokens/s, ended by \w+")
         assert "8 tokens" in said or "stop" in said
     terminal.wait_for(r"> ")
-    terminal.send("\n")  # an empty line is a prompt too
-    terminal.wait_for(r"ended by \w+")
+    terminal.send("\n \n")  # empty lines send nothing
+    terminal.wait_for(r"> ")
     terminal.wait_for(r"> ")
     terminal.send("\x04")
     assert terminal.process.wait(30) == 0
-    assert "Traceback" not in terminal.output and "error" not in terminal.output
+    assert not any(word in terminal.output for word in ("Traceback", "error", "ended by"))
 
 
 def test_ctrl_c_stops_an_answer_and_ctrl_d_leaves(trained):
@@ -120,11 +121,45 @@ def test_ctrl_c_stops_an_answer_and_ctrl_d_leaves(trained):
     terminal.wait_for(r"ended by (interrupt|stop)")
     terminal.wait_for(r"> ")
     time.sleep(1)  # the prompt is printed a moment before readline can be interrupted
-    os.kill(terminal.process.pid, signal.SIGINT)  # at the prompt it does nothing
+    os.kill(terminal.process.pid, signal.SIGINT)  # at the prompt it says how to leave
+    terminal.wait_for(r"Ctrl-D or /quit leaves")
     terminal.wait_for(r"> ")
     terminal.send("\x04")
     assert terminal.process.wait(30) == 0
     assert "Traceback" not in terminal.output
+
+
+def test_a_pasted_text_of_many_lines_is_one_message(trained, tmp_path):
+    """A terminal puts marks around what is pasted: bracketed paste mode."""
+    terminal = Terminal(f"--out_dir={trained}", "--max_tokens=4", term="xterm")
+    terminal.wait_for(r"> ")
+    time.sleep(0.5)
+    terminal.send("\x1b[200~def f(x):\n\n    return x\x1b[201~\r")
+    terminal.wait_for(r"tokens/s")
+    terminal.wait_for(r"> ")
+    terminal.send(f"/save {tmp_path / 'text'}\r")
+    terminal.wait_for(r"wrote ")
+    terminal.send("/quit\r")
+    assert terminal.process.wait(30) == 0
+    assert (tmp_path / "text").read_text().startswith("def f(x):\n\n    return x")
+
+
+def test_without_a_model_the_absolute_path_is_named(tmp_path):
+    assert str(tmp_path.resolve()) in error("sample.py", f"--out_dir={os.path.relpath(tmp_path, ROOT)}")
+
+
+def test_the_first_line_names_the_model_and_how_to_take_another(trained):
+    first, *_ = run("sample.py", f"--out_dir={trained}", "--max_tokens=1").stderr.splitlines()
+    assert str(trained / "best.pt") in first and "step 20" in first and "--ckpt FILE" in first
+    first, *_ = run("sample.py", f"--ckpt={trained / 'best.pt'}", "--max_tokens=1").stderr.splitlines()
+    assert "--ckpt" not in first
+
+
+def test_out_beside_the_scripts_is_found_from_any_folder(trained, tmp_path):
+    shutil.copytree(ROOT, tmp_path / "clone", ignore=shutil.ignore_patterns(".git", "out", ".venv", "*.bin", "build"))
+    shutil.copytree(trained, tmp_path / "clone" / "out" / "mine")
+    done = run(tmp_path / "clone" / "sample.py", "--max_tokens=1", cwd=tmp_path)
+    assert str(tmp_path / "clone" / "out" / "mine" / "best.pt") in done.stderr
 
 
 @pytest.mark.parametrize(
