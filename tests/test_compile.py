@@ -25,8 +25,8 @@ def kind(request):
 @pytest.mark.slow
 @pytest.mark.parametrize("packed", [False, True], ids=["plain", "packed"])
 def test_compiled_decode_gives_the_same_tokens_and_is_compiled_once(kind, packed):
-    """For the head, and for a block: of each layer type, with and without the sliding window's mask. Whatever the prompt
-    and the position, past a full window too."""
+    """For the head, and for a block of each type, with and without the mask of its window. Whatever the prompt and the
+    position, past a full window too."""
     plain, model = (make_model(torch.float32, sequence_len=64, **kind) for _ in range(2))
     if packed:
         fast.pack(model)

@@ -573,8 +573,13 @@ def test_dtypes(good, tmp_path):
 
 def test_a_failed_download_suggests_a_folder(monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    for name in ("nobody/nothing", "no/such/folder", "/no/such/folder"):
-        with pytest.raises(OSError, match=f"{name} is not a folder.*give a folder"):
+    with pytest.raises(OSError, match=r"nobody/nothing is not a folder.*give a folder"):
+        hf.load("nobody/nothing")
+
+
+def test_what_can_be_no_name_on_the_hub_is_a_missing_folder():
+    for name in ("no/such/folder", "/no/such/folder", "./folder", "../folder", "~/folder"):
+        with pytest.raises(FileNotFoundError, match=f"there is no folder {name}$"):
             hf.load(name)
 
 
@@ -693,7 +698,7 @@ assert not {{"configurator", "train", "sample", "data"}} & set(sys.modules)
         (["import", "empty", "out"], "config.json", 2),
         (["import", "good", "file"], "cannot write", 1),
         (["export", "nowhere.pt", "out"], "nowhere.pt", 2),
-        (["export", "empty", "out"], "no best.pt in empty", 2),
+        (["export", "empty", "out"], "empty or below, and no ckpt.pt", 2),
         (["export", "good", "out"], "hf:good", 2),
         (["export", "file", "out"], "damaged", 1),
         (["export", "model.pt", "out"], "no tokenizer", 1),
@@ -735,7 +740,7 @@ def test_a_full_disk_is_one_line_and_status_1(args, good, tmp_path, monkeypatch,
 @pytest.mark.parametrize(
     "flag, words",
     [
-        ("--init_from=hf:/no/such/folder", "/no/such/folder is not a folder and cannot be downloaded"),
+        ("--init_from=hf:/no/such/folder", "there is no folder /no/such/folder"),
         ("--init_from=hf:{empty}", "has no config.json"),
     ],
 )
