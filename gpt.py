@@ -31,7 +31,6 @@ from torch import Tensor
 Device: TypeAlias = torch.device | str | None
 Dtype: TypeAlias = torch.dtype | None
 LayerCache: TypeAlias = tuple[Tensor, Tensor, tuple, int]  # keys, values (B, max_len, G, D); new tokens' slots; S
-Where: TypeAlias = tuple[Tensor | None, Tensor | None]  # rotations (B or 1, T, 1, D/2, 2), mask (B or 1, 1, T, S)
 Decoder: TypeAlias = Callable[[Tensor, "KVCache"], Tensor]  # reads ids (B,) into a cache, returns logits (B, V)
 
 PREFILL_CHUNK = 1024  # tokens of each row in one forward of a prefill; bounds the memory for activations
@@ -410,8 +409,8 @@ class GPT(nn.Module):
         """Model FLOPs utilization of training: achieved FLOPs per second over the device's peak_flops."""
         return self.flops_per_token() * tokens_per_second / peak_flops
 
-    def by_layer_type(self, positions: Tensor, mask: Tensor | None, S: int) -> dict[str, Where]:
-        """The rotations and the mask of each layer type, for queries at positions (B or 1, T) over S slots."""
+    def by_layer_type(self, positions: Tensor, mask: Tensor | None, S: int) -> dict[str, Any]:
+        """(rotations, mask) of each layer type, for queries at positions (B or 1, T) over S slots."""
         rotations = None if self.wpe else rope(positions, self.config, self.dtype)
         recent = visible(positions, S, n) if (n := self.config.sliding_window) and n < S else mask
         return {"F": (rotations, mask), "S": (rotations, recent), "N": (None, mask)}
@@ -552,7 +551,8 @@ class GPT(nn.Module):
                         if suppressed:
                             logits[:, suppressed] = -math.inf
                         unread = sampling.draw(logits, generator, seen)
-                        seen.scatter_(1, unread[:, None], True)
+                        if sampling.repetition_penalty != 1:
+                            seen.scatter_(1, unread[:, None], True)
                         tokens = unread.tolist()
                         yield [tokens[b] if b in running else None for b in range(B)]
                         running = {b for b in running if tokens[b] not in stop}

@@ -35,6 +35,8 @@ class Conversation:
         self.max_tokens, self.settings = max_tokens, settings
         probe = [{"role": "user", "content": ""}] if chat else [0]
         stream_text(model, tokenizer, probe, max_tokens, **settings)  # checks all arguments now, and generates nothing
+        window = model.config.sequence_len
+        self.kv_cache = KVCache(model.config, 1, min(1024, window), model.device, model.dtype)
         self.reset(system)
 
     def reset(self, system: str = "") -> None:
@@ -43,8 +45,7 @@ class Conversation:
         self.messages = [{"role": "system", "content": system}] if system else []
         self.answer: TextStream | None = None  # the last one, which may still be streaming
         self.dropped = False
-        config = self.model.config
-        self.kv_cache = KVCache(config, 1, min(1024, config.sequence_len), self.model.device, self.model.dtype)
+        self.kv_cache.reset()
 
     def ask(self, prompt: str) -> TextStream:
         """Stream the answer. If it is closed half-way, the conversation goes on with what there is of it."""

@@ -225,7 +225,8 @@ class Compiled:
         x = model.wte(ids[:, None])  # (B, 1, C)
         x = model.embd_norm(x + model.wpe(positions) if model.wpe else x)
         for block, k, v, kind in zip(model.h, keys, values, model.config.layer_types, strict=True):
-            x = self.block(block, x, *types[kind], (k.transpose(1, 2), v.transpose(1, 2), slots, end))
+            rotations, allowed = types[kind]
+            x = self.block(block, x, rotations, allowed, (k.transpose(1, 2), v.transpose(1, 2), slots, end))
         return self.head(model, model.norm(x)[:, -1])
 
 

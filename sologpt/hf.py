@@ -376,9 +376,8 @@ def read_layer_types(config_json: dict[str, Any], n_layer: int) -> tuple[str, in
         ropes = [int((i + 1) % interval != 0) for i in range(n_layer)]
     letters = {("full_attention", 1): "F", ("sliding_attention", 1): "S", ("full_attention", 0): "N"}
     try:
-        layer_types = "".join(letters[each] for each in zip(attention, ropes[:n_layer], strict=True))
-        if len(layer_types) != n_layer:
-            raise ValueError(f"{len(layer_types)} layers, not {n_layer}")
+        each_layer = zip(attention, ropes[:n_layer], range(n_layer), strict=True)
+        layer_types = "".join(letters[kind, rope] for kind, rope, _ in each_layer)
     except (KeyError, TypeError, ValueError) as e:
         raise ValueError(f"layer_types {attention!r} with no_rope_layers {ropes!r} are not supported") from e
     if "S" in layer_types and window is None:
