@@ -145,12 +145,14 @@ def tokenize(documents: list[Document], tokenizer: Tokenizer) -> Iterator[tuple[
 
 
 def open_tokenizer(spec: str, texts: Iterable[str] = ()) -> Tokenizer:
-    """The tokenizer in FILE.json (its dict, or a dataset's meta.json) or FILE.pt (a checkpoint), else
-    Tokenizer.from_spec(spec, texts).
+    """The tokenizer in FILE.json (its dict, or a dataset's meta.json) or FILE.pt (a checkpoint), or the one that comes
+    with the dataset stdlib, else Tokenizer.from_spec(spec, texts).
 
     ValueError if the file has no tokenizer, ImportError if the tokenizer needs a missing extra.
     """
     path = Path(spec)
+    if spec == "stdlib":
+        return Tokenizer.from_merges(spec, (FOLDER / "stdlib" / "merges.txt").read_text("utf-8"))
     if path.suffix not in (".json", ".pt"):
         return Tokenizer.from_spec(spec, texts)
     try:
@@ -185,8 +187,9 @@ def main(folder: Path, documents: Callable[[str | None], list[Document]], val_fr
     parser.add_argument(
         "--tokenizer",
         default="bytes",
-        help="bytes; bpe:N, trained on this text, with N ids; a tiktoken encoding such as gpt2; or the tokenizer of "
-        "FILE.pt (a checkpoint) or FILE.json (a tokenizer or a meta.json)",
+        help="bytes; stdlib, a BPE trained on Python's standard library; bpe:N, trained on this text, with N ids; a "
+        "tiktoken encoding such as gpt2; or the tokenizer of FILE.pt (a checkpoint) or FILE.json (a tokenizer or a "
+        "meta.json)",
     )
     parser.add_argument("--val_fraction", type=float, default=val_fraction, help="fraction held out for validation")
     args = parser.parse_args()
@@ -233,10 +236,12 @@ def find(name: str) -> Path:
 def prepare(name: str, spec: str, tokenizer: dict[str, Any] | None = None) -> None:
     """Run a dataset's prepare.py if its meta.json is missing, with the tokenizer of spec or of a checkpoint (a dict).
 
-    ValueError if there is no such dataset. If prepare.py fails, it has printed the error: exits with its status.
+    stdlib takes seconds and nothing to prepare, so it is also prepared anew if it has another tokenizer. ValueError if
+    there is no such dataset. If prepare.py fails, it has printed the error: exits with its status.
     """
     folder = find(name)
-    if (folder / "meta.json").exists():
+    meta = folder / "meta.json"
+    if meta.exists() and (name != "stdlib" or has_tokenizer(meta, spec, tokenizer)):
         return
     if not (folder / "prepare.py").exists():
         if folder.is_dir():
@@ -250,6 +255,15 @@ def prepare(name: str, spec: str, tokenizer: dict[str, Any] | None = None) -> No
         status = subprocess.call([sys.executable, folder / "prepare.py", f"--tokenizer={spec}"])
     if status:
         sys.exit(status)
+
+
+def has_tokenizer(meta: Path, spec: str, tokenizer: dict[str, Any] | None) -> bool:
+    """Whether a dataset has the tokenizer of a checkpoint (a dict) or else, by its name, of spec."""
+    try:
+        have = json.loads(meta.read_bytes())["tokenizer"]
+        return have["name"] == spec if tokenizer is None else have == tokenizer
+    except (ValueError, KeyError, TypeError):
+        return True  # load() reports a damaged file
 
 
 @dataclass

@@ -87,6 +87,12 @@ class Tokenizer:
             raise OSError(f"tokenizer {spec!r} cannot be downloaded; 'bytes' and 'bpe:N' need no network") from e
 
     @classmethod
+    def from_merges(cls, name: str, merges: str) -> "Tokenizer":
+        """The byte-level BPE of a merges.txt as GPT-2's: a header line, then a merge, two tokens, on each line."""
+        tokens = [bytes(map(BYTE_LEVEL.__getitem__, line.replace(" ", ""))) for line in merges.splitlines()[1:]]
+        return cls._from_tokens(name, BPE_PATTERN, BYTES + tokens)
+
+    @classmethod
     def _from_tokens(cls, name: str, pattern: str, tokens: list[bytes]) -> "Tokenizer":
         ranks = {token: rank for rank, token in enumerate(tokens)}
         special = {EOT: len(tokens)}
