@@ -2,7 +2,7 @@
 # (python -m sologpt.hf export), and to llama.cpp and Ollama (python -m sologpt.gguf export).
 out_dir = "out/llama_tiny"
 dataset = "stdlib"
-tokenizer = "bytes"
+tokenizer = "stdlib"
 
 mlp = "swiglu"
 qk_norm = False
@@ -12,16 +12,16 @@ softcap = 0.0
 
 n_layer = 2
 n_head = 2
-n_embd = 128
-n_hidden = 352
+n_embd = 96
+n_hidden = 256
 sequence_len = 128
 
 batch_size = 16
-max_iters = 800
+max_iters = 900
 momentum = 0.9
 head_lr = 0.01
 warmdown = 0.5
-eval_interval = 200
+eval_interval = 225
 eval_iters = 64
 log_interval = 10
 
