@@ -19,4 +19,4 @@ eval_interval = 225
 eval_iters = 64
 log_interval = 10
 
-sample_prompt = "def "
+sample_prompt = "def __init__(self"
