@@ -14,6 +14,7 @@ import io
 import operator
 import os
 import re
+import shutil
 import signal
 import sys
 import textwrap
@@ -33,11 +34,11 @@ KNOWN_FAILURES = {  # a pattern in Python's or PyTorch's message: what to print 
     "MemoryError|out of memory|can't allocate memory": "out of memory: try {less}",
     "No working C\\+\\+ compiler": "--compile needs a C++ compiler, such as g++, and none was found",
 }
+NANOGPT_FILES = {"train_gpt2": "gpt2_124m", "finetune_shakespeare": "finetune"}  # in config/, nanoGPT's name: ours
 NANOGPT_KEYS = {  # nanoGPT's name: the key that has its place, and how
     "start": ("prompt", "is nanoGPT's name for --prompt"),
     "max_new_tokens": ("max_tokens", "is nanoGPT's name for --max_tokens"),
     "block_size": ("sequence_len", "is nanoGPT's name for --sequence_len"),
-    "eval_only": ("max_iters", "is nanoGPT's: here --max_iters=0 evaluates and stops"),
     "always_save_checkpoint": ("keep_checkpoints", "is nanoGPT's: here every evaluation saves ckpt.pt"),
     "decay_lr": ("warmdown", "is nanoGPT's: here --warmdown=0 keeps the learning rates constant"),
     "lr_decay_iters": (
@@ -189,8 +190,8 @@ def _comments(cls: type) -> dict[str, tuple[str, str]]:
 
 
 def help_text(cls: type) -> str:
-    """Every key with its default and its comment, by group."""
-    doc = (inspect.getdoc(sys.modules[cls.__module__]) or "").split("\n\n")[0]
+    """The module's docstring; every key with its default and its comment, by group."""
+    doc = inspect.getdoc(sys.modules[cls.__module__]) or ""
     script = Path(sys.argv[0])
     program = f"-m {script.parent.name}" if script.name == "__main__.py" else script.name
     lines = [doc, "", f"usage: python {program} [config/FILE.py ...] [--key=value ...]"]
@@ -198,7 +199,9 @@ def help_text(cls: type) -> str:
     for group in dict.fromkeys(key.group for key in flags.values()):
         lines += ["", f"{group}:"] if group else [""]
         pad = max(map(len, flags))
-        lines += [f"{flag:<{pad}}  {key.comment}".rstrip() for flag, key in flags.items() if key.group == group]
+        wrap = textwrap.TextWrapper(max(shutil.get_terminal_size().columns, pad + 40), break_on_hyphens=False)
+        wrap.subsequent_indent = " " * (pad + 2)
+        lines += [wrap.fill(f"{flag:<{pad}}  {key.comment}") for flag, key in flags.items() if key.group == group]
     return "\n".join(lines)
 
 
@@ -262,7 +265,10 @@ def _read_file(known: dict[str, Key], path: str) -> Iterator[tuple[str, Key, Any
     except SyntaxError as e:
         raise UserError(f"{path}:{e.lineno}: {e.msg}") from e
     except (OSError, ValueError, RecursionError, MemoryError) as e:  # also: not UTF-8, a null byte, nested too deep
-        raise UserError(f"cannot read the config file {path}: {getattr(e, 'strerror', None) or e}") from e
+        folder, name = Path(path).parent, NANOGPT_FILES.get(Path(path).stem, Path(path).stem)
+        others = [other.stem for other in folder.glob("*.py")] if isinstance(e, FileNotFoundError) else []
+        hint = "".join(f"; did you mean {folder / near}.py?" for near in difflib.get_close_matches(name, others, n=1))
+        raise UserError(f"cannot read the config file {path}: {getattr(e, 'strerror', None) or e}{hint}") from e
     values: dict[str, Any] = {}
     for node in tree.body:
         where = f"{path}:{node.lineno}"

@@ -1,5 +1,7 @@
 """Train a GPT: python train.py config/tiny.py --max_iters=200
 
+Without a config file, a laptop or a CPU trains the small model of config/tiny.py, unless the command names its size.
+
 Batches, dropout and everything else that is random are functions of (seed, step). So a run that was stopped and resumed
 (--init_from=resume) ends with the same weights as one that was not; on a GPU up to rounding.
 """
@@ -8,75 +10,75 @@ import math
 import secrets
 import sys
 import time
+from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 import configurator
-from configurator import RunError, UserError, reported, writing
+from configurator import RunError, reported, writing
 from data import common
 from gpt import GPT, GPTConfig
 from sologpt import parallel, rundir
 from sologpt.load import load_model
-from sologpt.log import Log
+from sologpt.log import Log, Progress
 from sologpt.loss import chunked_cross_entropy
 from sologpt.optim import configure_optimizers
 from sologpt.parallel import World
 from sologpt.text import stream_text
-from sologpt.tokenizer import Tokenizer
 
 
 @dataclass
 class Config:
     # ---- run
-    out_dir: str = "out"  # folder for checkpoints, metrics.jsonl and loss.png
-    init_from: str = "scratch"  # scratch, resume (out_dir), or weights to fine-tune: a checkpoint, hf:NAME, gguf:FILE
-    seed: int = 1337  # seed of the initial weights, the batches and dropout
-    device: str = "auto"  # cuda, mps, cpu, ...; auto picks an accelerator if there is one, else the CPU
-    dtype: str = "auto"  # precision of matrix products: float32, bfloat16, or auto for bfloat16 on GPUs that have it
-    compile: bool = False  # torch.compile the model: takes a while to start, then is faster
+    out_dir: str = "out"  # Checkpoints, metrics.jsonl and loss.png are written to this folder.
+    init_from: str = "scratch"  # Training begins from scratch, resume (out_dir), a checkpoint, hf:NAME or gguf:FILE.
+    eval_only: bool = False  # The validation loss is computed once; nothing is trained or written.
+    seed: int = 1337  # The initial weights, the batches and dropout follow from this number.
+    device: str = "auto"  # It runs on cuda, mps, cpu, ...; auto is an accelerator if there is one, else the CPU.
+    dtype: str = "auto"  # Matrix products are in float32 or bfloat16; auto is bfloat16 on GPUs that have it.
+    compile: bool = False  # torch.compile makes the steps faster, after a slow start.
     # ---- data
-    dataset: str = "stdlib"  # a dataset in data/, prepared if it is missing, or the path of a prepared folder
-    tokenizer: str = "bytes"  # tokenizer to prepare a missing dataset with: bytes, bpe:N, gpt2, ...
+    dataset: str = "stdlib"  # The text is this dataset of data/, prepared if it is missing, or a prepared folder.
+    tokenizer: str = "bytes"  # A missing dataset is prepared with this tokenizer: bytes, bpe:N, gpt2, ...
     # ---- model
     model: dict = configurator.keys_of(GPTConfig)
-    vocab_size: int = 0  # number of token ids; 0 means as many as the tokenizer has
+    vocab_size: int = 0  # The model knows this many token ids; 0 means as many as the tokenizer has.
     # ---- optimization
-    batch_size: int = 12  # sequences in a micro-batch
-    gradient_accumulation_steps: int = 1  # micro-batches in a step, over all processes
-    max_iters: int = 5000  # number of optimizer steps
-    optimizer: str = "muon"  # optimizer of the blocks' matrices: muon, or adamw, with cheaper steps and lower rates
-    learning_rate: float = 0.02  # learning rate of the blocks' matrices
-    embd_lr: float = 0.3  # learning rate of the embedding (AdamW)
-    head_lr: float = 0.004  # learning rate of the head, gains, biases and a tied embedding (AdamW)
-    weight_decay: float = 0.0  # weight decay of the blocks' matrices
-    momentum: float = 0.95  # momentum of Muon
-    beta1: float = 0.8  # AdamW's decay rate of the mean gradient
-    beta2: float = 0.95  # AdamW's decay rate of the mean squared gradient
-    grad_clip: float = 0.0  # clip the norm of the gradient to this; 0 switches it off
-    warmup_iters: int = 0  # steps in which the learning rates rise linearly from zero
-    warmdown: float = 0.4  # fraction of max_iters, at the end, in which they fall linearly to zero
+    batch_size: int = 12  # A micro-batch has this many sequences.
+    gradient_accumulation_steps: int = 1  # A step has this many micro-batches, over all processes together.
+    max_iters: int = 5000  # Training takes this many optimizer steps.
+    optimizer: str = "muon"  # The blocks' matrices are trained by muon, or by adamw: cheaper steps, lower rates.
+    learning_rate: float = 0.02  # The blocks' matrices are trained at this learning rate.
+    embd_lr: float = 0.3  # AdamW trains the embedding at this learning rate.
+    head_lr: float = 0.004  # AdamW trains the head, gains, biases and a tied embedding at this learning rate.
+    weight_decay: float = 0.0  # The blocks' matrices are trained with this weight decay.
+    momentum: float = 0.95  # Muon averages the gradients with this momentum.
+    beta1: float = 0.8  # AdamW's mean gradient decays by this factor at each step.
+    beta2: float = 0.95  # AdamW's mean squared gradient decays by this factor at each step.
+    grad_clip: float = 0.0  # The norm of the gradient is clipped to this; 0 switches it off.
+    warmup_iters: int = 0  # The learning rates rise linearly from zero in this many steps.
+    warmdown: float = 0.4  # The learning rates fall linearly to zero in this last fraction of the steps.
     # ---- evaluation
-    eval_interval: int = 250  # steps between evaluations on the validation split
-    eval_iters: int = 100  # batches in an evaluation, spread evenly over the split
-    sample_prompt: str = "\n"  # prompt of the sample at the end of training
-    sample_tokens: int = 300  # length of the sample at the end of training; 0 for none
+    eval_interval: int = 250  # The validation loss is computed every so many steps, and at the end.
+    eval_iters: int = 100  # An evaluation takes this many batches, spread evenly over the validation split.
+    sample_prompt: str = "\n"  # The sample at the end of training continues this text.
+    sample_tokens: int = 300  # The sample at the end of training has this many tokens; 0 means no sample.
     # ---- checkpoints
-    ckpt_interval: int = 0  # steps between checkpoints, besides those at evaluations; 0 for none
-    keep_checkpoints: int = 0  # number of older states to keep as ckpt_STEP.pt
+    ckpt_interval: int = 0  # A checkpoint is saved every so many steps too, not only at evaluations; 0 means no.
+    keep_checkpoints: int = 0  # This many of the last states are kept, as ckpt_STEP.pt.
     # ---- processes
-    shard: bool = False  # under torchrun: shard weights and optimizer state over the processes (FSDP2)
-    activation_checkpointing: bool = False  # save memory: recompute activations in the backward pass
+    shard: bool = False  # Under torchrun, weights and optimizer state are sharded over the processes (FSDP2).
+    activation_checkpointing: bool = False  # The backward pass computes activations again, which saves memory.
     # ---- logging
-    log_interval: int = 10  # steps between lines of metrics.jsonl and of the terminal
-    wandb_log: bool = False  # send metrics to Weights & Biases (extra 'wandb')
-    wandb_project: str = "sologpt"  # project on Weights & Biases
-    wandb_run_name: str = ""  # name of the run on Weights & Biases; empty for the name of out_dir
-    tensorboard: bool = False  # write metrics for TensorBoard into out_dir/tensorboard (extra 'tensorboard')
+    log_interval: int = 10  # The metrics are logged every so many steps, on the terminal and in metrics.jsonl.
+    wandb_log: bool = False  # The metrics also go to Weights & Biases (extra 'wandb').
+    wandb_project: str = "sologpt"  # The run belongs to this project on Weights & Biases.
+    wandb_run_name: str = ""  # The run has this name on Weights & Biases; empty means the name of out_dir.
+    tensorboard: bool = False  # The metrics also go to out_dir/tensorboard, for TensorBoard (extra 'tensorboard').
 
     def __post_init__(self) -> None:
         GPTConfig(**self.model | {"vocab_size": self.vocab_size or 1})  # ValueError for an impossible shape
@@ -98,17 +100,17 @@ class Config:
             raise ValueError(f"optimizer must be muon or adamw, not {self.optimizer!r}")
 
     def run_settings(self) -> dict[str, Any]:
-        """All but the model's shape and where its weights come from."""
-        return {k: v for k, v in asdict(self).items() if k not in ("model", "vocab_size", "init_from")}
+        """What a checkpoint notes, and what a resumed run may change: all but how it begins and the model's shape."""
+        return {k: v for k, v in asdict(self).items() if k not in ("model", "vocab_size", "init_from", "eval_only")}
 
 
 # -----------------------------------------------------------------------------
-# Three ways to begin
+# Three ways to begin. They raise ValueError, OSError or ImportError for the user's mistakes, RuntimeError for failures
 
 
 @dataclass
 class Run:
-    """What a step changes, and a checkpoint restores."""
+    """What a step changes and a checkpoint restores; from `forward` on, what `train` adds to compute it."""
 
     model: GPT
     data: common.Dataset
@@ -119,13 +121,16 @@ class Run:
     id: str = field(default_factory=lambda: secrets.token_hex(4))  # known to the logging services
     optimizer_states: list[dict[str, Any]] = field(default_factory=list)
 
+    forward: Any = None  # the model, wrapped and compiled
+    autocast: Any = None  # the context of its forward
+    optimizers: list[Any] = field(default_factory=list)
+    progress: Any = None  # the line on the terminal
+
 
 def from_scratch(config: Config, world: World) -> Run:
-    data = open_dataset(config, world)
+    data = common.open_dataset(config.dataset, config.tokenizer, world)
     shape = GPTConfig(**config.model | {"vocab_size": config.vocab_size or data.tokenizer.vocab_size})
-    (H, G, D), tokens = shape.heads, config.batch_size * shape.sequence_len  # of a micro-batch
-    rows = shape.vocab_size + tokens + shape.n_layer * 2 * (H * D + G * D + (shape.n_hidden or 0))
-    parallel.check_memory(4 * shape.n_embd * rows)  # the weights and the first activations, in float32
+    parallel.check_memory(shape, config.batch_size * shape.sequence_len)
     torch.manual_seed(config.seed)
     model = GPT(shape)
     return Run(model, data, model.config.sequence_len, config.init_from)
@@ -133,12 +138,11 @@ def from_scratch(config: Config, world: World) -> Run:
 
 def finetune(config: Config, world: World) -> Run:
     """From the weights, the shape and the tokenizer of a checkpoint or an open model."""
-    with reported():
-        model, tokenizer, _ = load_model(config.init_from, dtype=torch.float32)  # small steps vanish in bfloat16
+    model, tokenizer, _ = load_model(config.init_from, dtype=torch.float32)  # small steps vanish in bfloat16
     sequence_len = min(config.model.get("sequence_len", GPTConfig.sequence_len), model.config.sequence_len)
     dropout = config.model.get("dropout", GPTConfig.dropout)  # of this run, not of the one before
     check_shape(config, asdict(model.config) | {"sequence_len": sequence_len, "dropout": dropout}, config.init_from)
-    data = open_dataset(config, world, tokenizer)
+    data = common.open_dataset(config.dataset, tokenizer.to_dict(), world)
     model.config.dropout = dropout
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
@@ -149,59 +153,33 @@ def finetune(config: Config, world: World) -> Run:
 def resume(config: Config, world: World) -> Run:
     """From the state in out_dir/ckpt.pt. Another schedule, batch or dataset is allowed and printed."""
     path = Path(config.out_dir) / "ckpt.pt"
-    with reported():
-        model, tokenizer, state = load_model(path, dtype=torch.float32)
-        rundir.check_state(path, state)
+    model, tokenizer, state = load_model(path, dtype=torch.float32)
+    rundir.check_state(path, state)
     before = state["train_config"]
     check_shape(config, asdict(model.config) | {"sequence_len": before["sequence_len"]}, str(path))
     if before.get("optimizer", config.optimizer) != config.optimizer:
-        raise UserError(f"{path} was not trained with optimizer={config.optimizer}; to fine-tune: --init_from={path}")
-    data = open_dataset(config, world, tokenizer)
+        raise ValueError(f"{path} was not trained with optimizer={config.optimizer}; to fine-tune: --init_from={path}")
+    data = common.open_dataset(config.dataset, tokenizer.to_dict(), world)
     changes = [f"; {k} is {v}, was {before[k]}" for k, v in config.run_settings().items() if v != before.get(k, v)]
     world.print(f"resumed at step {state['step']}" + "".join(changes))
     progress = (state["step"], state["best"], state["id"], state["optimizers"])
     return Run(model, data, before["sequence_len"], before["init_from"], *progress)
 
 
-def was_restarted(config: Config) -> bool:
-    """Whether torchrun has restarted this run after a failure, and it had saved a state before."""
-    path = Path(config.out_dir) / "ckpt.pt"
-    if not parallel.n_restarts() or not path.exists():
-        return False
-    with reported():
-        state = GPT.load_checkpoint(path)[1]
-        rundir.check_state(path, state)
-    return all(state["train_config"].get(key) == value for key, value in config.run_settings().items())
-
-
 def check_shape(config: Config, shape: dict[str, Any], source: str) -> None:
-    """UserError if the config asks for another model than the source's, whose config is shape."""
+    """ValueError if the config asks for another model than the source's, whose config is shape."""
     asked = config.model | ({"vocab_size": config.vocab_size} if config.vocab_size else {})
-    with reported():
-        wanted = asdict(GPTConfig(**shape | asked))
+    wanted = asdict(GPTConfig(**shape | asked))
     if changed := [key for key in wanted if wanted[key] != shape[key]]:
         have = ", ".join(f"{key}={shape[key]}" for key in changed)
-        raise UserError(f"{source} has {have}, and the model's shape comes from there: ask for the same, or for none")
-
-
-def open_dataset(config: Config, world: World, tokenizer: Tokenizer | None = None) -> common.Dataset:
-    """The dataset, prepared if it is missing. With a checkpoint's tokenizer, it must be tokenized alike."""
-    like = None if tokenizer is None else tokenizer.to_dict()
-    with reported():
-        data = common.open_dataset(config.dataset, config.tokenizer, like, world)
-    if like and like != data.tokenizer.to_dict():
-        raise UserError(
-            f"the dataset {config.dataset} has another tokenizer ({data.tokenizer.name}) than the checkpoint: prepare "
-            "it again with --tokenizer=CHECKPOINT"
-        )
-    return data
+        raise ValueError(f"{source} has {have}, and the model's shape comes from there: ask for the same, or for none")
 
 
 # -----------------------------------------------------------------------------
 # The parts of a step
 
 
-def forward_backward(config: Config, world: World, run: Run, forward: Any, autocast: Any) -> torch.Tensor:
+def forward_backward(config: Config, world: World, run: Run) -> torch.Tensor:
     """Gradients of this process's micro-batches, averaged over all processes. Returns its share of the loss."""
     n, T, steps = len(run.data.train), run.sequence_len, config.gradient_accumulation_steps
     starts, seeds = common.draw_batches(config.seed, run.step, n, T, (steps, config.batch_size))
@@ -211,9 +189,9 @@ def forward_backward(config: Config, world: World, run: Run, forward: Any, autoc
         torch.manual_seed(int(seeds[i]))  # dropout
         x, y = common.get_batch(run.data.train, starts[i], T, world.device)  # (B, T), (B, T)
         # DDP averages the gradients in the last backward pass
-        synchronizes = i == mine[-1] or not hasattr(forward, "no_sync")
-        with nullcontext() if synchronizes else forward.no_sync(), autocast:
-            part = forward(x, y) / len(mine)
+        synchronizes = i == mine[-1] or not hasattr(run.forward, "no_sync")
+        with nullcontext() if synchronizes else run.forward.no_sync(), run.autocast:
+            part = run.forward(x, y) / len(mine)
             part.backward()
         loss += part.detach() / world.size
     return loss
@@ -227,21 +205,24 @@ def lr_at(config: Config, step: int) -> float:
 
 
 @torch.no_grad()
-def evaluate(config: Config, world: World, run: Run, forward: Any, autocast: Any) -> dict[str, float]:
-    """Validation loss over windows spread evenly over the split: all of it, if eval_iters is large enough."""
+def evaluate(config: Config, world: World, run: Run, received: Callable[[], int]) -> dict[str, float]:
+    """Validation loss over windows spread evenly over the split; nothing if a signal is received meanwhile."""
     tokens, T = run.data.val, run.sequence_len
     batches = common.eval_batches(len(tokens), T, config.batch_size, config.eval_iters)
     run.model.eval()
-    total = 0.0
+    total, signum = 0.0, 0
     for i in range(world.rank, math.ceil(len(batches) / world.size) * world.size, world.size):
+        run.progress.status(run.step, "evaluating", f"{i}/{len(batches)}")
+        if signum := received():
+            break
         batch = batches[min(i, len(batches) - 1)]  # FSDP needs all processes in every forward: the last may come twice
         x, y = common.get_batch(tokens, batch, T, world.device)
-        with autocast:
-            loss = forward(x, y).item()
+        with run.autocast:
+            loss = run.forward(x, y).item()
         total += loss * len(batch) * (i < len(batches))  # and counts once
     run.model.train()
     loss = world.all_reduce(total) / sum(map(len, batches))
-    return {"val_loss": loss, "val_bpb": loss / math.log(2) / run.data.bytes_per_token}
+    return {} if signum else {"val_loss": loss, "val_bpb": loss / math.log(2) / run.data.bytes_per_token}
 
 
 def check_finite(config: Config, run: Run, finite: torch.Tensor, loss: float = 0.0) -> None:
@@ -266,10 +247,10 @@ def save(config: Config, world: World, run: Run, name: str, **extra: Any) -> Non
             model.save(path, tokenizer=tokenizer, step=run.step, train_config=train_config, **extra)
 
 
-def save_state(config: Config, world: World, run: Run, optimizers: list[torch.optim.Optimizer]) -> None:
+def save_state(config: Config, world: World, run: Run) -> None:
     """Write ckpt.pt, all that it takes to resume; with keep_checkpoints also ckpt_STEP.pt, and delete the oldest."""
     for name in ["ckpt.pt"] + [f"ckpt_{run.step:08d}.pt"] * bool(config.keep_checkpoints):
-        states = [optimizer.state_dict() for optimizer in optimizers]
+        states = [optimizer.state_dict() for optimizer in run.optimizers]
         save(config, world, run, name, best=run.best, id=run.id, optimizers=states)
     if world.is_main and config.keep_checkpoints:
         with writing(config.out_dir):
@@ -282,23 +263,33 @@ def save_state(config: Config, world: World, run: Run, optimizers: list[torch.op
 
 def train(config: Config, world: World) -> None:
     out_dir = Path(config.out_dir)
-    resumed = config.init_from == "resume" or was_restarted(config)
-    begin = resume if resumed else from_scratch if config.init_from == "scratch" else finetune
-    run = begin(config, world)
     with reported():
+        restarted = parallel.n_restarts() and rundir.holds_state(out_dir, config.run_settings())
+        resumed = config.init_from == "resume" or restarted
+        begin = resume if resumed else from_scratch if config.init_from == "scratch" else finetune
+        run = begin(config, world)
         run.data.check(run.sequence_len, run.model.config.vocab_size)
 
     run.model.loss = chunked_cross_entropy  # needs less memory
-    checkpointing = config.activation_checkpointing
-    how = (config.shard, checkpointing, config.compile, config.dtype)
-    run.model, forward = parallel.wrap_model(run.model.train(), world, *how)
-    autocast = parallel.make_autocast(config.dtype, world.device)
+    how = (config.shard, config.activation_checkpointing, config.compile, config.dtype)
+    run.model, run.forward = parallel.wrap_model(run.model.train(), world, *how)
+    run.autocast = parallel.make_autocast(config.dtype, world.device)
+    run.progress = Progress(run.step, config.max_iters, world.is_main, config.compile)
+    tokens_per_step = config.gradient_accumulation_steps * config.batch_size * run.sequence_len
+    world.print(
+        f"{run.model.num_params() / 1e6:.2f}M parameters on {world}, {tokens_per_step:,} tokens a step, "
+        f"{len(run.data.train):,} to train on (tokenizer: {run.data.tokenizer.name}), "
+        f"writing to {'nothing' if config.eval_only else out_dir}"
+    )
+    if config.eval_only:
+        run.progress.show({"step": run.step} | evaluate(config, world, run, lambda: 0))
+        return
     rates = (config.learning_rate, config.embd_lr, config.head_lr, config.weight_decay, config.momentum)
-    dtype = None if isinstance(autocast, nullcontext) else torch.bfloat16  # of Muon's products
-    optimizers = configure_optimizers(run.model, *rates, (config.beta1, config.beta2), config.optimizer, dtype)
+    dtype = None if isinstance(run.autocast, nullcontext) else torch.bfloat16  # of Muon's products
+    run.optimizers = configure_optimizers(run.model, *rates, (config.beta1, config.beta2), config.optimizer, dtype)
     if resumed:
         with reported():
-            parallel.load_optimizers(optimizers, run.optimizer_states)
+            parallel.load_optimizers(run.optimizers, run.optimizer_states)
     run.optimizer_states = []  # frees what is now in the optimizers
     log = None
     if world.is_main:
@@ -306,55 +297,55 @@ def train(config: Config, world: World) -> None:
             if not resumed:
                 rundir.set_aside_old_run(out_dir)
             log = Log(out_dir, config.run_settings() | asdict(run.model.config), run.step, run.id)
-
-    tokens_per_step = config.gradient_accumulation_steps * config.batch_size * run.sequence_len
-    world.print(
-        f"{run.model.num_params() / 1e6:.2f}M parameters on {world.size} x {world.device.type}, "
-        f"{tokens_per_step:,} tokens a step, {len(run.data.train):,} tokens ({run.data.tokenizer.name}) to train on, "
-        f"writing to {out_dir}"
-    )
-    loop(config, world, run, forward, optimizers, autocast, log)
+    try:
+        loop(config, world, run, log)
+    finally:
+        run.progress.close()
     if log:
         with writing(out_dir / "loss.png"):
             log.plot()
         finish(config, run)
-    world.barrier()  # a process that leaves early would break the others' connections
 
 
-def loop(
-    config: Config, world: World, run: Run, forward: Any, optimizers: list[Any], autocast: Any, log: Log | None
-) -> None:
-    """Steps until max_iters: evaluate and save; forward, backward, step; log; stop at a signal."""
+def loop(config: Config, world: World, run: Run, log: Log | None) -> None:
+    """Steps until max_iters: evaluate and save; stop at a signal; forward, backward, step; log."""
     tokens_per_step = config.gradient_accumulation_steps * config.batch_size * run.sequence_len
     finite = torch.ones((), dtype=torch.bool, device=world.device)  # whether all gradients were, so far
     first_step, logged_step, started = run.step, run.step, time.perf_counter()
-    with parallel.catch_signals(world) as signals:
+    with parallel.catch_signals(world) as received:
         while True:
             step, done = run.step, run.step >= config.max_iters
             record: dict[str, Any] = {"step": step}
             evaluates = step % config.eval_interval == 0 or done
             saves = evaluates or (config.ckpt_interval and step % config.ckpt_interval == 0 and step > first_step)
 
-            if saves:  # evaluate and save
+            if saves:  # evaluate
                 world.synchronize()  # what was launched before is training, and counts as that
-                paused = time.perf_counter()
-                if evaluates:
-                    record |= evaluate(config, world, run, forward, autocast)
+            paused = time.perf_counter()
+            if evaluates:
+                record |= evaluate(config, world, run, received)
+            signum = received()
+            if saves or signum:  # save
                 check_finite(config, run, finite, record.get("val_loss", 0.0))
-                if evaluates and record["val_loss"] < run.best and step > 0:
+                if record.get("val_loss", math.inf) < run.best and step > 0:
                     run.best = record["val_loss"]
                     save(config, world, run, "best.pt", val_loss=record["val_loss"], val_bpb=record["val_bpb"])
-                save_state(config, world, run, optimizers)
-                started += time.perf_counter() - paused
+                save_state(config, world, run)
+            if signum:
+                run.progress.close()
+                world.print(f"stopped before step {step}; the same command with --init_from=resume goes on", sys.stderr)
+                sys.exit(128 + signum)
+            started += time.perf_counter() - paused
 
             if not done:  # forward, backward, step
+                run.progress.status(step, "training")
                 scale = lr_at(config, step)
-                for group in (group for optimizer in optimizers for group in optimizer.param_groups):
+                for group in (group for optimizer in run.optimizers for group in optimizer.param_groups):
                     group["lr"] = group["initial_lr"] * scale
-                loss = forward_backward(config, world, run, forward, autocast)
+                loss = forward_backward(config, world, run)
                 norm = parallel.clip_gradient(run.model, config.grad_clip)
                 finite &= norm.isfinite()
-                for optimizer in optimizers:
+                for optimizer in run.optimizers:
                     optimizer.step()
                     optimizer.zero_grad(set_to_none=True)
 
@@ -368,22 +359,14 @@ def loop(
             if log and len(record) > 1:
                 with writing(log.path):
                     log.write(record)
-                log.show(record)
-
-            run.step += not done
-            signum = int(world.all_reduce(max(signals, default=0), dist.ReduceOp.MAX))
-            if signum and not done:
-                check_finite(config, run, finite)
-                save_state(config, world, run, optimizers)
-                world.print(f"\nstopped before step {run.step}; --init_from=resume goes on", file=sys.stderr)
-            if signum:
-                sys.exit(128 + signum)
+                run.progress.show(record)
             if done:
                 break
+            run.step += 1
 
 
 def finish(config: Config, run: Run) -> None:
-    """Print a sample, and where the best weights are."""
+    """Print a sample, and what to type for others."""
     if config.sample_tokens and not config.shard:  # one process has only a shard of the model
         print(f"\n{config.sample_prompt}", end="")
         prompt = config.sample_prompt or [run.data.tokenizer.eot]
@@ -392,7 +375,22 @@ def finish(config: Config, run: Run) -> None:
         print()
     if math.isfinite(run.best):
         best = Path(config.out_dir) / "best.pt"
-        print(f"\nbest validation loss {run.best:.4f}: {best}; sample from it: python sample.py --ckpt={best}")
+        command = rundir.sample_command(best, config.sample_prompt)
+        print(f"\nbest validation loss {run.best:.4f}: {best}; to sample from it:\n{command}")
+
+
+def suit(config: Config, world: World) -> Config:
+    """The config as it is for these processes. What it changes, it prints."""
+    sized = any(arg.endswith(".py") for arg in sys.argv[1:]) or {"n_layer", "n_embd"} & config.model.keys()
+    if not sized and config.init_from in ("scratch", "resume") and world.device.type in ("cpu", "mps"):
+        tiny = configurator.parse(Config, [str(Path(__file__).with_name("config") / "tiny.py"), *sys.argv[1:]])
+        config = replace(tiny, model=tiny.model if config.init_from == "scratch" else config.model)
+        world.print("no config file: taking config/tiny.py, a small model; for the shape of GPT-2, add --n_layer=12")
+    steps = config.gradient_accumulation_steps
+    if rest := -steps % world.size:
+        config = replace(config, gradient_accumulation_steps=steps + rest)
+        world.print(f"gradient_accumulation_steps is {steps + rest}, not {steps}: a multiple of {world.size} processes")
+    return config
 
 
 def main() -> None:
@@ -400,14 +398,15 @@ def main() -> None:
     if not config.activation_checkpointing:  # which is there to save memory
         parallel.keep_freed_memory()
     with reported():
-        world = parallel.join(config.device, config.gradient_accumulation_steps, config.shard)
+        world = parallel.join(config.device, config.shard)
     try:
-        lock: Any = nullcontext()
-        if world.is_main:
-            with reported():
-                lock = rundir.reserve(Path(config.out_dir), config.init_from == "resume")
+        config = suit(config, world)
+        writes = world.is_main and not config.eval_only
+        with reported():
+            lock: Any = rundir.reserve(Path(config.out_dir), config.init_from == "resume") if writes else nullcontext()
         with parallel.lost_processes(world), lock:
             train(config, world)
+            world.barrier()  # a process that leaves early would break the others' connections
     except ConnectionError as e:
         raise RunError(str(e)) from e
     finally:

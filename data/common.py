@@ -29,7 +29,12 @@ from sologpt.tokenizer import Tokenizer
 FOLDER = Path(__file__).resolve().parent
 SPLITS = ("train", "val")
 FILES = ("train.bin", "val.bin", "meta.json")
+NANOGPT_DATASETS = {  # a name of nanoGPT's: what has its place
+    "shakespeare_char": "here it is --dataset=shakespeare, and its run is config/shakespeare_char.py",
+    "openwebtext": "here --dataset=fineweb has web text, prepared by data/fineweb/prepare.py",
+}
 CHUNK = 2**20  # bytes per read
+LEAST = 32  # tokens of a split: from fewer there is nothing to learn
 SCAN = 100 * 2**20  # a token file up to this many bytes is scanned for its largest id when it is loaded
 
 # -----------------------------------------------------------------------------
@@ -125,7 +130,10 @@ def write(folder: Path, documents: list[Document], spec: str, val_fraction: floa
                     counts["bytes"] += len(text.encode())
                     counts["max_token"] = max(counts["max_token"], max(ids, default=0))
             meta |= {f"{name}_{key}": count for key, count in counts.items()}
-            print(f"{folder / name}.bin: {len(part):,} documents, {counts['tokens']:,} tokens of {tokenizer.name}")
+            tokens = f"{counts['tokens']:,} tokens"
+            if counts["tokens"] < LEAST:
+                raise ValueError(f"too little text: {name}.bin would have {tokens}, and needs {LEAST} or more")
+            print(f"{folder / name}.bin: {len(part):,} documents, {tokens} (tokenizer: {tokenizer.name})")
         (folder / "meta.json.tmp").write_text(json.dumps(meta))
         (folder / "meta.json").unlink(missing_ok=True)  # a kill between renames leaves no meta.json beside other files
         for name in FILES:
@@ -183,15 +191,22 @@ def open_tokenizer(spec: str, texts: Iterable[str] = ()) -> Tokenizer:
 def main(folder: Path, documents: Callable[[str | None], list[Document]], val_fraction: float, about: str) -> None:
     """A whole prepare.py: `documents` gets the value of --input, or None, and returns the documents of the dataset."""
     parser = make_parser(folder, about)
-    parser.add_argument("--input", help="text file or folder to read")
+    parser.add_argument("--input", metavar="PATH", help="The text is read from this file or folder.")
     parser.add_argument(
         "--tokenizer",
         default="bytes",
-        help="bytes; stdlib, a BPE trained on Python's standard library; bpe:N, trained on this text, with N ids; a "
-        "tiktoken encoding such as gpt2; or the tokenizer of FILE.pt (a checkpoint) or FILE.json (a tokenizer or a "
-        "meta.json)",
+        metavar="NAME",
+        help="The text is tokenized by bytes, by stdlib (a BPE trained on Python's standard library), by bpe:N (N ids, "
+        "trained on this text), by a tiktoken encoding such as gpt2, or by the tokenizer in FILE.pt (a checkpoint) or "
+        "FILE.json (a meta.json). The default is %(default)s.",
     )
-    parser.add_argument("--val_fraction", type=float, default=val_fraction, help="fraction held out for validation")
+    parser.add_argument(
+        "--val_fraction",
+        type=float,
+        default=val_fraction,
+        metavar="X",
+        help="This fraction of the text is held out for validation. The default is %(default)s.",
+    )
     args = parser.parse_args()
     if not 0 < args.val_fraction <= 0.5:
         fail(2, f"--val_fraction must be in (0, 0.5], not {args.val_fraction}")
@@ -200,8 +215,14 @@ def main(folder: Path, documents: Callable[[str | None], list[Document]], val_fr
 
 def make_parser(folder: Path, about: str) -> argparse.ArgumentParser:
     """A parser with --out_dir, whose errors are one line."""
-    parser = argparse.ArgumentParser(description=about, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--out_dir", type=Path, default=folder, help="folder for train.bin, val.bin and meta.json")
+    parser = argparse.ArgumentParser(f"python {sys.argv[0]}", description=about)
+    parser.add_argument(
+        "--out_dir",
+        type=Path,
+        default=folder,
+        metavar="FOLDER",
+        help="train.bin, val.bin and meta.json are written to this folder. The default is the one of prepare.py.",
+    )
     parser.error = lambda message: fail(2, message)  # type: ignore[method-assign]
     return parser
 
@@ -233,35 +254,37 @@ def find(name: str) -> Path:
     return folder if folder.is_dir() else Path(name)
 
 
-def prepare(name: str, spec: str, tokenizer: dict[str, Any] | None = None) -> None:
-    """Run a dataset's prepare.py if its meta.json is missing, with the tokenizer of spec or of a checkpoint (a dict).
+def prepare(name: str, tokenizer: str | dict[str, Any]) -> None:
+    """Run a dataset's prepare.py if its meta.json is missing. tokenizer: its spec, or the dict of a checkpoint's.
 
     stdlib takes seconds and nothing to prepare, so it is also prepared anew if it has another tokenizer. ValueError if
     there is no such dataset. If prepare.py fails, it has printed the error: exits with its status.
     """
     folder = find(name)
     meta = folder / "meta.json"
-    if meta.exists() and (name != "stdlib" or has_tokenizer(meta, spec, tokenizer)):
+    if meta.exists() and (name != "stdlib" or has_tokenizer(meta, tokenizer)):
         return
     if not (folder / "prepare.py").exists():
         if folder.is_dir():
             return  # load() reports which files are missing
         names = ", ".join(sorted(path.parent.name for path in FOLDER.glob("*/prepare.py")))
-        raise ValueError(f"--dataset={name}: no such dataset; it takes the path of a folder, or one of {names}")
+        instead = NANOGPT_DATASETS.get(name, f"it takes the path of a folder, or one of {names}")
+        raise ValueError(f"--dataset={name}: no such dataset; {instead}")
     with tempfile.TemporaryDirectory() as scratch:
-        if tokenizer is not None:
-            spec = f"{scratch}/tokenizer.json"
+        spec = tokenizer if isinstance(tokenizer, str) else f"{scratch}/tokenizer.json"
+        if not isinstance(tokenizer, str):
             Path(spec).write_text(json.dumps(tokenizer))
+        print(f"preparing the dataset {name} ...", flush=True)
         status = subprocess.call([sys.executable, folder / "prepare.py", f"--tokenizer={spec}"])
     if status:
         sys.exit(status)
 
 
-def has_tokenizer(meta: Path, spec: str, tokenizer: dict[str, Any] | None) -> bool:
-    """Whether a dataset has the tokenizer of a checkpoint (a dict) or else, by its name, of spec."""
+def has_tokenizer(meta: Path, tokenizer: str | dict[str, Any]) -> bool:
+    """Whether a dataset has the tokenizer of a spec, by its name, or that of a checkpoint (a dict)."""
     try:
         have = json.loads(meta.read_bytes())["tokenizer"]
-        return have["name"] == spec if tokenizer is None else have == tokenizer
+        return (have["name"] if isinstance(tokenizer, str) else have) == tokenizer
     except (ValueError, KeyError, TypeError):
         return True  # load() reports a damaged file
 
@@ -281,8 +304,10 @@ class Dataset:
         """ValueError if a split is too short for one sequence, or an id is outside the model's vocabulary."""
         for name, tokens in (("train", self.train), ("val", self.val)):
             if len(tokens) <= sequence_len:
-                where = f"{self.folder / name}.bin has {len(tokens)} tokens"
-                raise ValueError(f"{where}, too few for --sequence_len={sequence_len}: make that smaller")
+                raise ValueError(
+                    f"{self.folder / name}.bin has {len(tokens)} tokens, too few for --sequence_len={sequence_len}: "
+                    f"prepare more text, or train with --sequence_len={len(tokens) - 1}, or less"
+                )
         if self.max_token >= vocab_size:
             raise ValueError(
                 f"{self.folder} has token id {self.max_token}, outside the vocabulary of {vocab_size}: "
@@ -339,13 +364,22 @@ def max_token(path: Path, dtype: np.dtype) -> int:
         return max(int(np.frombuffer(chunk, dtype).max()) for chunk in iter(lambda: f.read(CHUNK), b""))
 
 
-def open_dataset(name: str, spec: str, tokenizer: dict[str, Any] | None, world: Any) -> Dataset:
-    """`prepare` and `load` for all processes of a run: the first prepares, then one on each other machine."""
+def open_dataset(name: str, tokenizer: str | dict[str, Any], world: Any) -> Dataset:
+    """`prepare` and `load` for all processes of a run: the first prepares, then one on each other machine.
+
+    ValueError if the dataset was prepared before, and not with the tokenizer of a checkpoint (a dict).
+    """
     for is_my_turn in (world.rank == 0, world.local_rank == 0):
         if is_my_turn:
-            prepare(name, spec, tokenizer)
+            prepare(name, tokenizer)
         world.barrier()
-    return load(find(name))
+    data = load(find(name))
+    if isinstance(tokenizer, dict) and tokenizer != data.tokenizer.to_dict():
+        raise ValueError(
+            f"the dataset {name} has another tokenizer ({data.tokenizer.name}) than the checkpoint: prepare it again "
+            "with --tokenizer=CHECKPOINT"
+        )
+    return data
 
 
 def draw_batches(

@@ -1,4 +1,4 @@
-"""Where the metrics of a run go: metrics.jsonl, the terminal, loss.png, Weights & Biases, TensorBoard."""
+"""Where the metrics of a run go: the terminal, metrics.jsonl, loss.png, Weights & Biases, TensorBoard."""
 
 import json
 import math
@@ -12,16 +12,69 @@ from typing import Any
 Record = dict[str, Any]  # {"step": int, "loss": float, "val_loss": float, ...}
 
 
+class Progress:
+    """What a run is doing, where is_main. A terminal shows it in one line, in place, and keeps those of evaluations.
+
+    Anything else gets a line for each record, and one for what begins: the first evaluation, the first step.
+    """
+
+    def __init__(self, first_step: int, last_step: int, is_main: bool = True, compiles: bool = False) -> None:
+        self.first_step, self.last_step, self.is_main, self.compiles = first_step, last_step, is_main, compiles
+        self.in_place = sys.stdout.isatty()
+        self.begun: set[str] = set()  # what has been said to begin
+        self.latest: list[str] = []  # the loss and the speed, until the next ones
+        self.clock: tuple[int, float] | None = None  # how many steps were done when, without compilation
+        self.drawn = -math.inf  # when the line was last drawn
+        self.is_open = False  # whether the terminal's line has no end yet
+
+    def status(self, step: int, doing: str, count: str = "") -> None:
+        """Show what is being done now, such as "evaluating", and how far that is."""
+        if self.compiles and step == self.first_step:
+            doing = f"compiling, {doing}"
+        begins = doing not in self.begun
+        self.begun.add(doing)
+        if not self.in_place and begins:
+            self._draw(step, [f"{doing} ..."], end="\n")
+        elif self.in_place and (begins or time.monotonic() - self.drawn > 0.1):
+            self._draw(step, self.latest if doing == "training" and self.latest else [f"{doing} {count}".rstrip()])
+
+    def show(self, record: Record) -> None:
+        """Show the metrics of a step that is done."""
+        parts: list[str] = []
+        if "loss" in record:
+            parts = [f"loss {record['loss']:.4f}", f"{record['tokens_per_second']:,.0f} tokens/s"]
+            done, now = record["step"] + 1, time.monotonic()
+            if self.clock and done > self.clock[0]:
+                seconds = (now - self.clock[1]) / (done - self.clock[0]) * (self.last_step - done)
+                parts += ["{:.0f}:{:02.0f} left".format(*divmod(round(seconds), 60))]
+            self.clock = self.clock or (done, now)
+            self.latest = list(parts)
+        if "val_loss" in record:
+            parts += [f"val loss {record['val_loss']:.4f}, {record['val_bpb']:.4f} bits/byte"]
+        self._draw(record["step"], parts, "" if self.in_place and "val_loss" not in record else "\n")
+
+    def close(self) -> None:
+        """End the line: something else is to be printed."""
+        if self.is_open:
+            print(flush=True)
+        self.is_open = False
+
+    def _draw(self, step: int, parts: list[str], end: str = "") -> None:
+        if self.is_main:
+            line = " | ".join([f"{step / max(self.last_step, 1):4.0%} step {step}/{self.last_step}", *parts])
+            print(f"\r\x1b[K{line}" if self.in_place else line, end=end, flush=True)
+            self.drawn, self.is_open = time.monotonic(), not end
+
+
 class Log:
-    """metrics.jsonl, one JSON object per logged step, and a progress line, which a terminal shows in place.
+    """metrics.jsonl, one JSON object per logged step, loss.png, and the services that are asked for.
 
     A resumed run keeps the records before first_step. config is the run's, with wandb_log and tensorboard; run_id is
     how the services recognize it. OSError if out_dir cannot be written, ImportError if an extra is missing.
     """
 
     def __init__(self, out_dir: Path, config: dict[str, Any], first_step: int, run_id: str) -> None:
-        self.path, self.last_step = out_dir / "metrics.jsonl", config["max_iters"]
-        self.started, self.first_step = time.monotonic(), first_step
+        self.path = out_dir / "metrics.jsonl"
         self.records = [record for record in read_records(self.path) if record["step"] < first_step]
         temporary = self.path.with_name("metrics.jsonl.tmp")
         temporary.write_text("".join(json.dumps(record) + "\n" for record in self.records))
@@ -36,22 +89,6 @@ class Log:
             f.write(json.dumps(record) + "\n")
         for sink in self.sinks:
             sink(record)
-
-    def show(self, record: Record) -> None:
-        """Print the progress line."""
-        step, last = record["step"], self.last_step
-        seconds_left = (time.monotonic() - self.started) / max(step - self.first_step, 1) * (last - step)
-        parts = [f"{step / max(last, 1):4.0%} step {step}/{last}"]
-        if "loss" in record:
-            parts += [f"loss {record['loss']:.4f}", f"{record['tokens_per_second']:,.0f} tokens/s"]
-            parts += [f"{seconds_left:.0f}s left"]
-        if "val_loss" in record:
-            parts += [f"val loss {record['val_loss']:.4f}, {record['val_bpb']:.4f} bits/byte"]
-        line = " | ".join(parts)
-        if sys.stdout.isatty():
-            print(f"\r\x1b[K{line}", end="\n" if "val_loss" in record else "", flush=True)
-        else:
-            print(line, flush=True)
 
     def plot(self) -> None:
         """Draw the losses into loss.png, if the extra 'plot' is installed."""

@@ -10,7 +10,7 @@ import gc
 import os
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from typing import Any
@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from gpt import GPT
+from gpt import GPT, GPTConfig
 from sologpt import fast
 from sologpt.load import multiplies_bfloat16, pick_device
 from sologpt.optim import Muon
@@ -33,6 +33,9 @@ class World:
     local_rank: int
     size: int
     device: torch.device
+
+    def __str__(self) -> str:
+        return self.device.type if self.size == 1 else f"{self.size} x {self.device.type}"
 
     @property
     def is_main(self) -> bool:
@@ -61,15 +64,12 @@ class World:
             torch.accelerator.synchronize()
 
 
-def join(device_name: str, gradient_accumulation_steps: int, shard: bool) -> World:
+def join(device_name: str, shard: bool) -> World:
     """Meet the other processes, if torchrun has started any. ValueError for what they cannot share."""
     rank, local_rank, size = (int(os.environ.get(name, 0)) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"))
     device = pick_device(device_name)
     if size < 2 and shard:
         raise ValueError("--shard needs several processes: torchrun --nproc_per_node=N train.py ...")
-    if size > 1 and gradient_accumulation_steps % size:
-        steps = f"gradient_accumulation_steps={gradient_accumulation_steps}"
-        raise ValueError(f"{size} processes cannot share {steps}: make it a multiple of {size}")
     if device.type == "cuda":
         if size > 1:
             here, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", size)), torch.cuda.device_count()
@@ -241,25 +241,44 @@ def fits(optimizer: torch.optim.Optimizer, state: Any) -> bool:
 
 
 @contextmanager
-def catch_signals(world: World) -> Iterator[list[int]]:
-    """Ctrl-C and SIGTERM are only appended to the list that this yields. A second one ends a single process at once."""
+def catch_signals(world: World) -> Iterator[Callable[[], int]]:
+    """In here, a first Ctrl-C or SIGTERM only says what will happen. A second one ends a single process at once.
+
+    Yields a function that returns the number of the signal that any process has received, or 0. All processes must call
+    it together.
+    """
     signals: list[int] = []
 
     def catch(signum: int, _: Any) -> None:
         signals.append(signum)
+        name = "Ctrl-C" if signum == signal.SIGINT else "SIGTERM"
+        line = f"{name}: stops after this step and saves"
         if world.size == 1:  # torchrun repeats the signals that a terminal has already sent to all processes
             signal.signal(signum, signal.SIG_DFL)
+            line += "; a second one stops at once, and loses the steps since the last checkpoint"
+        if world.is_main and len(signals) == 1:
+            with suppress(OSError):
+                os.write(2, f"\n{line}\n".encode())  # print may not be called while the step prints
+
+    def received() -> int:
+        return int(world.all_reduce(max(signals, default=0), dist.ReduceOp.MAX))
 
     handlers = {signum: signal.signal(signum, catch) for signum in (signal.SIGINT, signal.SIGTERM)}
     try:
-        yield signals
+        yield received
     finally:
         for signum, handler in handlers.items():
             signal.signal(signum, handler)
 
 
-def check_memory(needed: int) -> None:
-    """MemoryError if `needed` bytes are more than the machine has. Linux grants them, and then kills the process."""
+def check_memory(config: GPTConfig, tokens: int) -> None:
+    """MemoryError if the weights and the first activations of a micro-batch, in float32, do not fit into the machine.
+
+    Linux grants them, and then kills the process.
+    """
+    H, G, D = config.heads
+    rows = config.vocab_size + tokens + config.n_layer * 2 * (H * D + G * D + (config.n_hidden or 0))
+    needed = 4 * config.n_embd * rows
     if sys.platform != "win32" and needed > os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"):
         raise MemoryError
 

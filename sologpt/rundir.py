@@ -3,9 +3,14 @@
 import itertools
 import math
 import re
+import shlex
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
+
+from gpt import GPT
+from sologpt.load import find_checkpoint
 
 WRITTEN = ("ckpt.pt", "best.pt", "metrics.jsonl", "loss.png", "tensorboard")  # by a run, besides ckpt_STEP.pt
 STATE = {"step": int, "best": float, "id": str, "optimizers": list, "train_config": dict}  # what ckpt.pt holds
@@ -64,6 +69,16 @@ def delete_old_states(out_dir: Path, step: int, keep: int) -> None:
         path.unlink()
 
 
+def holds_state(out_dir: Path, settings: dict[str, Any]) -> bool:
+    """Whether out_dir/ckpt.pt is the state of a run with these settings. RuntimeError if it is damaged."""
+    path = out_dir / "ckpt.pt"
+    if not path.exists():
+        return False
+    state = GPT.load_checkpoint(path)[1]
+    check_state(path, state)
+    return all(state["train_config"].get(key) == value for key, value in settings.items())
+
+
 def check_state(path: Path, state: dict[str, Any]) -> None:
     """RuntimeError if a checkpoint holds no state to resume from, or values that no run writes."""
     if not STATE.keys() <= state.keys():
@@ -73,3 +88,16 @@ def check_state(path: Path, state: dict[str, Any]) -> None:
     )
     if not ok or state["step"] < 0 or math.isnan(state["best"]) or state["train_config"]["sequence_len"] < 1:
         raise RuntimeError(f"{path} is damaged: it is no state of a run")
+
+
+def sample_command(best: Path, prompt: str) -> str:
+    """What to type to sample from best: without --ckpt where sample.py would take it by itself."""
+    command = ["python", str(Path(sys.argv[0]).with_name("sample.py"))]
+    found = None
+    with suppress(OSError):
+        found = find_checkpoint("out").resolve()
+    if found != best.resolve():
+        command += ["--ckpt", str(best)]
+    if prompt.strip() and prompt.isprintable():  # else it is sample.py's own, or hard to type
+        command += ["--prompt", prompt]
+    return shlex.join(command)

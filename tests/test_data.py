@@ -50,7 +50,8 @@ def test_a_single_document_is_cut(tmp_path):
     assert "".join(train) == "0123456789" * 9 and "".join(val) == "0123456789"
 
 
-def test_a_written_dataset_is_read_back(tmp_path):
+def test_a_written_dataset_is_read_back(tmp_path, monkeypatch):
+    monkeypatch.setattr(common, "LEAST", 1)
     common.write(tmp_path, texts(tmp_path, "first é", "second", "third", "fourth"), "bytes", 0.25)
     data = common.load(tmp_path)
     tokenizer = data.tokenizer
@@ -76,6 +77,7 @@ def test_a_large_vocabulary_takes_four_bytes(tmp_path, monkeypatch):
     tokens = [bytes([i]) for i in range(256)] + [b"%6d" % i for i in range(70_000)]
     large = Tokenizer._from_tokens("large", r" \d{5}|[\s\S]", tokens)
     monkeypatch.setattr(Tokenizer, "from_spec", lambda *_: large)
+    monkeypatch.setattr(common, "LEAST", 1)
     common.write(tmp_path, texts(tmp_path, "a" * 50, " 69999" * 10), "large", 0.5)
     data = common.load(tmp_path)
     assert data.val.dtype == np.uint32 and data.val.max() == 70_255 and large.decode(data.val) == " 69999" * 10
@@ -93,12 +95,12 @@ def test_stdlib_is_python_and_always_the_same(tmp_path, monkeypatch):
 def test_text_from_a_folder_and_from_a_file(tmp_path):
     (tmp_path / "in").mkdir()
     for i in range(12):
-        (tmp_path / "in" / f"{i:02}.txt").write_text(f"text {i}\n")
+        (tmp_path / "in" / f"{i:02}.txt").write_text(f"this is text {i}\n")
     (tmp_path / "in" / ".git").mkdir()
     (tmp_path / "in" / ".git" / "objects").write_bytes(b"\xff")
     run("data/text/prepare.py", "--input", tmp_path / "in", "--out_dir", tmp_path / "a", "--val_fraction=0.25")
     a = common.load(tmp_path / "a")
-    assert a.tokenizer.decode(a.val.tolist()) == "text 3\n<|endoftext|>text 7\n<|endoftext|>text 11\n"
+    assert a.tokenizer.decode(a.val.tolist()) == "<|endoftext|>".join(f"this is text {i}\n" for i in (3, 7, 11))
     (tmp_path / "one.txt").write_text("x" * 900 + "y" * 100)
     run("data/text/prepare.py", "--input", tmp_path / "one.txt", "--out_dir", tmp_path / "b")
     b = common.load(tmp_path / "b")
@@ -223,12 +225,14 @@ print(-peak("small") + peak("large"))
 
 
 def test_an_existing_dataset_stays_when_preparing_fails(tmp_path):
-    common.write(tmp_path, texts(tmp_path, "first", "second"), "bytes", 0.5)
+    common.write(tmp_path, texts(tmp_path, "first" * 9, "second" * 9), "bytes", 0.5)
     before = {path.name: path.read_bytes() for path in tmp_path.glob("*.*")}
     first, second = texts(tmp_path, "another", "text")
     second.path.write_bytes(b"te\xfft")
     with pytest.raises(ValueError, match="byte 2"):
         common.write(tmp_path, [first, second], "bytes", 0.5)
+    with pytest.raises(ValueError, match=r"too little text: val\.bin would have 31 tokens, and needs 32 or more"):
+        common.write(tmp_path, texts(tmp_path, "a" * 32, "b" * 31), "bytes", 0.5)
     assert {path.name: path.read_bytes() for path in tmp_path.glob("*.*")} == before
 
 
@@ -471,7 +475,9 @@ def test_a_missing_dataset_is_prepared_once(dataset, tmp_path, monkeypatch, capf
     assert (folder / "meta.json").stat().st_mtime_ns == before, "a dataset that exists is left alone"
     other = common.load(folder).tokenizer
     (folder / "meta.json").unlink()
-    common.prepare(str(folder), "bytes", other.to_dict())
+    capfd.readouterr()
+    common.prepare(str(folder), other.to_dict())
+    assert capfd.readouterr().out.startswith(f"preparing the dataset {folder} ...\n"), "before it is slow"
     assert common.load(folder).tokenizer.to_dict() == other.to_dict(), "the tokenizer of a checkpoint"
 
     monkeypatch.chdir(tmp_path)
@@ -482,6 +488,9 @@ def test_a_missing_dataset_is_prepared_once(dataset, tmp_path, monkeypatch, capf
 def test_a_dataset_that_cannot_be_prepared_is_an_error(dataset, tmp_path, capfd):
     with pytest.raises(ValueError, match=r"--dataset=nowhere.*fineweb, shakespeare, stdlib, text"):
         common.prepare("nowhere", "bytes")
+    for name, words in (("shakespeare_char", "config/shakespeare_char.py"), ("openwebtext", "--dataset=fineweb")):
+        with pytest.raises(ValueError, match=f"--dataset={name}: no such dataset; here .*{words}"):
+            common.prepare(name, "bytes")  # nanoGPT's
     folder = write_prepare(tmp_path / "other", dataset / "text")
     with pytest.raises(SystemExit) as e:
         common.prepare(str(folder), "words")
@@ -498,7 +507,8 @@ def test_a_dataset_is_checked_against_the_model(dataset):
     data = common.load(dataset)
     shortest = min(len(data.train), len(data.val))
     data.check(shortest - 1, data.max_token + 1)
-    with pytest.raises(ValueError, match=rf"val\.bin has {len(data.val)} tokens.*--sequence_len={len(data.val)}"):
+    n = len(data.val)
+    with pytest.raises(ValueError, match=rf"val\.bin has {n} tokens.*--sequence_len={n}: .*--sequence_len={n - 1}, or"):
         data.check(len(data.val), 257)
     with pytest.raises(ValueError, match=rf"{dataset} has token id 256, outside the vocabulary of 256.*--vocab_size"):
         data.check(16, 256)
@@ -511,3 +521,11 @@ def test_targets_are_the_inputs_one_token_ahead(dataset):
     assert inputs.dtype == targets.dtype == torch.int64
     assert inputs.tolist() == [tokens[i : i + 5].tolist() for i in starts]
     assert targets.tolist() == [tokens[i + 1 : i + 6].tolist() for i in starts]
+
+
+@pytest.mark.parametrize("name", ["stdlib", "shakespeare", "text", "fineweb"])
+def test_help_has_a_sentence_for_each_option(name):
+    out = run(f"data/{name}/prepare.py", "--help", COLUMNS="1000").stdout
+    options = re.findall(r"^  --(\w+) [A-Z]+ +(.*)$", out, re.MULTILINE)
+    assert len(options) >= 3 and f"usage: python data/{name}/prepare.py" in out
+    assert all(text[0].isupper() and text.endswith(".") for _, text in options), options

@@ -193,9 +193,18 @@ def copy(shard: Path, path: Path) -> np.ndarray:
 
 def main() -> None:
     parser = common.make_parser(FOLDER, __doc__)
-    parser.add_argument("--shards", type=int, default=1, help=f"training shards in total, 1 to {len(TRAIN)}")
     parser.add_argument(
-        "--tokenizer", default="gpt2", help="the GPT-2 tokenizer: gpt2, or FILE.json or FILE.pt with it"
+        "--shards",
+        type=int,
+        default=1,
+        metavar="N",
+        help=f"The dataset gets this many training shards in total, 1 to {len(TRAIN)}. The default is %(default)s.",
+    )
+    parser.add_argument(
+        "--tokenizer",
+        default="gpt2",
+        metavar="NAME",
+        help="The tokenizer is GPT-2's: gpt2, or FILE.json or FILE.pt with it. The default is %(default)s.",
     )
     args = parser.parse_args()
     if not 1 <= args.shards <= len(TRAIN):
