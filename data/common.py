@@ -221,7 +221,7 @@ def make_parser(folder: Path, about: str) -> argparse.ArgumentParser:
         type=Path,
         default=folder,
         metavar="FOLDER",
-        help="train.bin, val.bin and meta.json are written to this folder. The default is the one of prepare.py.",
+        help="The dataset (train.bin, val.bin, meta.json) goes to this folder. The default is that of prepare.py.",
     )
     parser.error = lambda message: fail(2, message)  # type: ignore[method-assign]
     return parser

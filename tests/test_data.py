@@ -227,7 +227,7 @@ print(-peak("small") + peak("large"))
 def test_an_existing_dataset_stays_when_preparing_fails(tmp_path):
     common.write(tmp_path, texts(tmp_path, "first" * 9, "second" * 9), "bytes", 0.5)
     before = {path.name: path.read_bytes() for path in tmp_path.glob("*.*")}
-    first, second = texts(tmp_path, "another", "text")
+    first, second = texts(tmp_path, "another" * 9, "text")
     second.path.write_bytes(b"te\xfft")
     with pytest.raises(ValueError, match="byte 2"):
         common.write(tmp_path, [first, second], "bytes", 0.5)

@@ -1,0 +1,276 @@
+"""The first hour with train.py: what it trains where nothing is said, what it shows, how it stops, --eval_only."""
+
+import os
+import pty
+import re
+import select
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, SMALL, error, run, write_prepare
+from test_parallel import records, together
+
+import configurator
+import train
+from data import common
+from gpt import GPT
+from sologpt import hf, log, parallel
+from sologpt.load import load_model
+
+SLOW = f"""
+import sys, time
+sys.path.insert(0, {str(ROOT)!r})
+import configurator, train
+from data import common
+get_batch = common.get_batch
+def slow(tokens, starts, *args):
+    time.sleep({{seconds}} if len(tokens) < 4000 else 0)  # the validation split
+    return get_batch(tokens, starts, *args)
+common.get_batch = slow
+configurator.run(train.main)
+"""
+
+
+class Terminal:
+    """A Python script in a pseudo-terminal of its own, where \\x03 is Ctrl-C."""
+
+    def __init__(self, *args):
+        self.output = ""
+        self.pid, self.fd = pty.fork()
+        if self.pid == 0:
+            os.chdir(ROOT)
+            os.execv(sys.executable, [sys.executable, *map(str, args)])
+
+    def read_until(self, pattern: str | None) -> str:
+        """What is shown up to the first match, or to the end."""
+        while not (match := re.search(pattern or "$never", self.output)):
+            assert select.select([self.fd], [], [], 120)[0], self.output
+            try:
+                new = os.read(self.fd, 65536)
+            except OSError:  # it has ended
+                new = b""
+            if not new:
+                assert pattern is None, self.output
+                return self.output
+            self.output += new.decode()
+        seen, self.output = self.output[: match.end()], self.output[match.end() :]
+        return seen
+
+    def press(self, keys: str) -> None:
+        os.write(self.fd, keys.encode())
+
+    def status(self) -> int:
+        return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+
+
+def same_weights(a: Path, b: Path) -> bool:
+    a, b = GPT.load(a).state_dict(), GPT.load(b).state_dict()
+    return all(torch.equal(a[name], b[name]) for name in a)
+
+
+# ---- what is trained
+
+
+def test_without_a_config_file_a_cpu_trains_the_tiny_model(dataset, tmp_path):
+    flags = [f"--dataset={dataset}", f"--out_dir={tmp_path / 'bare'}", "--eval_iters=1", "--sample_tokens=0"]
+    done = run("train.py", *flags, "--max_iters=1", "--dropout=0.1")
+    assert done.stdout.startswith("no config file: taking config/tiny.py") and "--n_layer=12" in done.stdout
+    run("train.py", "config/tiny.py", *flags, f"--out_dir={tmp_path / 'tiny'}", "--max_iters=1", "--dropout=0.1")
+    assert same_weights(tmp_path / "bare" / "ckpt.pt", tmp_path / "tiny" / "ckpt.pt")
+    configs = [GPT.load_checkpoint(tmp_path / name / "ckpt.pt")[1]["train_config"] for name in ("bare", "tiny")]
+    assert configs[0] | {"out_dir": ""} == configs[1] | {"out_dir": ""} and configs[0]["dropout"] == 0.1
+    done = run("train.py", *flags, "--max_iters=2", "--dropout=0.1", "--init_from=resume")
+    assert "resumed at step 1; max_iters is 2, was 1\n" in done.stdout
+
+
+def test_a_run_of_another_shape_is_resumed_without_a_config_file(trained, dataset, tmp_path):
+    """The tiny model is no request for its shape."""
+    flags = [f"--dataset={dataset}", f"--out_dir={tmp_path}", "--sample_tokens=0"]
+    run("train.py", *SMALL, *flags, "--max_iters=1")
+    done = run("train.py", *flags, "--init_from=resume", "--max_iters=2", "--eval_iters=1")
+    assert "resumed at step 1" in done.stdout
+    line = error("train.py", *flags, "--init_from=resume", "--max_iters=2", "--n_layer=3")
+    assert "n_layer=2" in line
+
+
+@pytest.mark.parametrize(
+    "device, flags",
+    [
+        ("cuda", []),
+        ("cpu", ["--n_layer=12"]),
+        ("cpu", ["--n_embd=768"]),
+        ("cpu", ["config/finetune.py"]),
+        ("cpu", ["--init_from=best.pt"]),
+    ],
+)
+def test_a_gpu_a_config_file_and_a_size_keep_the_defaults(device, flags, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["train.py", *flags])
+    config = configurator.parse(train.Config)
+    assert train.suit(config, parallel.World(0, 0, 1, torch.device(device))) == config
+    assert not capsys.readouterr().out
+
+
+def test_micro_batches_are_as_many_as_the_processes_can_share(dataset, tmp_path):
+    flags = [*SMALL, f"--dataset={dataset}", "--max_iters=2", "--sample_tokens=0"]
+    first, second = together(2, *flags, "--gradient_accumulation_steps=3", f"--out_dir={tmp_path / 'two'}")
+    assert first.returncode == second.returncode == 0, first.stderr + second.stderr
+    assert first.stdout.startswith("gradient_accumulation_steps is 4, not 3: a multiple of 2 processes\n")
+    assert "256 tokens a step" in first.stdout and not second.stdout
+    run("train.py", *flags, "--gradient_accumulation_steps=4", f"--out_dir={tmp_path / 'one'}")
+    losses = [[record["loss"] for record in records(tmp_path / name) if "loss" in record] for name in ("one", "two")]
+    assert losses[0] == pytest.approx(losses[1], abs=1e-5)
+
+
+# ---- what is shown
+
+
+def test_a_terminal_shows_how_far_an_evaluation_is_and_ctrl_c_ends_it(dataset, tmp_path):
+    flags = [*SMALL, f"--dataset={dataset}", "--eval_iters=1000", "--max_iters=3", "--log_interval=1"]
+    flags += ["--sample_tokens=0"]
+    terminal = Terminal("-c", SLOW.format(seconds=0.2), *flags, f"--out_dir={tmp_path / 'stopped'}")
+    terminal.read_until(r"step 0/3 \| evaluating 1/\d+")
+    terminal.press("\x03")
+    seen = terminal.read_until("evaluating|stopped")
+    assert "Ctrl-C: stops after this step and saves; a second one stops at once, and loses the steps" in seen
+    seen += terminal.read_until(None)
+    assert "stopped before step 0; the same command with --init_from=resume goes on" in seen
+    assert terminal.status() == 130 and "Traceback" not in seen and "val loss" not in seen
+
+    resumed = Terminal("train.py", *flags, f"--out_dir={tmp_path / 'stopped'}", "--init_from=resume")
+    seen = resumed.read_until(None)
+    assert resumed.status() == 0 and re.search(r"\r\x1b\[K +0% step 0/3 \| evaluating 0/\d+", seen)
+    assert re.search(r"\r\x1b\[K100% step 3/3 \| val loss [\d.]+, [\d.]+ bits/byte\r\n", seen)
+    run("train.py", *flags, f"--out_dir={tmp_path / 'whole'}")
+    assert same_weights(tmp_path / "stopped" / "ckpt.pt", tmp_path / "whole" / "ckpt.pt")
+    assert [line["step"] for line in records(tmp_path / "stopped")] == [0, 1, 2, 3]
+
+
+def test_a_signal_in_the_last_evaluation_is_resumed_to_its_end(dataset, tmp_path, monkeypatch):
+    flags = [*SMALL, f"--dataset={dataset}", f"--out_dir={tmp_path}", "--max_iters=4", "--sample_tokens=0"]
+
+    def get_batch(tokens, starts, *args, f=common.get_batch):
+        if len(tokens) < 4000 and run_is_at_its_end():
+            signal.raise_signal(signal.SIGTERM)
+        return f(tokens, starts, *args)
+
+    def run_is_at_its_end() -> bool:
+        return [line["step"] for line in records(tmp_path)] == [0, 1, 2, 3]
+
+    monkeypatch.setattr(common, "get_batch", get_batch)
+    monkeypatch.setattr(sys, "argv", ["train.py", *flags, "--log_interval=1"])
+    with pytest.raises(SystemExit) as end:
+        train.main()
+    assert end.value.code == 143 and not (tmp_path / "best.pt").exists()
+    assert GPT.load_checkpoint(tmp_path / "ckpt.pt")[1]["step"] == 4
+    run("train.py", *flags, "--log_interval=1", "--init_from=resume")
+    assert [line["step"] for line in records(tmp_path)] == [0, 1, 2, 3, 4] and (tmp_path / "best.pt").exists()
+
+
+def test_a_second_signal_ends_a_slow_step_at_once(dataset, tmp_path):
+    code = SLOW.format(seconds=0).replace("configurator.run", "train.forward_backward = lambda *_: time.sleep(600)\n#")
+    flags = [*SMALL, f"--dataset={dataset}", f"--out_dir={tmp_path}"]
+    terminal = Terminal("-c", code + "train.main()", *flags)
+    terminal.read_until(r"step 0/5000 \| training")
+    terminal.press("\x03")
+    terminal.read_until("a second one stops at once")
+    terminal.press("\x03")
+    terminal.read_until(None)
+    assert terminal.status() == -signal.SIGINT
+    assert GPT.load_checkpoint(tmp_path / "ckpt.pt")[1]["step"] == 0
+
+
+def test_a_file_gets_a_line_for_each_record_and_one_for_what_begins(dataset, tmp_path):
+    flags = [*SMALL, f"--dataset={dataset}", f"--out_dir={tmp_path}", "--sample_tokens=0"]
+    lines = run("train.py", *flags, "--max_iters=4", "--eval_interval=2", "--log_interval=1").stdout.splitlines()
+    kinds = [re.sub(r"[\d.,:]+", "#", line) for line in lines[1:]]
+    loss, val = "loss # | # tokens/s", "val loss #, # bits/byte"
+    assert kinds[:3] == [f"  #% step #/# | {what}" for what in ("evaluating ...", "training ...", f"{loss} | {val}")]
+    rest = [f" #% step #/# | {loss} | # left", f" #% step #/# | {loss} | # left | {val}", f"#% step #/# | {val}"]
+    assert kinds[3:7] == [rest[0], rest[1], rest[0], rest[2]], lines
+
+
+def test_the_time_left_is_that_of_the_steps_after_the_first(monkeypatch, capsys):
+    """The first one, which compiles, takes 500 seconds. The next 90 take 30, so the last 100 take 33."""
+    now = [0.0]
+    monkeypatch.setattr(log.time, "monotonic", lambda: now[0])
+    progress = log.Progress(0, 191)
+    for step, now[0] in ((0, 500.0), (90, 530.0)):
+        progress.show({"step": step, "loss": 1.0, "tokens_per_second": 5.0})
+    first, second = capsys.readouterr().out.splitlines()
+    assert first == "  0% step 0/191 | loss 1.0000 | 5 tokens/s"
+    assert second == " 47% step 90/191 | loss 1.0000 | 5 tokens/s | 0:33 left"
+
+
+@pytest.mark.parametrize("out, prompt", [("out/mine", "def "), ("runs/a 'b'", "$HOME"), ("out/mine", "\n")])
+def test_the_last_line_is_a_command_that_samples(out, prompt, dataset, tmp_path):
+    flags = [*SMALL, f"--dataset={dataset}", f"--out_dir={out}", "--max_iters=1", f"--sample_prompt={prompt}"]
+    done = run(ROOT / "train.py", *flags, "--sample_tokens=5", cwd=tmp_path)
+    command = done.stdout.splitlines()[-1]
+    words = shlex.split(command)
+    assert words[0] == "python" and ("--ckpt" in words) == out.startswith("runs") and "\n" not in words
+    environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    sampled = subprocess.run(
+        f"{command} --max_tokens=5", shell=True, cwd=tmp_path, env=environment, capture_output=True, text=True
+    )
+    assert sampled.returncode == 0 and sampled.stdout.startswith(prompt), sampled.stderr
+    assert f"{out}/best.pt" in sampled.stderr
+
+
+# ---- --eval_only
+
+
+def test_eval_only_gives_the_loss_and_writes_nothing(trained, dataset, tmp_path):
+    """From scratch, from a run to resume and from a checkpoint, by one process and by two."""
+    flags = [f"--dataset={dataset}", "--eval_only", "--batch_size=4", "--eval_iters=2"]
+    before = {path: path.stat().st_mtime_ns for path in trained.iterdir()}
+    first, last = records(trained)[0], records(trained)[-1]
+    for extra, record in (
+        ([*SMALL, f"--out_dir={tmp_path / 'new'}"], first),
+        ([*SMALL, f"--out_dir={trained}"], first),
+        ([*SMALL, f"--out_dir={trained}", "--init_from=resume"], last),
+        ([f"--out_dir={tmp_path / 'new'}", f"--init_from={trained / 'best.pt'}"], last),
+    ):
+        done = run("train.py", *flags, *extra)
+        assert f"| val loss {record['val_loss']:.4f}, {record['val_bpb']:.4f} bits/byte\n" in done.stdout, extra
+        assert "writing to nothing" in done.stdout
+    assert "no checkpoint" in error("train.py", *flags, f"--out_dir={tmp_path / 'new'}", "--init_from=resume")
+    main, other = together(2, *flags, *SMALL, f"--out_dir={trained}", "--init_from=resume")
+    assert f"val loss {last['val_loss']:.3f}" in main.stdout and main.returncode == other.returncode == 0
+    assert not (tmp_path / "new").exists()
+    assert {path: path.stat().st_mtime_ns for path in trained.iterdir()} == before
+
+
+def test_eval_only_of_an_open_model(trained, dataset, tmp_path):
+    model, tokenizer, _ = load_model(trained / "best.pt")
+    hf.save(model, tokenizer, tmp_path / "hf")
+    folder = write_prepare(tmp_path / "data", dataset / "text")
+    flags = [f"--dataset={folder}", f"--out_dir={tmp_path / 'new'}", "--eval_iters=1000"]
+    done = run("train.py", *flags, f"--init_from=hf:{tmp_path / 'hf'}", "--eval_only")
+    val, T = torch.from_numpy(common.load(folder).val.astype("int64")), 16
+    n = (len(val) - 1) // T
+    loss = model(val[: n * T].view(n, T), val[1 : n * T + 1].view(n, T)).item()
+    shown = float(re.search(r"val loss ([\d.]+),", done.stdout)[1])
+    assert shown == pytest.approx(loss, abs=1e-4) and not (tmp_path / "new").exists()
+
+
+def test_a_resume_that_fails_leaves_no_folder(dataset, tmp_path):
+    for flags in ([], ["--eval_only"]):
+        out = tmp_path / "no" / "where"
+        line = error("train.py", *SMALL, f"--dataset={dataset}", f"--out_dir={out}", "--init_from=resume", *flags)
+        assert f"no checkpoint {out / 'ckpt.pt'}" in line and not (tmp_path / "no").exists()
+
+
+def test_the_gap_between_two_lines_is_not_long():
+    """A terminal's line is drawn again when a step begins, but at most ten times a second."""
+    drawn, progress = [], log.Progress(0, 100)
+    progress.in_place = True
+    progress._draw = lambda step, parts, end="": drawn.append(step) or setattr(progress, "drawn", time.monotonic())
+    for step in range(1000):
+        progress.status(step, "training")
+    assert drawn[0] == 0 and len(drawn) < 500
