@@ -3,12 +3,9 @@
 Or from an open model: python sample.py --init_from=hf:HuggingFaceTB/SmolLM2-135M-Instruct --chat --interactive
 """
 
-import io
 import json
-import signal
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -19,8 +16,9 @@ import configurator
 from configurator import UserError
 from gpt import GPT
 from sologpt import fast
-from sologpt.conversation import Conversation, run_command
-from sologpt.load import SHORT_NAMES, find_checkpoint, load_model
+from sologpt.conversation import Conversation
+from sologpt.load import SHORT_NAMES, describe_run, find_checkpoint, load_model
+from sologpt.terminal import catch_sigint, read_messages
 from sologpt.text import TextRow, TextStream, stream_text
 
 DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -30,34 +28,34 @@ Generate = Callable[..., TextStream]  # `stream_text` with the model, the tokeni
 @dataclass
 class Config:
     # ---- prompt
-    prompt: str = "\n"  # text to continue, FILE:path to read it from a file, or - to read it from standard input
-    interactive: bool = False  # read one prompt after the other; with --chat, as turns of one conversation
-    chat: bool = False  # answer the prompt as a user's message, by the model's chat template
-    system: str = ""  # system message that begins the conversation; needs --chat
+    prompt: str = "\n"  # The model continues this text, that of FILE:path, or that of standard input if it is a -.
+    interactive: bool = False  # You enter one prompt after the other; with --chat, they are one conversation.
+    chat: bool = False  # The prompt is a user's message, and the model answers it by its chat template.
+    system: str = ""  # The conversation begins with this system message; it needs --chat.
 
     # ---- sampling
-    num_samples: int = 1  # samples to draw, as one batch
-    max_tokens: int = 500  # maximum number of tokens of a sample
-    temperature: float = 0.8  # divides the logits; 0 always takes the most likely token
-    top_k: int | None = None  # sample from the k most likely tokens only
-    top_p: float | None = None  # sample from the fewest tokens whose probabilities add up to p
-    min_p: float | None = None  # sample from tokens at least p times as likely as the most likely one
-    repetition_penalty: float = 1.0  # above 1, tokens that already occur in the text become less likely
-    stop: tuple[str, ...] = ()  # stop sequence: a sample ends before this text; may be given several times
-    stop_on_repeat: int = 0  # end a sample when its last N tokens repeat the N before them; 0 switches it off
-    seed: int = 42  # the same seed gives the same text
+    num_samples: int = 1  # This many samples are drawn, as one batch.
+    max_tokens: int = 500  # A sample has at most this many tokens.
+    temperature: float = 0.8  # The logits are divided by this; 0 always takes the most likely token.
+    top_k: int | None = None  # Only the k most likely tokens are sampled from.
+    top_p: float | None = None  # Only the fewest tokens whose probabilities add up to p are sampled from.
+    min_p: float | None = None  # Only tokens at least p times as likely as the most likely one are sampled from.
+    repetition_penalty: float = 1.0  # Above 1, tokens that already occur in the text become less likely.
+    stop: tuple[str, ...] = ()  # A sample ends before this text, the stop sequence; it may be given several times.
+    stop_on_repeat: int = 0  # A sample ends when its last N tokens repeat the N before them; 0 switches it off.
+    seed: int = 42  # The same seed gives the same text.
 
     # ---- output
-    json: bool = False  # print one JSON object per sample: prompt, text, tokens, reason, seconds, tokens_per_second
+    json: bool = False  # Each sample is a JSON object: prompt, text, tokens, reason, seconds, tokens_per_second.
 
     # ---- model
-    out_dir: str = "out"  # use the newest best.pt in this folder or below it
-    ckpt: str = ""  # use this checkpoint file instead
-    init_from: str = ""  # use an open model instead: gpt2, hf:NAME, hf:FOLDER or gguf:FILE
-    device: str = "auto"  # cuda, mps, cpu, ...; auto picks an accelerator if there is one, else the CPU
-    dtype: str = "auto"  # data type of the weights: float32, bfloat16, float16; auto keeps the one they are stored in
-    compile: bool = False  # torch.compile the decoding: takes a while to start, then is faster
-    lookup: int = 0  # verify up to N draft tokens per forward (prompt lookup decoding): faster where text repeats
+    out_dir: str = "out"  # The newest best.pt in this folder or below it is used, else the newest ckpt.pt.
+    ckpt: str = ""  # This checkpoint file is used instead.
+    init_from: str = ""  # An open model is used instead: gpt2, hf:NAME, hf:FOLDER or gguf:FILE.
+    device: str = "auto"  # It runs on cuda, mps, cpu, ...; auto takes an accelerator if there is one, else the CPU.
+    dtype: str = "auto"  # The weights are float32, bfloat16 or float16; auto keeps the type they are stored in.
+    compile: bool = False  # torch.compile makes decoding faster, after a slow start.
+    lookup: int = 0  # A forward verifies up to N draft tokens (prompt lookup decoding): faster where text repeats.
 
     def __post_init__(self) -> None:
         if self.system and not self.chat:
@@ -150,81 +148,47 @@ def sample_once(config: Config, model: GPT, generate: Generate, description: str
     report(stream.rows)
 
 
-@contextmanager
-def catch_sigint() -> Iterator[list[int]]:
-    """Append each Ctrl-C to the list that this yields, so that an answer ends between two tokens, not within one."""
-    signals: list[int] = []
-    before = signal.signal(signal.SIGINT, lambda signum, _: signals.append(signum))
-    try:
-        yield signals
-    finally:
-        signal.signal(signal.SIGINT, before)
-
-
-def converse(talk: Conversation, description: str) -> None:
+def converse(talk: Conversation) -> None:
     """Answer one prompt after the other."""
-    with suppress(ImportError):  # not on Windows
-        import readline  # gives input() line editing and history
-
-        readline.parse_and_bind("set enable-bracketed-paste on")  # keeps the line ends of a pasted text
-    if isinstance(sys.stdin, io.TextIOWrapper):
-        sys.stdin.reconfigure(errors="replace")
-    print(f"{description}\n/help shows the commands, Ctrl-D leaves", file=sys.stderr)
-    while True:
-        try:
-            prompt = input("> ")
-            if prompt.startswith("/"):
-                print(run_command(prompt, talk), file=sys.stderr)
-        except EOFError:
-            print()
-            return
-        except KeyboardInterrupt:
-            print("\nCtrl-D or /quit leaves", file=sys.stderr)
-            continue
-        if prompt.strip() and not prompt.startswith("/"):
-            answer(prompt, talk)
-
-
-def answer(prompt: str, talk: Conversation) -> None:
-    dropped = talk.dropped
-    with catch_sigint() as signals, configurator.reported():
-        stream = talk.ask(prompt)
-        if talk.dropped and not dropped:
-            window = talk.model.config.sequence_len
-            print(f"over {window} tokens: the model no longer sees the oldest turns", file=sys.stderr)
-        warn_if_cut(stream, talk.model)
-        for text in stream:
-            print(text, end="", flush=True)
-            if signals:
-                print(stream.close(), end="")
-        print(flush=True)
-        report(stream.rows)
-
-
-def find_model(config: Config) -> str | Path:
-    """The open model or checkpoint that was named, or else the newest in out_dir, which may lie beside this script."""
-    beside = Path(__file__).resolve().parent / config.out_dir
-    folder = beside if beside.is_dir() and not Path(config.out_dir).is_dir() else config.out_dir
-    return config.init_from or config.ckpt or find_checkpoint(folder)
+    window = talk.model.config.sequence_len
+    with catch_sigint() as signals:
+        for prompt in read_messages(talk):
+            signals.clear()
+            dropped = talk.dropped
+            with configurator.reported():
+                stream = talk.ask(prompt)
+                if talk.dropped > dropped == 0:
+                    print(f"over {window} tokens: the model no longer sees the oldest turns", file=sys.stderr)
+                warn_if_cut(stream, talk.model)
+                for text in stream:
+                    print(text, end="", flush=True)
+                    if signals:
+                        print(stream.close(), end="")
+                print(flush=True)
+                report(stream.rows)
 
 
 def main() -> None:
     config = configurator.parse(Config)
+    named = config.init_from or config.ckpt
     with configurator.reported():
-        model, tokenizer, about = load_model(find_model(config), config.device, DTYPES[config.dtype])
+        source = named or find_checkpoint(config.out_dir, Path(__file__).resolve().parent / config.out_dir)
+        model, tokenizer, about = load_model(source, config.device, DTYPES[config.dtype])
         decode = fast.prepare(model, compile=config.compile, lookup=config.lookup, rows=config.num_samples)
     step = f", step {about['step']}" if "step" in about else ""
-    newest = "" if config.init_from or config.ckpt else " (the newest in --out_dir; --ckpt FILE takes another)"
-    description = f"{about['source']}{step}, on {model.device}{newest}"
+    description = f"{about['source']}{step}, on {model.device}"
+    if not named:
+        which = describe_run(Path(source)) or f"the newest in {config.out_dir}"
+        description += f" ({which}; --ckpt FILE takes another)"
     names = ("max_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")
-    settings = {name: getattr(config, name) for name in (*names, "stop", "stop_on_repeat")}
+    settings = {name: getattr(config, name) for name in (*names, "stop", "stop_on_repeat")} | {"decode": decode}
     if config.interactive:
         with configurator.reported():
-            talk = Conversation(model, tokenizer, config.chat, config.system, decode=decode, **settings)
-        converse(talk, description)
+            talk = Conversation(model, tokenizer, config.chat, config.system, **settings)
+        print(f"{description}\n/help shows the commands, Ctrl-D leaves", file=sys.stderr)
+        converse(talk)
     else:
-        generate = partial(stream_text, model, tokenizer, decode=decode, **settings)
-        sample_once(config, model, generate, description)
+        sample_once(config, model, partial(stream_text, model, tokenizer, **settings), description)
 
 
 if __name__ == "__main__":

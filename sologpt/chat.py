@@ -4,7 +4,6 @@ A template is a Jinja program that comes with a model. `render` runs it in jinja
 with limits on time and memory: it can neither run foreign code, nor hang, nor fill the memory.
 """
 
-import functools
 import importlib.util
 import json
 import re
@@ -66,7 +65,6 @@ def render(template: str, values: dict[str, Any]) -> str:
     return run(json.dumps({"path": [*map(str, sys.path)], "template": template, "values": values}))
 
 
-@functools.lru_cache(maxsize=8)  # a conversation is often rendered more than once: to measure it, then to answer
 def run(job: str) -> str:
     try:
         done = subprocess.run(

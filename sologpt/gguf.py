@@ -803,12 +803,8 @@ def encode(x: Tensor, kind: Any) -> np.ndarray:
 def export_checkpoint(source: str, path: Path, dtype: str | None) -> None:
     """Write a GGUF file from whatever `load_model` loads. RuntimeError if it cannot be written."""
     model, tokenizer, _ = load_model(source)
-    try:
+    with hf.writing(path):
         notes = save(model, tokenizer, path, dtype)
-    except FileExistsError:
-        raise
-    except OSError as e:
-        raise RuntimeError(f"cannot write {path}: {e}") from e
     for note in notes:
         print(f"note: {note}", file=sys.stderr)
     print(f"wrote {path}: llama-cli -m {path} runs it")
@@ -821,8 +817,10 @@ def make_parser() -> hf.Parser:
         epilog=(
             "examples:\n"
             "  python -m sologpt.gguf export out/llama_tiny mine.gguf\n"
-            "  python -m sologpt.gguf export hf:HuggingFaceTB/SmolLM2-135M smollm2.gguf --dtype=q8_0\n"
-            "the other way: python sample.py --init_from=gguf:FILE"
+            "  python -m sologpt.gguf export hf:HuggingFaceTB/SmolLM2-135M smollm2.gguf --dtype=q8_0\n\n"
+            "import: a GGUF file needs no conversion\n"
+            "  python sample.py --init_from=gguf:mine.gguf\n"
+            "  python train.py config/finetune.py --init_from=gguf:mine.gguf"
         ),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

@@ -22,7 +22,8 @@ import re
 import sys
 import tempfile
 import typing
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, AnyStr, NoReturn
@@ -750,6 +751,17 @@ def special_token_ids(tokenizer: Tokenizer) -> dict[str, Any]:
 # Command line
 
 
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """RuntimeError if path cannot be written. On a full disk, torch.save raises one itself."""
+    try:
+        yield
+    except FileExistsError:  # the user's mistake
+        raise
+    except (OSError, RuntimeError) as e:
+        raise RuntimeError(f"cannot write {path}: {e}") from e
+
+
 def import_checkpoint(source: str, out_dir: Path, dtype: torch.dtype | None, tokenizer: str = "gpt2") -> None:
     """Write out_dir/best.pt from a Hugging Face model, or nanogpt:FILE. RuntimeError if it cannot be written."""
     path = out_dir / "best.pt"
@@ -759,23 +771,17 @@ def import_checkpoint(source: str, out_dir: Path, dtype: torch.dtype | None, tok
         model, found = load_nanogpt(source.removeprefix("nanogpt:"), tokenizer, dtype)
     else:
         model, found = load(source, dtype=dtype)
-    try:
+    with writing(path):
         out_dir.mkdir(parents=True, exist_ok=True)
         model.save(path, tokenizer=found.to_dict(), step=0, source=source)
-    except (OSError, RuntimeError) as e:  # torch.save raises RuntimeError when the disk is full
-        raise RuntimeError(f"cannot write {path}: {e}") from e
     print(f"wrote {path}: {model.num_params() / 1e6:.2f}M parameters in {model.dtype}")
 
 
 def export_checkpoint(source: str | Path, folder: Path, dtype: torch.dtype | None) -> None:
     """Write a Hugging Face folder from a checkpoint or an out_dir. RuntimeError if it cannot be written."""
     model, tokenizer, _ = load_model(source, dtype=dtype)
-    try:
+    with writing(folder):
         save(model, tokenizer, folder)
-    except FileExistsError:
-        raise
-    except OSError as e:
-        raise RuntimeError(f"cannot write {folder}: {e}") from e
     print(f"wrote {folder}: AutoModelForCausalLM.from_pretrained({str(folder)!r}) loads it")
 
 
@@ -793,7 +799,8 @@ def make_parser() -> Parser:
         epilog=(
             "examples:\n"
             "  python -m sologpt.hf import HuggingFaceTB/SmolLM2-135M out/smollm2 --dtype=bfloat16\n"
-            "  python -m sologpt.hf export out/smollm2/best.pt smollm2"
+            "  python -m sologpt.hf export out/smollm2/best.pt smollm2\n\n"
+            "all options: python -m sologpt.hf import --help, python -m sologpt.hf export --help"
         ),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

@@ -4,6 +4,8 @@ model, tokenizer, about = load_model("out/tiny")  # or "out/tiny/best.pt", or "h
 """
 
 import importlib
+import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -34,16 +36,32 @@ def multiplies_bfloat16(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
 
 
-def find_checkpoint(out_dir: Path | str) -> Path:
-    """The newest best.pt in out_dir or below, else out_dir/ckpt.pt. FileNotFoundError if there is neither."""
-    folder = Path(out_dir)
-    found = max(folder.rglob("best.pt"), key=lambda path: path.stat().st_mtime, default=folder / "ckpt.pt")
-    if not found.exists():
-        raise FileNotFoundError(
-            f"no best.pt in {folder.resolve()} or below, and no ckpt.pt in it: train a model first "
-            "(python train.py config/tiny.py), or name a checkpoint file"
-        )
-    return found
+def newest(paths: Iterable[Path]) -> Path | None:
+    return max(paths, key=lambda path: path.stat().st_mtime, default=None)
+
+
+def find_checkpoint(*folders: Path | str) -> Path:
+    """The newest best.pt, else the newest ckpt.pt, in the first of these folders that exists, or below it.
+
+    FileNotFoundError if there is none.
+    """
+    paths = [*map(Path, folders)]
+    folder = next(filter(Path.exists, paths), paths[0])
+    if found := newest(folder.rglob("best.pt")) or newest(folder.rglob("ckpt.pt")):
+        return found
+    searched = " or ".join(dict.fromkeys(str(path.resolve()) for path in paths))
+    raise FileNotFoundError(
+        f"no best.pt or ckpt.pt in {searched}, or below: train a model first (python train.py config/tiny.py), "
+        "or name a checkpoint file"
+    )
+
+
+def describe_run(path: Path) -> str:
+    """Of which run a checkpoint is that `find_checkpoint` has found; empty for the best.pt of a folder's last run."""
+    folder = path.parent
+    if re.fullmatch(r"old-\d+", folder.name):  # see `rundir.set_aside_old_run`
+        return f"of an earlier run in {folder.parent}: the last one there has no best.pt yet"
+    return "" if path.name == "best.pt" else f"the last state of the run in {folder}, which has no best.pt yet"
 
 
 def load_model(
@@ -76,7 +94,11 @@ def load_model(
             raise ValueError(f"{path} is the folder of a Hugging Face model: load it as hf:{path}")
         path = find_checkpoint(path)
     if not path.exists():
-        raise FileNotFoundError(f"there is no checkpoint {path}: give a checkpoint file, an out_dir or hf:NAME_OR_DIR")
+        older = newest(path.parent.glob(f"old-*/{path.name}"))
+        hint = f", but an earlier run's {older}" if older else ""
+        raise FileNotFoundError(
+            f"there is no checkpoint {path.resolve()}{hint}: give a checkpoint file, an out_dir or hf:NAME_OR_DIR"
+        )
     try:
         model, about = GPT.load_checkpoint(path, device, dtype)
     except OSError as e:

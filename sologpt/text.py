@@ -168,12 +168,18 @@ def stream_text(
     chat_tokens: list[int] | None = None,
     **settings: Any,
 ) -> TextStream:
-    """Generate text after a prompt: iterate over the result for the text, then see its `reason`, `text` and `tokens`.
+    """Generate text after a prompt: a stream of its pieces.
 
-    prompt is text, a conversation ([{"role": "user", "content": "Hello"}, ...]) for the chat template, or token ids.
-    The text ends after max_tokens, or before a stop sequence (see `TextRow`, for stop_on_repeat too).
-    num_samples rows are drawn at once: the first is streamed, `rows` has all. settings are those of
-    `GPT.generate_batch`: temperature=1.0 (0 is greedy), top_k, top_p, min_p, repetition_penalty, seed=42, and decode.
+        for text in stream_text(model, tokenizer, "def ", max_tokens=100, temperature=0.8):
+            print(text, end="")
+        answer = "".join(stream_text(model, tokenizer, [{"role": "user", "content": "Hello"}]))
+
+    prompt is text, a list of messages for the chat template, or token ids; it is not repeated in the stream. The text
+    ends after max_tokens, at an end-of-text token, before a stop sequence, or when the last stop_on_repeat tokens equal
+    those before them: `reason` says which. num_samples rows are drawn at once: the first is streamed, `rows` has all.
+
+    settings are those of `GPT.generate_batch`: temperature=1.0 (0 is greedy), top_k, top_p, min_p, repetition_penalty,
+    seed=42 (the same text at each call; None draws anew), and decode (`fast.prepare` makes a faster one).
 
     With a kv_cache of one row, text or ids come after what it holds. A conversation is given whole, and the cache keeps
     the tokens that both begin with: only the rest is prefilled. chat_tokens are its token ids, if they are known.

@@ -136,6 +136,10 @@ class Tokenizer:
         except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as e:
             raise ValueError("this is not the dict of a tokenizer") from e
 
+    def __repr__(self) -> str:
+        ends = {i: self.decode([i]) for i in self.eos_tokens}
+        return f"{type(self).__name__}({self.name!r}, vocab_size={self.vocab_size}, eos_tokens={ends})"
+
     @property
     def vocab_size(self) -> int:
         return max(self.ids) + 1

@@ -1,6 +1,7 @@
 """sample.py with a model that has a chat template, and with one straight from its folder."""
 
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -85,7 +86,7 @@ def test_a_turn_answers_as_without_a_cache_and_prefills_only_what_is_new(
     monkeypatch.setattr(GPT, "hidden", lambda self, idx, *rest: read.append(idx.numel()) or hidden(self, idx, *rest))
     flags = ["--interactive", "--chat", f"--system={system}", "--temperature=0", "--max_tokens=10"]
     status, out, err = here(f"--ckpt={path}", *flags, lines=turns)
-    assert status == 0 and out == said + "\n"
+    assert status == 0 and out == said
     if sequence_len == 512:
         generated = sum(len(tokenizer.encode(message["content"])) for message in messages[2::2])
         assert sum(read) <= longest + 2 * (generated + 30), "an answer is read at most twice: generated, then rendered"
@@ -174,12 +175,14 @@ def test_errors_are_one_line(chatty, folder, tmp_path, here):
         ([f"--ckpt={plain}", "--chat"], "bytes has no chat template"),
         ([f"--ckpt={plain}", "--chat", "--interactive"], "bytes has no chat template"),
         ([f"--ckpt={refuses}", "--chat"], "no system message"),
+        ([f"--ckpt={refuses}", "--chat", "--interactive"], "no system message"),
         ([good, "--system=x"], "--chat"),
         ([good, f"--init_from=hf:{folder}"], "--ckpt and --init_from"),
         (["--init_from=gpt3"], "hf:"),
         ([good, "--dtype=int8"], "int8"),
         ([f"--init_from=hf:{tmp_path / 'empty'}"], "config.json"),
-        ([f"--init_from=hf:{tmp_path / 'none'}"], "none"),
+        ([f"--init_from=hf:{tmp_path / 'none'}"], f"there is no folder {tmp_path / 'none'}"),
+        ([good, "--temperature=abc"], "temperature must be a number"),
     ):
         status, _, err = here(*flags)
         lines = err.splitlines()
@@ -198,3 +201,10 @@ sample.main()
 assert not {{"sologpt.hf", "tokenizers", "jinja2", "safetensors"}} & set(sys.modules), set(sys.modules)
 """
     run("-c", code, cwd=tmp_path)  # in a fresh process
+
+
+def test_the_help_is_sentences_in_groups():
+    keys = configurator.keys(sample.Config).values()
+    assert list(dict.fromkeys(key.group for key in keys)) == ["prompt", "sampling", "output", "model"]
+    for key in keys:
+        assert re.fullmatch(r"([A-Z]|torch).*\.", key.comment), key

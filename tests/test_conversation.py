@@ -10,9 +10,9 @@ from test_chat import answer, checkpoint, here  # noqa: F401
 from test_hf_tokenizer import CHATML
 
 from gpt import GPT, KVCache
-from sologpt import conversation
+from sologpt import chat, conversation
 from sologpt.text import drop_old_turns
-from sologpt.tokenizer import Tokenizer
+from sologpt.tokenizer import PretrainedTokenizer, Tokenizer
 
 
 class Words(Tokenizer):
@@ -72,7 +72,7 @@ def test_a_long_chat_keeps_its_system_message_and_says_once_what_it_drops(tmp_pa
     assert dropped > 1
     flags = ["--interactive", "--chat", "--system=Be brief", "--temperature=0", "--max_tokens=8"]
     status, out, err = here(f"--ckpt={path}", *flags, lines=turns)
-    assert status == 0 and out == said + "\n"
+    assert status == 0 and out == said
     assert err.count("no longer sees the oldest turns") == 1 and "reads the last" not in err
 
 
@@ -117,7 +117,48 @@ def test_the_commands_of_a_chat(tmp_path, here):  # noqa: F811
     lines += ["/nonsense", "/reset", "words", "/save /nowhere/at/all", "/save", "/system", "/quit", "never read"]
     flags = [f"--ckpt={path}", "--interactive", "--chat", "--temperature=0", "--max_tokens=8"]
     status, out, err = here(*flags, lines=lines)
-    assert status == 0 and out == expected + "\n"
+    assert status == 0 and out == expected
     assert json.loads((tmp_path / "one.json").read_text()) == one
     for words in ("forget it", "no command /nonsense", "cannot write /nowhere", "/save needs", "/system needs"):
         assert words in err
+
+
+def test_a_chat_is_tokenized_once_a_turn(tmp_path, here, monkeypatch):  # noqa: F811
+    path, calls = checkpoint(tmp_path / "best.pt", chat_template=CHATML), []
+    encode_chat, render = PretrainedTokenizer.encode_chat, chat.render
+    monkeypatch.setattr(PretrainedTokenizer, "encode_chat", lambda *a: calls.append("encode") or encode_chat(*a))
+    monkeypatch.setattr(chat, "render", lambda *a: calls.append("render") or render(*a))
+    flags = [f"--ckpt={path}", "--interactive", "--chat", "--max_tokens=4"]
+    assert here(*flags)[0] == 0
+    start = calls.copy()  # the template is checked
+    assert here(*flags, lines=["some", "words"])[0] == 0
+    assert calls == 2 * start + 2 * ["encode", "render"]
+
+
+def test_a_saved_chat_has_the_turns_that_the_model_no_longer_sees(tmp_path, here):  # noqa: F811
+    path = checkpoint(tmp_path / "best.pt", sequence_len=120, chat_template=CHATML)
+    turns = [f"What is {i} and {i}?" for i in range(12)]
+    flags = [f"--ckpt={path}", "--interactive", "--chat", "--system=Be brief", "--max_tokens=8"]
+    err = here(*flags, lines=[*turns, f"/save {tmp_path / 'chat.json'}"])[2]
+    messages = json.loads((tmp_path / "chat.json").read_text())
+    assert "no longer sees the oldest turns" in err and messages[0] == {"role": "system", "content": "Be brief"}
+    assert [message["content"] for message in messages if message["role"] == "user"] == turns
+    assert [message["role"] for message in messages[1:]] == ["user", "assistant"] * len(turns)
+
+
+def test_a_system_message_that_the_template_rejects_changes_nothing(tmp_path, here):  # noqa: F811
+    template = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system message') }}{% endif %}" + CHATML
+    path = checkpoint(tmp_path / "best.pt", chat_template=template)
+    flags = [f"--ckpt={path}", "--interactive", "--chat", "--temperature=0", "--max_tokens=8"]
+    status, out, err = here(*flags, lines=["some", "/system Be brief", "words"])
+    assert (status, out) == here(*flags, lines=["some", "words"])[:2] and status == 0
+    assert "error: the chat template rejects this conversation: no system message" in err
+    assert here(*flags, "--system=Be brief", lines=["some"])[0] == 2
+
+
+@pytest.mark.parametrize("text", ["// a comment", "/* a comment */", "/usr/bin", "/"])
+def test_a_path_or_a_comment_is_no_command(trained, tmp_path, here, text):  # noqa: F811
+    flags = [f"--out_dir={trained}", "--interactive", "--max_tokens=4"]
+    status, out, err = here(*flags, lines=[text, f"/save {tmp_path / 'text'}"])
+    assert status == 0 and "no command" not in err
+    assert (tmp_path / "text").read_text() == f"{text}{out}"

@@ -18,8 +18,10 @@ from conftest import ROOT, error, make_model, run, write_prepare
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+import configurator
+import sample
 from gpt import GPT, GPTConfig
-from sologpt import hf
+from sologpt import gguf, hf
 from sologpt.tokenizer import Tokenizer
 
 transformers.logging.set_verbosity_error()
@@ -665,6 +667,16 @@ def test_export_command(source, good, tmp_path, monkeypatch):
     assert ours.dtype == theirs.dtype == torch.bfloat16 and ours.config == hf.load(good / "single")[0].config
 
 
+@pytest.mark.parametrize("module", [hf, gguf])
+def test_the_help_has_examples_of_every_command(module):
+    parser = module.make_parser()
+    examples = [line.split()[3:] for line in parser.epilog.splitlines() if line.startswith("  python -m ")]
+    commands = [parser.parse_args(words).command for words in examples]
+    assert {*commands} == ({"import", "export"} if module is hf else {"export"})
+    for words in (line.split()[2:] for line in parser.epilog.splitlines() if line.startswith("  python sample.py")):
+        configurator.parse(sample.Config, words)
+
+
 def test_commands_run_from_any_folder(good, tmp_path):
     """Only gpt and sologpt are needed, as after `pip install`: configurator is not."""
     (tmp_path / "site").mkdir()
@@ -696,9 +708,9 @@ assert not {{"configurator", "train", "sample", "data"}} & set(sys.modules)
         (["import", "good", "out", "--dtype=int4"], "int4", 2),
         (["import", "good", "full"], "exists already", 2),
         (["import", "empty", "out"], "config.json", 2),
-        (["import", "good", "file"], "cannot write", 1),
+        (["import", "good", "file"], "File exists", 2),
         (["export", "nowhere.pt", "out"], "nowhere.pt", 2),
-        (["export", "empty", "out"], "empty or below, and no ckpt.pt", 2),
+        (["export", "empty", "out"], "no best.pt or ckpt.pt in", 2),
         (["export", "good", "out"], "hf:good", 2),
         (["export", "file", "out"], "damaged", 1),
         (["export", "model.pt", "out"], "no tokenizer", 1),

@@ -11,7 +11,7 @@ from conftest import ROOT, make_model, run
 import sample
 from gpt import GPT
 from sologpt import hf
-from sologpt.load import find_checkpoint, load_model, pick_device
+from sologpt.load import describe_run, find_checkpoint, load_model, pick_device
 from sologpt.tokenizer import Tokenizer
 
 BYTES = Tokenizer.from_spec("bytes")
@@ -92,6 +92,31 @@ def test_an_out_dir_without_best_is_its_last_checkpoint(tmp_path):
     assert find_checkpoint(str(tmp_path)) == path and load_model(str(tmp_path))[2] == {"source": str(path), "step": 0}
 
 
+def test_without_any_best_it_is_the_newest_last_checkpoint_below(tmp_path):
+    now, paths = time.time(), [save(tmp_path / name / "ckpt.pt") for name in ("a", "b", "c")]
+    for age, path in zip((2, 1, 3), paths, strict=True):
+        os.utime(path, (now, now - 100 * age))
+    assert find_checkpoint(tmp_path) == paths[1]
+    assert describe_run(paths[1]) == f"the last state of the run in {tmp_path / 'b'}, which has no best.pt yet"
+    best = save(tmp_path / "c" / "best.pt")
+    os.utime(best, (now, now - 900))
+    assert find_checkpoint(tmp_path) == best and describe_run(best) == ""
+
+
+def test_the_first_folder_that_exists_is_searched(tmp_path):
+    best = save(tmp_path / "b" / "best.pt")
+    save(tmp_path / "c" / "best.pt")
+    assert find_checkpoint(tmp_path / "a", tmp_path / "b", tmp_path / "c") == best
+    with pytest.raises(FileNotFoundError, match=f"in {tmp_path / 'd'} or {tmp_path / 'e'}, or below"):
+        find_checkpoint(tmp_path / "d", tmp_path / "e")
+
+
+def test_a_checkpoint_that_was_moved_aside_is_named(tmp_path):
+    old = save(tmp_path / "old-2" / "best.pt")
+    with pytest.raises(FileNotFoundError, match=f"no checkpoint {tmp_path / 'best.pt'}, but an earlier run's {old}"):
+        load_model(tmp_path / "best.pt")
+
+
 # ---- Hugging Face models
 
 
@@ -133,14 +158,14 @@ assert not {{"sologpt.hf", "tokenizers", "safetensors", "configurator"}} & set(s
 
 
 @pytest.mark.parametrize(
-    "source, words", [("none.pt", r"none\.pt.*hf:NAME"), ("empty", r"no best\.pt in \S*empty.*train\.py")]
+    "source, words", [("none.pt", r"none\.pt.*hf:NAME"), ("empty", r"no best\.pt or ckpt\.pt in /\S*empty.*train\.py")]
 )
 def test_what_is_missing_is_a_file_not_found_error(source, words, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty").mkdir()
     with pytest.raises(FileNotFoundError, match=words):
         load_model(source)
-    with pytest.raises(FileNotFoundError, match=r"no best\.pt in \S*nowhere"):
+    with pytest.raises(FileNotFoundError, match=r"no best\.pt or ckpt\.pt in /\S*nowhere"):
         find_checkpoint("nowhere")
 
 

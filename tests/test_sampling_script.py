@@ -129,6 +129,21 @@ def test_ctrl_c_stops_an_answer_and_ctrl_d_leaves(trained):
     assert "Traceback" not in terminal.output
 
 
+def test_prompts_from_a_pipe(trained):
+    """Answers only, and Ctrl-C ends the script."""
+    flags = [f"--out_dir={trained}", "--interactive", "--max_tokens=8"]
+    done = run("sample.py", *flags, stdin="def \n\n/reset\ndef \n")
+    answer = run("sample.py", flags[0], flags[2], "--prompt=def ").stdout.removeprefix("def ")
+    assert done.stdout == 2 * answer
+    arguments = [sys.executable, "sample.py", *flags[:2], "--max_tokens=1000000"]
+    with subprocess.Popen(arguments, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        process.stdin.write(b"def \n")
+        process.stdin.flush()
+        process.stdout.read(1)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(30) == 130
+
+
 def test_a_pasted_text_of_many_lines_is_one_message(trained, tmp_path):
     """A terminal puts marks around what is pasted: bracketed paste mode."""
     terminal = Terminal(f"--out_dir={trained}", "--max_tokens=4", term="xterm")
@@ -153,6 +168,20 @@ def test_the_first_line_names_the_model_and_how_to_take_another(trained):
     assert str(trained / "best.pt") in first and "step 20" in first and "--ckpt FILE" in first
     first, *_ = run("sample.py", f"--ckpt={trained / 'best.pt'}", "--max_tokens=1").stderr.splitlines()
     assert "--ckpt" not in first
+
+
+def test_a_new_run_without_a_best_model_leaves_that_of_the_run_before(trained, dataset, tmp_path):
+    out = tmp_path / "run"
+    shutil.copytree(trained, out)
+    run("train.py", *SMALL, f"--dataset={dataset}", f"--out_dir={out}", "--max_iters=0")
+    flags = ["--prompt=def ", "--max_tokens=20"]
+    done = run("sample.py", f"--out_dir={tmp_path}", *flags)
+    assert done.stdout == run("sample.py", f"--ckpt={trained / 'best.pt'}", *flags).stdout
+    first = done.stderr.splitlines()[0]
+    assert first.startswith(f"{out / 'old-1' / 'best.pt'}, step 20") and f"of an earlier run in {out}:" in first
+    shutil.rmtree(out / "old-1")
+    first, *_ = run("sample.py", f"--out_dir={tmp_path}", *flags).stderr.splitlines()
+    assert first.startswith(f"{out / 'ckpt.pt'}, step 0") and f"the last state of the run in {out}" in first
 
 
 def test_out_beside_the_scripts_is_found_from_any_folder(trained, tmp_path):

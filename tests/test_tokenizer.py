@@ -50,6 +50,10 @@ def test_vocab_size_and_eot():
     assert (tokenizer.vocab_size, tokenizer.eot) == (300, 299)
 
 
+def test_it_shows_its_kind_its_size_and_what_ends_a_text():
+    assert repr(Tokenizer.from_spec("bytes")) == f"Tokenizer('bytes', vocab_size=257, eos_tokens={{256: {EOT!r}}})"
+
+
 def test_bpe_makes_text_shorter():
     text = "the quick brown fox jumps over the lazy dog " * 20
     tokenizer = Tokenizer.from_spec("bpe:320", [text])
