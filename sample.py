@@ -1,4 +1,4 @@
-"""Text from a checkpoint: python sample.py --prompt "def " --temperature 0.8
+"""Text from a checkpoint: python sample.py --prompt "def __init__(self" --temperature 0.8
 
 Or from an open model: python sample.py --init_from=hf:HuggingFaceTB/SmolLM2-135M-Instruct --chat --interactive
 """

@@ -1,6 +1,6 @@
 """Text from a model: streamed as whole characters, up to a stop sequence.
 
-    for text in stream_text(model, tokenizer, "def ", stop=["\\n\\n"], max_tokens=200, temperature=0.8):
+    for text in stream_text(model, tokenizer, "def main(", stop=["\\n\\n"], max_tokens=200, temperature=0.8):
         print(text, end="")
 
 `stream_text` encodes the prompt and starts `GPT.generate_batch`; a `TextRow` turns the token ids of one row into text.
@@ -170,7 +170,7 @@ def stream_text(
 ) -> TextStream:
     """Generate text after a prompt: a stream of its pieces.
 
-        for text in stream_text(model, tokenizer, "def ", max_tokens=100, temperature=0.8):
+        for text in stream_text(model, tokenizer, "def main(", max_tokens=100, temperature=0.8):
             print(text, end="")
         answer = "".join(stream_text(model, tokenizer, [{"role": "user", "content": "Hello"}]))
 
