@@ -17,11 +17,11 @@ n_hidden = 256
 sequence_len = 128
 
 batch_size = 16
-max_iters = 690
+max_iters = 660
 momentum = 0.9
 head_lr = 0.01
 warmdown = 0.5
-eval_interval = 230
+eval_interval = 220
 eval_iters = 64
 log_interval = 10
 

@@ -11,11 +11,11 @@ n_embd = 96
 sequence_len = 128
 
 batch_size = 16
-max_iters = 690
+max_iters = 660
 momentum = 0.9
 head_lr = 0.01
 warmdown = 0.5
-eval_interval = 230
+eval_interval = 220
 eval_iters = 64
 log_interval = 10
 

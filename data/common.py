@@ -133,7 +133,7 @@ def write(folder: Path, documents: list[Document], spec: str, val_fraction: floa
             tokens = f"{counts['tokens']:,} tokens"
             if counts["tokens"] < LEAST:
                 raise ValueError(f"too little text: {name}.bin would have {tokens}, and needs {LEAST} or more")
-            print(f"{folder / name}.bin: {len(part):,} documents, {tokens} (tokenizer: {tokenizer.name})")
+            print(f"{folder.name}/{name}.bin: {len(part):,} documents, {tokens} (tokenizer: {tokenizer.name})")
         (folder / "meta.json.tmp").write_text(json.dumps(meta))
         (folder / "meta.json").unlink(missing_ok=True)  # a kill between renames leaves no meta.json beside other files
         for name in FILES:
