@@ -13,7 +13,7 @@ import select
 import sys
 from pathlib import Path
 
-COLUMNS, LINE, CHARACTER = 110, 19, 8.4  # the last two in pixels
+COLUMNS, LINE, CHARACTER = 114, 19, 8.4  # the last two in pixels
 CONTROL = re.compile(r"\x1b\[\?\d+[hl]")  # bracketed paste on and off
 
 
@@ -53,11 +53,12 @@ def draw(lines: list[tuple[str, str]]) -> str:
     for i, (kind, line) in enumerate(lines):
         if text := line.strip():
             x = 20 + (len(line) - len(line.lstrip())) * CHARACTER
-            size = f'x="{x:.1f}" y="{(i + 3) * LINE}" textLength="{len(text) * CHARACTER:.1f}"'
-            rows.append(f'<text class="{kind}" {size}>{html.escape(text, quote=False)}</text>')
+            place = f'x="{x:.1f}" y="{(i + 3) * LINE}" textLength="{len(text) * CHARACTER:.1f}"'
+            rows.append(f'<text class="{kind}" {place}>{html.escape(text, quote=False)}</text>')
+    size = f'viewBox="0 0 {width} {height}" width="{width}" height="{height}"'
     return "\n".join(
         [
-            f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}">',
+            f'<svg xmlns="http://www.w3.org/2000/svg" {size}>',
             "<style>",
             "text { font: 14px ui-monospace, Menlo, Consolas, 'DejaVu Sans Mono', monospace; white-space: pre }",
             ".out { fill: #c9d1d9 } .typed { fill: #7ee787; font-weight: bold }",

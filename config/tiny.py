@@ -11,12 +11,13 @@ n_embd = 96
 sequence_len = 128
 
 batch_size = 16
-max_iters = 660
+max_iters = 600
 momentum = 0.9
 head_lr = 0.01
 warmdown = 0.5
-eval_interval = 220
+eval_interval = 200
 eval_iters = 64
 log_interval = 10
 
 sample_prompt = "def __init__(self"
+sample_tokens = 180
