@@ -1,6 +1,7 @@
 """Train a GPT: python train.py config/tiny.py --max_iters=200
 
 Without a config file, a laptop or a CPU trains the small model of config/tiny.py, unless the command names its size.
+The defaults below are for the size of GPT-2.
 
 Batches, dropout and everything else that is random are functions of (seed, step). So a run that was stopped and resumed
 (--init_from=resume) ends with the same weights as one that was not; on a GPU up to rounding.
@@ -171,8 +172,8 @@ def check_shape(config: Config, shape: dict[str, Any], source: str) -> None:
     asked = config.model | ({"vocab_size": config.vocab_size} if config.vocab_size else {})
     wanted = asdict(GPTConfig(**shape | asked))
     if changed := [key for key in wanted if wanted[key] != shape[key]]:
-        have = ", ".join(f"{key}={shape[key]}" for key in changed)
-        raise ValueError(f"{source} has {have}, and the model's shape comes from there: ask for the same, or for none")
+        have = ", ".join(f"{key}={shape[key]}, not {wanted[key]}" for key in changed)
+        raise ValueError(f"{source} has {have}, and the model's shape comes from there")
 
 
 # -----------------------------------------------------------------------------

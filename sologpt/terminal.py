@@ -14,7 +14,7 @@ from sologpt.conversation import Conversation
 COMMAND = re.compile(r"/([a-z]+)(?:\s+(.*))?", re.DOTALL)  # not a path, nor a comment of C: they are text
 HELP = """\
 /reset        forget the conversation
-/system TEXT  forget it, and begin a new one with this system message
+/system TEXT  forget it, and begin a new one with this system message (--chat)
 /save FILE    write the conversation to a file: JSON with --chat, else text
 /quit         leave, as Ctrl-D does
 Ctrl-C stops an answer. A pasted text of several lines is one message."""
@@ -85,8 +85,10 @@ def run_command(talk: Conversation, name: str, argument: str) -> str:
             talk.reset(talk.system)
             return "a new conversation"
         case "system":
-            if not (argument and talk.chat):
-                raise ValueError("/system needs a text, and --chat")
+            if not talk.chat:
+                raise ValueError("/system works only with --chat")
+            if not argument:
+                raise ValueError("/system needs a text")
             talk.reset(argument)
             return "a new conversation, with this system message"
         case "save":
