@@ -365,5 +365,5 @@ print(int(re.search("VmHWM:(.*)kB", pathlib.Path("/proc/self/status").read_text(
         done = run("-c", code, *flags, f"--out_dir={tmp_path / str(n)}", cwd=tmp_path)  # a process of its own
         return int(done.stdout.split()[-1])
 
-    small, large = peak(30_000_000), peak(60_000_000)  # both larger than the library's buffers
+    small, large = peak(60_000_000), peak(120_000_000)  # below, its buffers have not always reached their size
     assert large - small < 10e6 < len(hub.files[fineweb.VAL])
