@@ -271,8 +271,9 @@ def prepare(name: str, tokenizer: str | dict[str, Any]) -> None:
         instead = NANOGPT_DATASETS.get(name, f"it takes the path of a folder, or one of {names}")
         raise ValueError(f"--dataset={name}: no such dataset; {instead}")
     with tempfile.TemporaryDirectory() as scratch:
-        spec = tokenizer if isinstance(tokenizer, str) else f"{scratch}/tokenizer.json"
-        if not isinstance(tokenizer, str):
+        spec = tokenizer
+        if not isinstance(spec, str):
+            spec = f"{scratch}/tokenizer.json"
             Path(spec).write_text(json.dumps(tokenizer))
         print(f"preparing the dataset {name} ...", flush=True)
         status = subprocess.call([sys.executable, folder / "prepare.py", f"--tokenizer={spec}"])

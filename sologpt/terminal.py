@@ -51,16 +51,17 @@ def read_messages(talk: Conversation) -> Iterator[str]:
         readline.parse_and_bind("set enable-bracketed-paste on")  # Python switches it off
     if isinstance(sys.stdin, io.TextIOWrapper):
         sys.stdin.reconfigure(errors="replace")
+    in_terminal = sys.stdin.isatty()
     while True:
         try:
             with on_sigint(signal.default_int_handler):
-                text = input("> " if sys.stdin.isatty() else "")
+                text = input("> " if in_terminal else "")
         except EOFError:
-            if sys.stdin.isatty():
+            if in_terminal:
                 print()
             return
         except KeyboardInterrupt:
-            if not sys.stdin.isatty():
+            if not in_terminal:
                 raise
             print("\nCtrl-D or /quit leaves", file=sys.stderr)
             continue

@@ -1,9 +1,7 @@
 """The first hour with train.py: what it trains where nothing is said, what it shows, how it stops, --eval_only."""
 
 import os
-import pty
 import re
-import select
 import shlex
 import signal
 import subprocess
@@ -14,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT, SMALL, error, run, write_prepare
+from terminal import Terminal
 from test_parallel import records, together
 
 import configurator
@@ -35,38 +34,6 @@ def slow(tokens, starts, *args):
 common.get_batch = slow
 configurator.run(train.main)
 """
-
-
-class Terminal:
-    """A Python script in a pseudo-terminal of its own, where \\x03 is Ctrl-C."""
-
-    def __init__(self, *args):
-        self.output = ""
-        self.pid, self.fd = pty.fork()
-        if self.pid == 0:
-            os.chdir(ROOT)
-            os.execv(sys.executable, [sys.executable, *map(str, args)])
-
-    def read_until(self, pattern: str | None) -> str:
-        """What is shown up to the first match, or to the end."""
-        while not (match := re.search(pattern or "$never", self.output)):
-            assert select.select([self.fd], [], [], 120)[0], self.output
-            try:
-                new = os.read(self.fd, 65536)
-            except OSError:  # it has ended
-                new = b""
-            if not new:
-                assert pattern is None, self.output
-                return self.output
-            self.output += new.decode()
-        seen, self.output = self.output[: match.end()], self.output[match.end() :]
-        return seen
-
-    def press(self, keys: str) -> None:
-        os.write(self.fd, keys.encode())
-
-    def status(self) -> int:
-        return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
 
 
 def same_weights(a: Path, b: Path) -> bool:
@@ -134,17 +101,19 @@ def test_a_terminal_shows_how_far_an_evaluation_is_and_ctrl_c_ends_it(dataset, t
     flags = [*SMALL, f"--dataset={dataset}", "--eval_iters=1000", "--max_iters=3", "--log_interval=1"]
     flags += ["--sample_tokens=0"]
     terminal = Terminal("-c", SLOW.format(seconds=0.2), *flags, f"--out_dir={tmp_path / 'stopped'}")
-    terminal.read_until(r"step 0/3 \| evaluating 1/\d+")
-    terminal.press("\x03")
-    seen = terminal.read_until("evaluating|stopped")
+    terminal.wait_for(r"step 0/3 \| evaluating 1/\d+")
+    terminal.send("\x03")
+    seen = terminal.wait_for("evaluating|stopped")
     assert "Ctrl-C: stops after this step and saves; a second one stops at once, and loses the steps" in seen
-    seen += terminal.read_until(None)
+    assert terminal.status() == 130
+    seen += terminal.output
     assert "stopped before step 0; the same command with --init_from=resume goes on" in seen
-    assert terminal.status() == 130 and "Traceback" not in seen and "val loss" not in seen
+    assert "Traceback" not in seen and "val loss" not in seen
 
     resumed = Terminal("train.py", *flags, f"--out_dir={tmp_path / 'stopped'}", "--init_from=resume")
-    seen = resumed.read_until(None)
-    assert resumed.status() == 0 and re.search(r"\r\x1b\[K +0% step 0/3 \| evaluating 0/\d+", seen)
+    assert resumed.status() == 0
+    seen = resumed.output
+    assert re.search(r"\r\x1b\[K +0% step 0/3 \| evaluating 0/\d+", seen)
     assert re.search(r"\r\x1b\[K100% step 3/3 \| val loss [\d.]+, [\d.]+ bits/byte\r\n", seen)
     run("train.py", *flags, f"--out_dir={tmp_path / 'whole'}")
     assert same_weights(tmp_path / "stopped" / "ckpt.pt", tmp_path / "whole" / "ckpt.pt")
@@ -176,11 +145,10 @@ def test_a_second_signal_ends_a_slow_step_at_once(dataset, tmp_path):
     code = SLOW.format(seconds=0).replace("configurator.run", "train.forward_backward = lambda *_: time.sleep(600)\n#")
     flags = [*SMALL, f"--dataset={dataset}", f"--out_dir={tmp_path}"]
     terminal = Terminal("-c", code + "train.main()", *flags)
-    terminal.read_until(r"step 0/5000 \| training")
-    terminal.press("\x03")
-    terminal.read_until("a second one stops at once")
-    terminal.press("\x03")
-    terminal.read_until(None)
+    terminal.wait_for(r"step 0/5000 \| training")
+    terminal.send("\x03")
+    terminal.wait_for("a second one stops at once")
+    terminal.send("\x03")
     assert terminal.status() == -signal.SIGINT
     assert GPT.load_checkpoint(tmp_path / "ckpt.pt")[1]["step"] == 0
 

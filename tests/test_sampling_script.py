@@ -2,9 +2,6 @@
 
 import json
 import os
-import pty
-import re
-import select
 import shutil
 import signal
 import subprocess
@@ -13,6 +10,7 @@ import time
 
 import pytest
 from conftest import ROOT, SMALL, error, run
+from terminal import Terminal
 
 from gpt import GPT
 
@@ -61,42 +59,8 @@ def test_float16_is_offered(trained):
     assert run("sample.py", *flags, "--dtype=float16").stdout == run("sample.py", *flags).stdout
 
 
-class Terminal:
-    """sample.py --interactive in a pseudo-terminal."""
-
-    def __init__(self, *args, term="dumb"):
-        self.master, slave = pty.openpty()
-        self.process = subprocess.Popen(
-            [sys.executable, "sample.py", "--interactive", *map(str, args)],
-            cwd=ROOT,
-            stdin=slave,
-            stdout=slave,
-            stderr=slave,
-            start_new_session=True,
-            env=os.environ | {"TERM": term},
-        )
-        os.close(slave)
-        self.output = ""
-
-    def wait_for(self, pattern: str, timeout: float = 60) -> str:
-        """Read until pattern appears; returns the output up to its end."""
-        deadline = time.monotonic() + timeout
-        while not (match := re.search(pattern, self.output)):
-            assert time.monotonic() < deadline, f"no {pattern!r} in {self.output!r}"
-            if select.select([self.master], [], [], 0.1)[0]:
-                try:
-                    self.output += os.read(self.master, 65536).decode("utf-8", "replace")
-                except OSError:  # the other side is closed
-                    assert re.search(pattern, self.output), self.output
-        seen, self.output = self.output[: match.end()], self.output[match.end() :]
-        return seen
-
-    def send(self, text: str) -> None:
-        os.write(self.master, text.encode())
-
-
 def test_a_conversation_outgrows_the_window(trained):
-    terminal = Terminal(f"--out_dir={trained}", "--max_tokens=8")
+    terminal = Terminal("sample.py", "--interactive", f"--out_dir={trained}", "--max_tokens=8")
     for turn in range(50):
         terminal.wait_for(r"> ")
         terminal.send(f"f{turn}\n")
@@ -107,25 +71,25 @@ def test_a_conversation_outgrows_the_window(trained):
     terminal.wait_for(r"> ")
     terminal.wait_for(r"> ")
     terminal.send("\x04")
-    assert terminal.process.wait(30) == 0
+    assert terminal.status() == 0
     assert not any(word in terminal.output for word in ("Traceback", "error", "ended by"))
 
 
 def test_ctrl_c_stops_an_answer_and_ctrl_d_leaves(trained):
-    terminal = Terminal(f"--out_dir={trained}", "--max_tokens=1000000")
+    terminal = Terminal("sample.py", "--interactive", f"--out_dir={trained}", "--max_tokens=1000000")
     terminal.wait_for(r"> ")
     terminal.send("def f\n")
     terminal.wait_for(r"def f\s+\S")  # the echo, then the first of the answer
     time.sleep(0.5)
-    os.kill(terminal.process.pid, signal.SIGINT)
+    os.kill(terminal.pid, signal.SIGINT)
     terminal.wait_for(r"ended by (interrupt|stop)")
     terminal.wait_for(r"> ")
     time.sleep(1)  # the prompt is printed a moment before readline can be interrupted
-    os.kill(terminal.process.pid, signal.SIGINT)  # at the prompt it says how to leave
+    os.kill(terminal.pid, signal.SIGINT)  # at the prompt it says how to leave
     terminal.wait_for(r"Ctrl-D or /quit leaves")
     terminal.wait_for(r"> ")
     terminal.send("\x04")
-    assert terminal.process.wait(30) == 0
+    assert terminal.status() == 0
     assert "Traceback" not in terminal.output
 
 
@@ -146,7 +110,7 @@ def test_prompts_from_a_pipe(trained):
 
 def test_a_pasted_text_of_many_lines_is_one_message(trained, tmp_path):
     """A terminal puts marks around what is pasted: bracketed paste mode."""
-    terminal = Terminal(f"--out_dir={trained}", "--max_tokens=4", term="xterm")
+    terminal = Terminal("sample.py", "--interactive", f"--out_dir={trained}", "--max_tokens=4", term="xterm")
     terminal.wait_for(r"> ")
     time.sleep(0.5)
     terminal.send("\x1b[200~def f(x):\n\n    return x\x1b[201~\r")
@@ -155,7 +119,7 @@ def test_a_pasted_text_of_many_lines_is_one_message(trained, tmp_path):
     terminal.send(f"/save {tmp_path / 'text'}\r")
     terminal.wait_for(r"wrote ")
     terminal.send("/quit\r")
-    assert terminal.process.wait(30) == 0
+    assert terminal.status() == 0
     assert (tmp_path / "text").read_text().startswith("def f(x):\n\n    return x")
 
 

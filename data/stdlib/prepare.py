@@ -9,6 +9,7 @@ import common
 
 # Left out: tests, character tables, generated help, installed packages
 SKIP = {"site-packages", "dist-packages", "test", "tests", "idle_test", "encodings", "pydoc_data", "__pycache__"}
+VAL_FRACTION = 0.05
 
 
 def documents(path: str | None) -> list[common.Document]:
@@ -21,4 +22,4 @@ def documents(path: str | None) -> list[common.Document]:
 
 
 if __name__ == "__main__":
-    common.main(Path(__file__).resolve().parent, documents, 0.05, __doc__)
+    common.main(Path(__file__).resolve().parent, documents, VAL_FRACTION, __doc__)
