@@ -349,14 +349,14 @@ prepare.main()
     check(tmp_path / "out", tokens, shards=2)
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_memory_does_not_grow_with_the_shards(hub, flags, tmp_path):
     code = f"""
-import pathlib, re, sys
+import sys, tracemalloc
 sys.path.insert(0, {str(ROOT)!r})
 from data.fineweb import prepare
+tracemalloc.start()  # of Python and NumPy: the peak of the whole process varies by 10 MB from run to run
 prepare.main()
-print(int(re.search("VmHWM:(.*)kB", pathlib.Path("/proc/self/status").read_text())[1]) * 1024)
+print(tracemalloc.get_traced_memory()[1])
 """
 
     def peak(n: int) -> int:
@@ -365,5 +365,5 @@ print(int(re.search("VmHWM:(.*)kB", pathlib.Path("/proc/self/status").read_text(
         done = run("-c", code, *flags, f"--out_dir={tmp_path / str(n)}", cwd=tmp_path)  # a process of its own
         return int(done.stdout.split()[-1])
 
-    small, large = peak(60_000_000), peak(120_000_000)  # below, its buffers have not always reached their size
-    assert large - small < 10e6 < len(hub.files[fineweb.VAL])
+    small, large = peak(20_000_000), peak(60_000_000)
+    assert large - small < 1e6 < len(hub.files[fineweb.VAL])
