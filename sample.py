@@ -54,6 +54,7 @@ class Config:
     init_from: str = ""  # An open model is used instead: gpt2, hf:NAME, hf:FOLDER or gguf:FILE.
     device: str = "auto"  # It runs on cuda, mps, cpu, ...; auto takes an accelerator if there is one, else the CPU.
     dtype: str = "auto"  # The weights are float32, bfloat16 or float16; auto keeps the type they are stored in.
+    quantize: str = ""  # int8 or int4 makes the weights that small: faster decoding in less memory, on the CPU.
     compile: bool = False  # torch.compile makes decoding faster, after a slow start.
     lookup: int = 0  # A forward verifies up to N draft tokens (prompt lookup decoding): faster where text repeats.
 
@@ -68,6 +69,8 @@ class Config:
             )
         if self.dtype not in DTYPES:
             raise ValueError(f"dtype must be float32, bfloat16, float16 or auto, not {self.dtype!r}")
+        if self.quantize not in ("", "int8", "int4"):
+            raise ValueError(f"quantize must be int8 or int4, not {self.quantize!r}")
         if self.interactive and (self.num_samples > 1 or self.json):
             raise ValueError("--interactive cannot be combined with --num_samples or --json")
         if self.lookup and self.num_samples > 1:
@@ -173,7 +176,7 @@ def main() -> None:
     named = config.init_from or config.ckpt
     with configurator.reported():
         source = named or find_checkpoint(config.out_dir, Path(__file__).resolve().parent / config.out_dir)
-        model, tokenizer, about = load_model(source, config.device, DTYPES[config.dtype])
+        model, tokenizer, about = load_model(source, config.device, DTYPES[config.dtype], config.quantize or None)
         decode = fast.prepare(model, compile=config.compile, lookup=config.lookup, rows=config.num_samples)
     step = f", step {about['step']}" if "step" in about else ""
     description = f"{about['source']}{step}, on {model.device}"

@@ -24,7 +24,7 @@ from bench import peers
 from bench.peers import SHAPES, Candidate, SoloGPT
 from bench.report import Row
 from gpt import GPT, GPTConfig, KVCache
-from sologpt import fast
+from sologpt import fast, weights
 from sologpt.loss import chunked_cross_entropy
 from sologpt.optim import configure_optimizers
 from sologpt.parallel import keep_freed_memory
@@ -118,8 +118,8 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
     n = 8192 if device.type == "cuda" else 2048
     x = torch.randn(n, n, device=device, dtype=dtype)
     products: list[Call] = [lambda: x @ x]
-    if fast.packs(device, dtype):
-        products.append(partial(fast.packed_linear, x, torch.ops.mkldnn._reorder_linear_weight(x)))
+    if weights.packs(device, dtype):
+        products.append(partial(weights.packed_linear, x, torch.ops.mkldnn._reorder_linear_weight(x)))
     return 2 * n**3 * max(calls_per_second(product, device) for product in products)
 
 

@@ -1,16 +1,17 @@
-"""Fast inference, attached to a model from outside: packed weights, and decoders that take the place of `GPT.step`.
+"""Fast inference, attached to a model from outside: packed or quantized weights (weights.py), and decoders.
 
     decode = fast.prepare(model)  # the best that this machine offers without compiling
     for token in model.generate(tokens, max_tokens=200, decode=decode): ...
 
-A decoder is a callable (ids (B,), kv_cache) -> logits (B, V) that reads one more token of each row. Each one here
-computes what `GPT.step` computes, up to rounding. It belongs to the caller and outlives a call of generate, so what has
-been compiled or recorded is used again.
+A decoder takes the place of `GPT.step`: a callable (ids (B,), kv_cache) -> logits (B, V) that reads one more token of
+each row. Each one here computes what `GPT.step` computes, up to rounding. It belongs to the caller and outlives a call
+of generate, so what has been compiled or recorded is used again.
 """
 
 from collections.abc import Callable
 from functools import cache
-from typing import Any, cast
+from typing import Any
+from warnings import catch_warnings
 from weakref import WeakKeyDictionary
 
 import torch
@@ -21,105 +22,28 @@ from torch.overrides import TorchFunctionMode
 
 import gpt
 from gpt import GPT, Decoder, KVCache, LayerCache, in_float32, visible
+from sologpt import weights
+
+pack, quantize = weights.pack, weights.quantize
 
 
-def prepare(model: GPT, compile: bool = False, lookup: int = 0, rows: int = 1) -> Decoder:
+def prepare(model: GPT, compile: bool = False, lookup: int = 0, rows: int = 1, quantize: str | None = None) -> Decoder:
     """The fastest decoder for the model's device, to be passed to generate as `decode`.
 
     compile: spend some seconds at the first token on torch.compile. lookup: draft so many tokens ahead where the text
-    repeats itself (`Lookup`), for one row. rows: how many rows will be decoded at once. The model is for inference only
-    from then on, since its weights may be packed (`pack`).
+    repeats itself (`Lookup`), for one row. rows: how many rows will be decoded at once. quantize: int8 or int4, see
+    `weights.quantize`. The model is for inference only from then on, since its weights may be packed (`weights.pack`).
     """
     if lookup and rows > 1:
         raise ValueError(f"lookup reads ahead in one row, not in {rows}")
+    if quantize:
+        weights.quantize(model, quantize)
     if not compile or rows > 1 or lookup:  # compiled loops for a single token read plain weights faster
         pack(model)
     decode: Decoder = model.step
     if compile:
         decode = CudaGraphs(model) if model.device.type == "cuda" else Compiled(model)
     return Lookup(model, lookup, decode) if lookup else decode
-
-
-# -----------------------------------------------------------------------------
-# Packed weights: oneDNN multiplies by a matrix in a blocked layout, into which it reorders a plain one at every product
-
-
-def packs(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether oneDNN multiplies this dtype on this device."""
-    if device.type != "cpu" or not torch.backends.mkldnn.is_available():
-        return False
-    return dtype == torch.float32 or (dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
-
-
-def pack(model: GPT) -> None:
-    """Replace the model's Linears by ones with packed weights, in place; nothing happens where oneDNN cannot multiply.
-
-    Everything gets faster but compiled decode of one row. It takes no more memory, except that a tied head becomes a
-    second copy of the embedding. A packed model is for inference only: it refuses to be saved, copied, moved, trained.
-    """
-    if not packs(model.device, model.dtype) or isinstance(model.wte, PackedEmbedding):
-        return
-    model.requires_grad_(False)
-    if model.lm_head is None:
-        model.lm_head = cast(nn.Linear, PackedLinear(model.wte.weight, None, tied=True))
-    parents = [module for module in model.modules() if not isinstance(module, nn.Linear)]
-    for module in parents:  # a list of the Linears themselves would keep their plain weights in memory
-        for name, child in module.named_children():
-            if isinstance(child, nn.Linear):
-                setattr(module, name, PackedLinear(child.weight, child.bias))
-    V, C = model.wte.weight.shape
-    model.wte = PackedEmbedding(V, C, _weight=model.wte.weight, _freeze=True)
-    model.eval()
-
-
-class InferenceOnly(nn.Module):
-    """Refuses to be saved, copied, moved or cast."""
-
-    def __reduce_ex__(self, protocol: Any) -> Any:  # of deepcopy, pickle and torch.save
-        raise RuntimeError("a packed model cannot be copied or pickled: do it before fast.pack or fast.prepare")
-
-    def _save_to_state_dict(self, *args: Any) -> None:
-        raise RuntimeError("a packed model cannot be saved: save it before fast.pack or fast.prepare")
-
-    def _apply(self, fn: Callable, recurse: bool = True) -> nn.Module:
-        raise RuntimeError("a packed model cannot be moved or cast: do it before fast.pack or fast.prepare")
-
-
-class PackedEmbedding(InferenceOnly, nn.Embedding):
-    """The embedding as it was. It is the model's first module: what it refuses has changed nothing yet."""
-
-    def forward(self, idx: Tensor) -> Tensor:
-        if self.training and torch.is_grad_enabled():
-            raise RuntimeError("a packed model cannot be trained: load it anew, or call eval()")
-        return super().forward(idx)
-
-
-class PackedLinear(InferenceOnly):
-    """A Linear whose weight is in oneDNN's layout; tied: the weight is another parameter's copy, and no parameter."""
-
-    def __init__(self, weight: Tensor, bias: Tensor | None, tied: bool = False) -> None:
-        super().__init__()
-        self.out_features, self.in_features = weight.shape
-        packed = torch.ops.mkldnn._reorder_linear_weight(weight)
-        if tied:
-            self.register_buffer("weight", packed)
-        else:
-            self.weight = nn.Parameter(packed, requires_grad=False)
-        self.bias = bias
-
-    def forward(self, x: Tensor) -> Tensor:
-        product = opaque_packed_linear if torch.compiler.is_compiling() else packed_linear
-        return product(x, self.weight, self.bias)
-
-
-def packed_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x (..., C) times a packed weight (N, C): (..., N)."""
-    return torch.ops.mkldnn._linear_pointwise(x.to(weight.dtype), weight, bias, "none", [], "")
-
-
-# torch.compile cannot look into a packed weight: to it, the product is an operator of its own
-opaque_packed_linear = torch.library.custom_op("sologpt::packed_linear", packed_linear, mutates_args=())
-opaque_packed_linear.register_fake(lambda x, weight, bias=None: weight.new_empty(*x.shape[:-1], weight.size(0)))
 
 
 # -----------------------------------------------------------------------------
@@ -179,6 +103,76 @@ def block_of_one_token(
         return block(x, rotations, mask, layer)
 
 
+class ExportedBlock:
+    """`block_of_one_token` of one row, without the guards of torch.compile, which take a third of a token's time.
+
+    torch.export traces a block, and Inductor compiles the graph with a C++ wrapper. Weights are inputs of the graph, so
+    all blocks share it.
+    """
+
+    def __init__(self) -> None:
+        self.graphs: dict[tuple, tuple[list[str], Callable]] = {}  # by dtype and optional inputs
+        self.weights: WeakKeyDictionary[nn.Module, list[tuple[dict, str]]] = WeakKeyDictionary()  # where they are kept
+
+    def __call__(
+        self, block: nn.Module, x: Tensor, rotations: Tensor | None, mask: Tensor | None, layer: LayerCache
+    ) -> Tensor:
+        keys, values, (row, position), end = layer
+        slots = x.new_empty(end, 0)  # a number is an input of a graph only as a tensor's size
+        inputs = dict(x=x, keys=keys, values=values, row=row, position=position, slots=slots)
+        inputs |= {name: each for name, each in (("rotations", rotations), ("mask", mask)) if each is not None}
+        kind = (x.dtype, *inputs)
+        if kind not in self.graphs:
+            self.graphs[kind] = self.compile(block, inputs)
+        names, graph = self.graphs[kind]
+        if block not in self.weights:
+            self.weights[block] = [find_weight(block, name) for name in names]
+        return graph(*(tensors[name] for tensors, name in self.weights[block]), *inputs.values())[0]
+
+    def compile(self, block: nn.Module, inputs: dict[str, Tensor]) -> tuple[list[str], Callable]:
+        """The names of the block's weights, in the order in which the graph takes them, and the graph."""
+        length, size = (torch.export.Dim(name, min=2) for name in ("length", "size"))
+        sizes: dict[str, dict] = {name: {} for name in inputs} | {"keys": {1: length}, "values": {1: length}}
+        sizes |= {name: {dim: size} for name, dim in (("slots", 0), ("mask", 3)) if name in inputs}
+        with torch.inference_mode(False), torch.no_grad(), catch_warnings(action="ignore"):
+            exported = torch.export.export(BlockOfOneToken(block), (), inputs, dynamic_shapes=sizes, strict=True)
+            names = [spec.target for spec in exported.graph_signature.input_specs if spec.target]
+            graph = torch._inductor.standalone_compile(
+                exported.graph_module,
+                [*(exported.state_dict[name] for name in names), *inputs.values()],
+                dynamic_shapes="from_graph",
+                options={"config_patches": {"cpp_wrapper": True}},
+            )
+        return [name.removeprefix("block.") for name in names], graph
+
+
+def find_weight(block: nn.Module, name: str) -> tuple[dict[str, Any], str]:
+    """The dict that holds a parameter or buffer, and its key there."""
+    path, _, leaf = name.rpartition(".")
+    owner = block.get_submodule(path)
+    return owner._parameters if leaf in owner._parameters else owner._buffers, leaf
+
+
+class BlockOfOneToken(nn.Module):
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__()
+        self.block = block
+
+    def forward(
+        self,
+        x: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        row: Tensor,
+        position: Tensor,
+        slots: Tensor,
+        rotations: Tensor | None = None,
+        mask: Tensor | None = None,
+    ) -> Tensor:
+        with OneToken():
+            return self.block(x, rotations, mask, (keys, values, (row, position), len(slots)))
+
+
 def head_of_one_token(model: GPT, x: Tensor) -> Tensor:
     with OneToken():
         return model.logits(x)
@@ -197,6 +191,7 @@ class Compiled:
         self.model = model
         compile_rotate()
         self.block = torch.compile(block_of_one_token, dynamic=True)
+        self.block_of_one_row = ExportedBlock() if model.device.type == "cpu" else self.block
         self.head = torch.compile(head_of_one_token, dynamic=True)
 
     @torch.inference_mode()
@@ -222,11 +217,12 @@ class Compiled:
         slots = (torch.arange(len(ids), device=ids.device)[:, None], positions)
         cached[slots] = ids[:, None]
         types = model.by_layer_type(positions, mask, end)
+        run = self.block_of_one_row if len(ids) == 1 else self.block
         x = model.wte(ids[:, None])  # (B, 1, C)
         x = model.embd_norm(x + model.wpe(positions) if model.wpe else x)
         for block, k, v, kind in zip(model.h, keys, values, model.config.layer_types, strict=True):
             rotations, allowed = types[kind]
-            x = self.block(block, x, rotations, allowed, (k.transpose(1, 2), v.transpose(1, 2), slots, end))
+            x = run(block, x, rotations, allowed, (k.transpose(1, 2), v.transpose(1, 2), slots, end))
         return self.head(model, model.norm(x)[:, -1])
 
 

@@ -16,7 +16,7 @@ import math
 import os
 import struct
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass, field, fields, replace
 from functools import partial, reduce
@@ -31,6 +31,7 @@ from gpt import GPT, GPTConfig, scale_frequencies
 from sologpt import hf
 from sologpt.load import load_model
 from sologpt.tokenizer import BYTE_TOKEN, SENTENCEPIECE, STRIP, PretrainedTokenizer, Tokenizer
+from sologpt.weights import fill
 
 
 def package() -> Any:
@@ -660,11 +661,15 @@ DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
 def load(
-    path: str | Path, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    path: str | Path,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+    quantize: str | None = None,
 ) -> tuple[GPT, Tokenizer]:
     """The model in eval mode and its tokenizer, from a GGUF file.
 
     dtype: None is that of the file's matrices, float32 if they are quantized. Tensors are dequantized one by one.
+    quantize: "int8" or "int4" (see weights.py), in which each tensor is quantized as it is read.
     ValueError for a file that is damaged or not supported, OSError if it is missing, ImportError without the extra.
     """
     reader = Reader(path)
@@ -676,13 +681,16 @@ def load(
     matrices = {reader.tensors[name].kind.name for name in names if len(reader.tensors[name].shape) > 1}
     dtypes = [getattr(torch, DTYPES.get(kind, "float32")) for kind in matrices]
     dtype = dtype or reduce(torch.promote_types, dtypes)
-    state, weights, (_, _, D) = model.state_dict(), {}, model.config.heads
-    for theirs in sorted(names, key=lambda name: -reader.tensors[name].nbytes):  # largest first, as in hf.py
-        parts = reader.tensor(theirs).split([state[ours].size(0) for ours in names[theirs]])
-        for ours, x in zip(names[theirs], parts, strict=True):
-            x = hf.to_interleaved(x, D, False) if is_permuted(ours, arch) else x
-            weights[ours] = x.to(device, dtype, copy=True)
-    model.load_state_dict(weights, assign=True)
+    state, (_, _, D) = model.state_dict(), model.config.heads
+
+    def weights() -> Iterator[tuple[str, Tensor]]:
+        for theirs in sorted(names, key=lambda name: -reader.tensors[name].nbytes):  # largest first, as in hf.py
+            parts = reader.tensor(theirs).split([state[ours].size(0) for ours in names[theirs]])
+            for ours, x in zip(names[theirs], parts, strict=True):
+                x = hf.to_interleaved(x, D, False) if is_permuted(ours, arch) else x
+                yield ours, x.to(device, dtype, copy=True)
+
+    fill(model, weights(), quantize)
     return model.eval(), tokenizer
 
 

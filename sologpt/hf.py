@@ -34,6 +34,7 @@ from torch import Tensor
 from gpt import GPT, GPTConfig
 from sologpt.load import load_model
 from sologpt.tokenizer import BYTE_LEVEL, EOT, PretrainedTokenizer, Tokenizer
+from sologpt.weights import fill
 
 # -----------------------------------------------------------------------------
 # Tokenizers
@@ -517,13 +518,17 @@ TensorInfo = tuple[Path, tuple[int, ...], str]  # file, shape, a key of DTYPES
 
 
 def load(
-    name_or_dir: str | Path, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    name_or_dir: str | Path,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+    quantize: str | None = None,
 ) -> tuple[GPT, Tokenizer]:
     """The model in eval mode and its tokenizer, from a folder or a name on the Hugging Face Hub.
 
     dtype: None keeps that of the weights. Tensors are read one by one, each straight to its device: peak memory is
-    about one copy of the model. ValueError for a model that is not supported or damaged, OSError for a file that is
-    missing or cannot be downloaded, ImportError for a missing extra.
+    about one copy of the model. quantize: "int8" or "int4" quantizes each as it is read (see weights.py), and memory
+    never holds more than the quantized model and one tensor. ValueError for a model that is not supported or damaged,
+    OSError for a file that is missing or cannot be downloaded, ImportError for a missing extra.
     """
     folder = local_folder(name_or_dir, CONFIG_FILES)
     path = folder / "config.json"
@@ -545,7 +550,7 @@ def load(
     except RuntimeError as e:
         raise ValueError(f"{path}: no tensor can be as large as it says") from e
     weights = read_weights(folder, found, model, FAMILIES[config_json["model_type"]], device, dtype)
-    model.load_state_dict(weights, assign=True)
+    fill(model, weights, quantize)
     return model.eval(), tokenizer
 
 
@@ -635,8 +640,11 @@ def read_weights(
     family: Family,
     device: torch.device | str | None,
     dtype: torch.dtype | None,
-) -> dict[str, Tensor]:
-    """The state dict of model, from a folder's safetensors. All names, shapes and dtypes are checked before reading."""
+) -> Iterator[tuple[str, Tensor]]:
+    """Name and tensor of each parameter of model, from a folder's safetensors.
+
+    All names, shapes and dtypes are checked before the first is read.
+    """
     names, state = tensor_names(model, family), model.state_dict()
     if "wte.weight" in found:  # GPT-2's own files
         names = [replace(name, theirs=name.theirs.removeprefix("transformer.")) for name in names]
@@ -654,7 +662,7 @@ def read_weights(
         extra.remove("lm_head.weight")
     if extra:
         raise ValueError(f"{folder}: {len(extra)} tensors are unexpected: {listed(extra)}")
-    (_, _, D), weights = model.config.heads, {}
+    _, _, D = model.config.heads
     for theirs, x in to_theirs(state, names, D, family.inverse_rotation).items():  # on the meta device: shapes alone
         path, shape, kind = found[theirs]
         if shape != x.shape:
@@ -666,8 +674,7 @@ def read_weights(
     names.sort(key=lambda name: -state[name.ours].numel())  # largest first: two copies of it exist for a moment
     for name in names:
         x = from_theirs(read_tensor(found[name.theirs][0], name.theirs), name, D, family.inverse_rotation)
-        weights[name.ours] = x.to(device, dtype, copy=True, memory_format=torch.contiguous_format)
-    return weights
+        yield name.ours, x.to(device, dtype, copy=True, memory_format=torch.contiguous_format)
 
 
 def load_nanogpt(path: str | Path, tokenizer: str = "gpt2", dtype: torch.dtype | None = None) -> tuple[GPT, Tokenizer]:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from gpt import GPT
+from sologpt import weights
 from sologpt.tokenizer import Tokenizer
 
 SHORT_NAMES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl", "distilgpt2")  # nanoGPT's, for hf:NAME
@@ -65,13 +66,17 @@ def describe_run(path: Path) -> str:
 
 
 def load_model(
-    source: Path | str, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    source: Path | str,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+    quantize: str | None = None,
 ) -> tuple[GPT, Tokenizer, dict[str, Any]]:
     """The model in eval mode, its tokenizer, and a dict of what else is known about it.
 
     source: a checkpoint file, an out_dir (see `find_checkpoint`), "hf:NAME_OR_DIR" or "gguf:FILE". device: None is the
-    CPU, "auto" see `pick_device`. dtype: None keeps that of the weights. The dict holds "source" (the file or name that
-    was read) and whatever else the checkpoint holds, such as "step", "train_config" and "optimizers".
+    CPU, "auto" see `pick_device`. dtype: None keeps that of the weights. quantize: int8 or int4 makes them smaller and
+    faster, for inference on the CPU alone (see weights.py). The dict holds "source" (the file or name that was read) and
+    whatever else the checkpoint holds, such as "step", "train_config" and "optimizers".
 
     OSError if a file is missing or unreadable, ValueError for a bad source or device, ImportError for a missing extra,
     RuntimeError for a checkpoint that is damaged or has no tokenizer.
@@ -82,7 +87,7 @@ def load_model(
     kind, _, name = str(source).partition(":")
     if kind in ("hf", "gguf"):
         module = importlib.import_module(f"sologpt.{kind}")  # here, since it needs an extra of that name
-        model, tokenizer = module.load(name, device, dtype)
+        model, tokenizer = module.load(name, device, dtype, quantize)
         return model, tokenizer, {"source": str(source)}
 
     path = Path(source)
@@ -109,4 +114,6 @@ def load_model(
         tokenizer = Tokenizer.from_dict(about.pop("tokenizer"))
     except ValueError as e:
         raise RuntimeError(f"{path} is damaged: its tokenizer cannot be read") from e
+    if quantize:
+        weights.quantize(model, quantize)
     return model, tokenizer, about | {"source": str(path)}

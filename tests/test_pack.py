@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gpt import GPT
-from sologpt import fast
+from sologpt import fast, weights
 
 KINDS = pytest.mark.parametrize(
     "kind", [{}, LLAMA, QWEN, GPT2, WINDOWS], ids=["nanochat", "llama", "qwen", "gpt2", "windows"]
@@ -21,7 +21,7 @@ def make_pair(dtype: torch.dtype, **config) -> tuple[GPT, GPT]:
     """The same model twice: as it is, and packed."""
     plain, packed = (make_model(dtype, **config).eval() for _ in range(2))
     fast.pack(packed)
-    assert packed.head_weight.is_mkldnn == fast.packs(packed.device, dtype)
+    assert packed.head_weight.is_mkldnn == weights.packs(packed.device, dtype)
     return plain, packed
 
 
@@ -72,7 +72,7 @@ def test_a_packed_model_is_for_inference_only(kind, tmp_path):
     plain.save(tmp_path / "ckpt.pt")
     before = (tmp_path / "ckpt.pt").read_bytes()
     for refused, words in (
-        (lambda: packed.save(tmp_path / "ckpt.pt"), "cannot be saved: save it before"),
+        (lambda: packed.save(tmp_path / "ckpt.pt"), "cannot be saved: do it before"),
         (lambda: packed.to(torch.bfloat16), "cannot be moved or cast"),
         (packed.double, "cannot be moved or cast"),
         (lambda: copy.deepcopy(packed), "cannot be copied or pickled"),
@@ -112,7 +112,7 @@ def test_prepare_gives_a_decoder_that_says_the_same(lookup, rows):
     plain, model = (make_model(torch.float32) for _ in range(2))
     decode = fast.prepare(model, lookup=lookup, rows=rows)
     assert isinstance(decode, fast.Lookup) == bool(lookup)
-    assert model.head_weight.is_mkldnn == fast.packs(model.device, model.dtype)
+    assert model.head_weight.is_mkldnn == weights.packs(model.device, model.dtype)
     prompts = [[1, 2, 3, 1, 2]] * rows
     assert list(model.generate_batch(prompts, 20, temperature=0, decode=decode)) == list(
         plain.generate_batch(prompts, 20, temperature=0)
@@ -126,4 +126,4 @@ def test_prepare_packs_for_compiled_code_where_that_does_not_read_plain_weights(
     model = make_model(torch.float32)
     decode = fast.prepare(model, compile=True, lookup=lookup, rows=rows)
     assert type(decode.decode if lookup else decode) is fast.Compiled
-    assert model.head_weight.is_mkldnn == (packed and fast.packs(model.device, model.dtype))
+    assert model.head_weight.is_mkldnn == (packed and weights.packs(model.device, model.dtype))
