@@ -75,8 +75,8 @@ def load_model(
 
     source: a checkpoint file, an out_dir (see `find_checkpoint`), "hf:NAME_OR_DIR" or "gguf:FILE". device: None is the
     CPU, "auto" see `pick_device`. dtype: None keeps that of the weights. quantize: int8 or int4 makes them smaller and
-    faster, for inference on the CPU alone (see weights.py). The dict holds "source" (the file or name that was read) and
-    whatever else the checkpoint holds, such as "step", "train_config" and "optimizers".
+    faster, for inference on the CPU alone (see weights.py). The dict holds "source" (the file or name that was read)
+    and whatever else the checkpoint holds, such as "step", "train_config" and "optimizers".
 
     OSError if a file is missing or unreadable, ValueError for a bad source or device, ImportError for a missing extra,
     RuntimeError for a checkpoint that is damaged or has no tokenizer.

@@ -155,15 +155,17 @@ def quantize(model: GPT, kind: str, group_size: int = 32, weights: Iterable[tupl
             model.set_submodule(path, new)
         else:
             setattr(module, leaf, nn.Parameter(x, requires_grad=False))
+        del x  # before the next one is read
     if model.lm_head is None:
         model.lm_head = cast(nn.Linear, quantized(model.wte.weight.detach(), None, kind, group_size))
     for_inference_only(model)
-    kinds = {"int8": Int8Linear, "int4": Int4Linear}
-    odd = [m for m in model.modules() if isinstance(m, nn.Linear | QuantizedLinear) and not isinstance(m, kinds[kind])]
-    if odd or model.lm_head is None:
-        widths = sorted({module.in_features for module in odd})
-        kept = "int8" if all(isinstance(module, Int8Linear) for module in odd) else "as they are"
-        warnings.warn(f"{kind} cannot hold rows of {widths} weights: {len(odd)} matrices are {kept}", stacklevel=2)
+    others = {} if model.lm_head else {model.config.n_embd: "as they were"}
+    for module in model.modules():
+        if isinstance(module, nn.Linear | Int8Linear) and not (kind == "int8" and isinstance(module, Int8Linear)):
+            others[module.in_features] = "int8" if isinstance(module, Int8Linear) else "as they were"
+    if others:
+        widths = ", ".join(f"{width} ({what})" for width, what in sorted(others.items()))
+        warnings.warn(f"matrices of these widths cannot be {kind}: {widths}", stacklevel=2)
 
 
 def fill(model: GPT, weights: Iterable[tuple[str, Tensor]], kind: str | None) -> None:
