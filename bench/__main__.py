@@ -19,6 +19,7 @@ from bench.measures import BENCHMARKS, run_in_subprocess
 from bench.report import Row
 from bench.time_to_loss import time_to_loss
 from sologpt.load import pick_device
+from sologpt.weights import KINDS
 
 T = TypeVar("T")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -28,8 +29,11 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 class Config:
     shape: tuple[str, ...] = ("tiny", "gpt2")  # model shapes: tiny (10M parameters), gpt2 (124M) or hf:NAME_OR_DIR
     dtype: tuple[str, ...] = ("float32", "bfloat16")  # data types of the weights; in training, of the matrix products
-    measure: tuple[str, ...] = BENCHMARKS  # train, prefill, decode, position (decode after 100 and 1000 tokens)
+    measure: tuple[str, ...] = (
+        BENCHMARKS  # train, prefill, decode, generate (both), position (after 100, 1000)
+    )
     peers: tuple[str, ...] = ()  # transformers, nanogpt=DIR, nanochat=DIR, gpt-fast=DIR, llama.cpp=GGUF (hf: shapes)
+    quantize: tuple[str, ...] = ()  # measure soloGPT with int8 or int4 weights, too
     rounds: int = 5  # timed rounds
     tokens: int = 64  # tokens to decode per row and round
     compile: bool = True  # measure soloGPT and gpt-fast with torch.compile, too
@@ -39,7 +43,7 @@ class Config:
     device: str = "auto"  # cuda, mps, cpu, ...; auto picks an accelerator if there is one, else the CPU
 
     def __post_init__(self) -> None:
-        for name, known in (("shape", peers.SHAPES), ("dtype", DTYPES), ("measure", BENCHMARKS)):
+        for name, known in (("shape", peers.SHAPES), ("dtype", DTYPES), ("measure", BENCHMARKS), ("quantize", KINDS)):
             for value in getattr(self, name):
                 if value not in known and not (name == "shape" and value.startswith("hf:")):
                     hint = " or hf:NAME_OR_DIR" if name == "shape" else ""
@@ -56,8 +60,9 @@ class Config:
 
     @property
     def paths(self) -> dict[str, str]:
-        """The path of each peer by its name; empty for transformers."""
-        return {name: path for name, _, path in (peer.partition("=") for peer in self.peers)}
+        """The path of each peer by its name; empty for transformers. llama.cpp's names are those of its files."""
+        pairs = ((name, path) for name, _, path in (peer.partition("=") for peer in self.peers))
+        return {f"{name} {Path(path).stem}" if name == "llama.cpp" else name: path for name, path in pairs}
 
 
 def reported(items: Iterable[T]) -> Iterator[T]:
@@ -74,7 +79,8 @@ def describe_machine(device: torch.device, rounds: int) -> str:
 
 def measure(config: Config, device: torch.device) -> Iterator[list[Row]]:
     """The rows of each benchmark, for each shape and dtype."""
-    settings = dict(rounds=config.rounds, tokens=config.tokens, compile=config.compile)
+    names = "rounds", "tokens", "compile", "quantize"
+    settings = {name: getattr(config, name) for name in names}
     for shape in config.shape:
         for dtype in config.dtype:
             yield from run_in_subprocess(config.measure, shape, DTYPES[dtype], device, config.paths, **settings)

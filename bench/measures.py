@@ -29,7 +29,7 @@ from sologpt.loss import chunked_cross_entropy
 from sologpt.optim import configure_optimizers
 from sologpt.parallel import keep_freed_memory
 
-BENCHMARKS = ("train", "prefill", "decode", "position")
+BENCHMARKS = ("train", "prefill", "decode", "generate", "position")
 DECODE_ROWS = (1, 16)
 DECODE_PROMPT, PREFILL_PROMPT = 16, 512  # tokens
 TRAIN_BATCH = (4, 256)  # rows and tokens of a training step
@@ -149,9 +149,9 @@ def prefill_flops(model: GPT, n: int) -> float:
 # Inference
 
 
-def decode_calls(candidates: list[Candidate], vocab_size: int, rows: int, n: int) -> dict[str, Call]:
-    """Whole calls of generate, prefill included: n greedy tokens for each row."""
-    prompts = torch.randint(1, vocab_size, (rows, DECODE_PROMPT)).tolist()
+def decode_calls(candidates: list[Candidate], vocab_size: int, rows: int, prompt: int, n: int) -> dict[str, Call]:
+    """Whole calls of generate, with a prefill of `prompt` tokens: n greedy tokens for each row."""
+    prompts = torch.randint(1, vocab_size, (rows, prompt)).tolist()
     calls = {candidate.name: candidate.decode(prompts, n) for candidate in candidates}
     return {name: call for name, call in calls.items() if call}
 
@@ -252,12 +252,20 @@ def training_calls(
 
 
 def make_candidates(
-    model: GPT, shape: str, device: torch.device, dtype: torch.dtype, paths: dict[str, str], compile: bool
+    model: GPT,
+    shape: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    paths: dict[str, str],
+    compile: bool,
+    quantize: tuple[str, ...],
 ) -> list[Candidate]:
     """soloGPT and the peers in `paths` that have this shape: nanoGPT and nanochat read no open weights."""
-    candidates: list[Candidate] = [SoloGPT(model)]
-    if compile:
-        candidates.append(SoloGPT(model, compile=True))
+    candidates: list[Candidate] = []
+    for kind in (None, *quantize):
+        candidates.append(SoloGPT(model, quantize=kind))
+        if compile:
+            candidates.append(SoloGPT(model, compile=True, quantize=kind))
     if "transformers" in paths:
         candidates.append(peers.Transformers(model))
     if "nanochat" in paths and shape in SHAPES:
@@ -266,8 +274,9 @@ def make_candidates(
         candidates.append(peers.NanoGPT(paths["nanogpt"], model.config, device, dtype))
     if "gpt-fast" in paths:
         candidates.append(peers.GptFast(paths["gpt-fast"], model.config, device, dtype, compile))
-    if "llama.cpp" in paths and shape not in SHAPES:
-        candidates.append(peers.LlamaCpp(paths["llama.cpp"], max(DECODE_ROWS), PREFILL_PROMPT))
+    for name, path in paths.items():
+        if name.startswith("llama.cpp") and shape not in SHAPES:
+            candidates.append(peers.LlamaCpp(name, path, max(DECODE_ROWS), PREFILL_PROMPT))
     return candidates
 
 
@@ -281,20 +290,26 @@ def run(
     rounds: int,
     tokens: int,
     compile: bool,
+    quantize: tuple[str, ...] = (),
 ) -> Iterator[list[Row]]:
     """The rows of each benchmark in turn. paths: the peers by name; tokens: how many a row decodes in one call."""
     model = peers.make_model(shape, device, dtype)
-    candidates = make_candidates(model, shape, device, dtype, paths, compile)
+    candidates = make_candidates(model, shape, device, dtype, paths, compile, quantize)
+    fewer_bytes = {candidate.name for candidate in candidates if not candidate.reads_all_bytes}
     bandwidth, flops, vocab_size = memory_bandwidth(device), peak_flops(device, dtype), model.config.vocab_size
 
     def time_calls(benchmark: str, calls: dict[str, Call], tokens: int, limit: float | None = None) -> list[Row]:
         rates, dtype_name = take_turns(calls, tokens, rounds, device), str(dtype).removeprefix("torch.")
-        return [Row(benchmark, shape, dtype_name, name, rates[name], limit) for name in calls]
+        limits = {name: None if name in fewer_bytes and "decode" in benchmark else limit for name in calls}
+        return [Row(benchmark, shape, dtype_name, name, rates[name], limits[name]) for name in calls]
 
     if "decode" in benchmarks:
         for B in DECODE_ROWS:
-            calls = decode_calls(candidates, vocab_size, B, tokens)
+            calls = decode_calls(candidates, vocab_size, B, DECODE_PROMPT, tokens)
             yield time_calls(f"decode, batch {B}", calls, B * tokens, decode_limit(model, B, tokens, bandwidth))
+    if "generate" in benchmarks:
+        calls = decode_calls(candidates, vocab_size, 1, PREFILL_PROMPT, tokens)
+        yield time_calls(f"{PREFILL_PROMPT} + {tokens}", calls, tokens)
     if "position" in benchmarks:
         yield time_calls("decode", position_calls(model, tokens, compile), tokens)
     if "prefill" in benchmarks:

@@ -30,6 +30,7 @@ class Candidate:
     """An implementation with its model. Its methods return the call that is timed, None for what it cannot do."""
 
     name = ""
+    reads_all_bytes = True  # of the model's weights, at each token: the limit of decode holds for it
 
     def decode(self, prompts: Ids, n: int) -> Callable[[], Ids] | None:
         """A call that prefills prompts of equal lengths, and decodes and returns n greedy tokens for each."""
@@ -66,13 +67,13 @@ def for_inference(model: GPT) -> GPT:
 class SoloGPT(Candidate):
     """Our model with the decoder that sample.py gives it."""
 
-    def __init__(self, model: GPT, compile: bool = False) -> None:
-        self.name = "soloGPT compiled" if compile else "soloGPT"
-        self.model, self.compile = model, compile
+    def __init__(self, model: GPT, compile: bool = False, quantize: str | None = None) -> None:
+        self.name = " ".join(filter(None, ("soloGPT", quantize, "compiled" if compile else "")))
+        self.model, self.compile, self.quantize, self.reads_all_bytes = model, compile, quantize, not quantize
 
     def decode(self, prompts: Ids, n: int) -> Callable[[], Ids]:
         model = for_inference(self.model)
-        decode = fast.prepare(model, compile=self.compile, rows=len(prompts))
+        decode = fast.prepare(model, compile=self.compile, rows=len(prompts), quantize=self.quantize)
 
         def call() -> Ids:
             steps = model.generate_batch(prompts, n, temperature=0, decode=decode)
@@ -84,7 +85,7 @@ class SoloGPT(Candidate):
         if self.compile:
             return None
         model = for_inference(self.model)
-        fast.pack(model)
+        fast.prepare(model, quantize=self.quantize)
         return lambda: model.prefill([prompt], KVCache(model.config, 1, len(prompt), model.device, model.dtype))
 
 
@@ -230,12 +231,12 @@ class GptFast(Candidate):
 class LlamaCpp(Candidate):
     """llama.cpp on a GGUF file. Low-level calls of llama-cpp-python leave out its sampler and its tokenizer."""
 
-    name = "llama.cpp"
+    reads_all_bytes = False  # but those of its file
 
-    def __init__(self, path: str, max_rows: int, max_batch: int) -> None:
+    def __init__(self, name: str, path: str, max_rows: int, max_batch: int) -> None:
         import llama_cpp
 
-        self.api = llama_cpp
+        self.name, self.api = name, llama_cpp
         self.log_callback = llama_cpp.llama_log_callback(lambda level, text, data: None)  # a reference for C to use
         llama_cpp.llama_log_set(self.log_callback, None)
         self.model = llama_cpp.llama_model_load_from_file(path.encode(), llama_cpp.llama_model_default_params())

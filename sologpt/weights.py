@@ -117,6 +117,7 @@ opaque_packed_linear.register_fake(lambda x, weight, bias=None: weight.new_empty
 # -----------------------------------------------------------------------------
 # Quantized weights: decoding is limited by the bytes of the weights that each token reads
 
+KINDS = ("int8", "int4")
 GROUP_SIZES = (128, 64, 32)  # of int4: weights of a row that share a scale and a zero point
 BLOCK = 64  # the int4 kernel reads rows in blocks; the last one is filled with zeros
 CHUNK = 2**20  # weights that are quantized, or widened, at a time
@@ -139,7 +140,7 @@ def quantize(model: GPT, kind: str, group_size: int = 32, weights: Iterable[tupl
     ValueError for another kind, device or dtype, RuntimeError for weights that are not finite and for a model that is
     packed or quantized already.
     """
-    if kind not in ("int8", "int4"):
+    if kind not in KINDS:
         raise ValueError(f"quantize takes int8 or int4, not {kind!r}")
     if group_size not in GROUP_SIZES:
         raise ValueError(f"group_size must be 32, 64 or 128, not {group_size!r}")

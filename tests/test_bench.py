@@ -93,13 +93,14 @@ def test_every_benchmark_measures_each_candidate_that_can_do_it(monkeypatch, clo
     shape = GPTConfig(sequence_len=1024, vocab_size=64, n_layer=1, n_head=2, n_embd=16)
     monkeypatch.setitem(peers.SHAPES, "tiny", shape)
     paths = {"transformers": "", **clones}
-    settings = dict(rounds=2, tokens=3, compile=False)
+    settings = dict(rounds=2, tokens=3, compile=False, quantize=("int8",))
     results = list(measures.run(measures.BENCHMARKS, "tiny", torch.float32, CPU, paths, **settings))
     assert [(rows[0].benchmark, [row.candidate for row in rows]) for rows in results] == [
-        ("decode, batch 1", ["soloGPT", "transformers", "gpt-fast"]),
-        ("decode, batch 16", ["soloGPT", "transformers", "gpt-fast"]),
+        ("decode, batch 1", ["soloGPT", "soloGPT int8", "transformers", "gpt-fast"]),
+        ("decode, batch 16", ["soloGPT", "soloGPT int8", "transformers", "gpt-fast"]),
+        ("512 + 3", ["soloGPT", "soloGPT int8", "transformers", "gpt-fast"]),
         ("decode", ["at 100", "at 1000"]),
-        ("prefill of 512", ["soloGPT", "transformers", "nanoGPT"]),
+        ("prefill of 512", ["soloGPT", "soloGPT int8", "transformers", "nanoGPT"]),
         ("train", ["soloGPT", "soloGPT AdamW", "nanoGPT"]),
     ]
     assert all(row.peak_memory > 2**20 for row in results[-1])
