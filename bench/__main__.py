@@ -29,9 +29,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 class Config:
     shape: tuple[str, ...] = ("tiny", "gpt2")  # model shapes: tiny (10M parameters), gpt2 (124M) or hf:NAME_OR_DIR
     dtype: tuple[str, ...] = ("float32", "bfloat16")  # data types of the weights; in training, of the matrix products
-    measure: tuple[str, ...] = (
-        BENCHMARKS  # train, prefill, decode, generate (both), position (after 100, 1000)
-    )
+    measure: tuple[str, ...] = BENCHMARKS  # train, prefill, decode, generate (both), position (after 100, 1000)
     peers: tuple[str, ...] = ()  # transformers, nanogpt=DIR, nanochat=DIR, gpt-fast=DIR, llama.cpp=GGUF (hf: shapes)
     quantize: tuple[str, ...] = ()  # measure soloGPT with int8 or int4 weights, too
     rounds: int = 5  # timed rounds

@@ -104,7 +104,7 @@ def block_of_one_token(
 
 
 class ExportedBlock:
-    """`block_of_one_token` of one row, without the guards of torch.compile, which take a third of a token's time.
+    """`block_of_one_token` of one row, without the guards of torch.compile, which take up to a third of a token's time.
 
     torch.export traces a block, and Inductor compiles the graph with a C++ wrapper. Weights are inputs of the graph, so
     all blocks share it.
@@ -191,8 +191,8 @@ class Compiled:
         self.model = model
         compile_rotate()
         self.block = torch.compile(block_of_one_token, dynamic=True)
-        exports = model.device.type == "cpu" and not isinstance(model.h[0].mlp.c_fc, weights.PackedLinear)
-        self.block_of_one_row = ExportedBlock() if exports else self.block
+        packed = any(isinstance(module, weights.PackedLinear) for module in model.modules())  # cannot be exported
+        self.block_of_one_row = ExportedBlock() if model.device.type == "cpu" and not packed else self.block
         self.head = torch.compile(head_of_one_token, dynamic=True)
 
     @torch.inference_mode()

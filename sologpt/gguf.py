@@ -688,7 +688,7 @@ def load(
             parts = reader.tensor(theirs).split([state[ours].size(0) for ours in names[theirs]])
             for ours, x in zip(names[theirs], parts, strict=True):
                 x = hf.to_interleaved(x, D, False) if is_permuted(ours, arch) else x
-                yield ours, x.to(device, dtype, copy=True)
+                yield ours, x.to(device, dtype, copy=not quantize)
 
     fill(model, weights(), quantize)
     return model.eval(), tokenizer

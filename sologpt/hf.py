@@ -549,7 +549,8 @@ def load(
             model = GPT(config)
     except RuntimeError as e:
         raise ValueError(f"{path}: no tensor can be as large as it says") from e
-    weights = read_weights(folder, found, model, FAMILIES[config_json["model_type"]], device, dtype)
+    family = FAMILIES[config_json["model_type"]]
+    weights = read_weights(folder, found, model, family, device, dtype, copy=not quantize)
     fill(model, weights, quantize)
     return model.eval(), tokenizer
 
@@ -640,8 +641,9 @@ def read_weights(
     family: Family,
     device: torch.device | str | None,
     dtype: torch.dtype | None,
+    copy: bool,
 ) -> Iterator[tuple[str, Tensor]]:
-    """Name and tensor of each parameter of model, from a folder's safetensors.
+    """Name and tensor of each parameter of model, from a folder's safetensors; copy: not one that is memory-mapped.
 
     All names, shapes and dtypes are checked before the first is read.
     """
@@ -674,7 +676,7 @@ def read_weights(
     names.sort(key=lambda name: -state[name.ours].numel())  # largest first: two copies of it exist for a moment
     for name in names:
         x = from_theirs(read_tensor(found[name.theirs][0], name.theirs), name, D, family.inverse_rotation)
-        yield name.ours, x.to(device, dtype, copy=True, memory_format=torch.contiguous_format)
+        yield name.ours, x.to(device, dtype, copy=copy, memory_format=torch.contiguous_format)
 
 
 def load_nanogpt(path: str | Path, tokenizer: str = "gpt2", dtype: torch.dtype | None = None) -> tuple[GPT, Tokenizer]:

@@ -21,6 +21,9 @@ from gpt import GPT, in_float32
 # What such a model cannot do
 
 
+BEFORE = "do it before fast.pack, fast.quantize or fast.prepare"
+
+
 class InferenceOnly(nn.Module):
     """Refuses to be saved, copied, moved or cast."""
 
@@ -34,22 +37,23 @@ class InferenceOnly(nn.Module):
         raise RuntimeError(f"a packed or quantized model cannot be moved or cast: {BEFORE}")
 
 
-BEFORE = "do it before fast.pack, fast.quantize or fast.prepare"
-
-
 class InferenceEmbedding(InferenceOnly, nn.Embedding):
     """The embedding as it was. It is the model's first module: what it refuses has changed nothing yet."""
 
     def forward(self, idx: Tensor) -> Tensor:
         if self.training and torch.is_grad_enabled():
             raise RuntimeError("a packed or quantized model cannot be trained: load it anew, or call eval()")
+        return self.look_up(idx)
+
+    def look_up(self, idx: Tensor) -> Tensor:
         return super().forward(idx)
 
 
 def for_inference_only(model: GPT) -> None:
+    if not isinstance(model.wte, InferenceEmbedding):
+        V, C = model.wte.weight.shape
+        model.wte = InferenceEmbedding(V, C, _weight=model.wte.weight)
     model.requires_grad_(False)
-    V, C = model.wte.weight.shape
-    model.wte = InferenceEmbedding(V, C, _weight=model.wte.weight, _freeze=True)
     model.eval()
 
 
@@ -129,13 +133,13 @@ def quantize(model: GPT, kind: str, group_size: int = 32, weights: Iterable[tupl
     """Quantize the weights of the model's Linears and of its head to "int8" or "int4", in place, on the CPU.
 
     int8: weight = q * scale, one scale per row. int4: weight = (q - 8) * scale + zero, both per group of 32, 64 or 128
-    weights of a row. A row that no group divides is int8 instead, one that 16 does not divide stays as it is; then
-    there is a warning. The embedding stays, and a tied head becomes a quantized copy of it. Quantized weights are
-    buffers, which `num_params` does not count. The model is for inference only: it refuses to be saved, copied, moved,
-    trained.
+    weights of a row. The head is always int8, since four bits of it cost more than those of all other weights together
+    (docs/figures.md), and so is an embedding that is tied to it; an untied one stays. A row that no group divides is
+    int8, one that 16 does not divide stays as it is; then there is a warning. Quantized weights are buffers, which
+    `num_params` does not count. The model is for inference only: it refuses to be saved, copied, moved, trained.
 
-    weights: the name and tensor of each parameter, for a model on the meta device. Each is quantized before the next
-    one is taken from the iterator, so the whole model is never in memory.
+    weights: the name and tensor of each parameter, for a model on the meta device. Each is quantized, or copied, before
+    the next one is taken from the iterator, so the whole model is never in memory.
 
     ValueError for another kind, device or dtype, RuntimeError for weights that are not finite and for a model that is
     packed or quantized already.
@@ -152,18 +156,24 @@ def quantize(model: GPT, kind: str, group_size: int = 32, weights: Iterable[tupl
             raise ValueError(f"quantize takes float32, bfloat16 or float16 on the CPU, not {x.dtype} on {x.device}")
         path, _, leaf = name.rpartition(".")
         module = model.get_submodule(path)
-        if isinstance(module, nn.Linear) and leaf == "weight" and (new := quantized(x, module.bias, kind, group_size)):
+        if name == "wte.weight" and model.config.tie_embd and (head := quantized(x, None, "int8")):
+            model.lm_head, model.wte = cast(nn.Linear, head), Int8Embedding(head)
+        elif (
+            isinstance(module, nn.Linear)
+            and leaf == "weight"
+            and (new := quantized(x, module.bias, "int8" if path == "lm_head" else kind, group_size))
+        ):
             model.set_submodule(path, new)
         else:
-            setattr(module, leaf, nn.Parameter(x, requires_grad=False))
-        del x  # before the next one is read
-    if model.lm_head is None:
-        model.lm_head = cast(nn.Linear, quantized(model.wte.weight.detach(), None, kind, group_size))
+            setattr(module, leaf, nn.Parameter(x.clone() if weights else x, requires_grad=False))
+        del x, module  # before the next one is read
     for_inference_only(model)
-    others = {} if model.lm_head else {model.config.n_embd: "as they were"}
-    for module in model.modules():
-        if isinstance(module, nn.Linear | Int8Linear) and not (kind == "int8" and isinstance(module, Int8Linear)):
-            others[module.in_features] = "int8" if isinstance(module, Int8Linear) else "as they were"
+    others = {}
+    if not isinstance(model.lm_head, Int8Linear):
+        others[model.config.n_embd] = "as they were"
+    for linear in model.h.modules():
+        if isinstance(linear, nn.Linear | Int8Linear) and not (kind == "int8" and isinstance(linear, Int8Linear)):
+            others[linear.in_features] = "int8" if isinstance(linear, Int8Linear) else "as they were"
     if others:
         widths = ", ".join(f"{width} ({what})" for width, what in sorted(others.items()))
         warnings.warn(f"matrices of these widths cannot be {kind}: {widths}", stacklevel=2)
@@ -177,12 +187,12 @@ def fill(model: GPT, weights: Iterable[tuple[str, Tensor]], kind: str | None) ->
         model.load_state_dict(dict(weights), assign=True)
 
 
-def quantized(weight: Tensor, bias: Tensor | None, kind: str, group_size: int) -> nn.Module | None:
+def quantized(weight: Tensor, bias: Tensor | None, kind: str, group_size: int = 32) -> "QuantizedLinear | None":
     """The module in place of a Linear with weight (N, K), None where no kernel takes it."""
     K = weight.size(1)
     if kind == "int4" and (sizes := [n for n in GROUP_SIZES if n <= group_size and K % n == 0]):
         return Int4Linear(weight, bias, sizes[0])
-    return Int8Linear(weight, bias) if K % 16 == 0 else None  # PyTorch's kernel reads beyond the end of other rows
+    return Int8Linear(weight, bias) if K % 16 == 0 else None  # of other widths, PyTorch's kernel reads past the end
 
 
 class QuantizedLinear(InferenceOnly):
@@ -227,6 +237,23 @@ class Int8Linear(QuantizedLinear):
         return ((in_float32(self.q) * in_float32(x)).sum(-1) * in_float32(self.scale)).to(x.dtype)[None]
 
 
+class Int8Embedding(InferenceEmbedding):
+    """An embedding that shares the weight of an int8 head."""
+
+    q: Tensor  # (V, C) int8
+    scale: Tensor  # (V,)
+
+    def __init__(self, head: QuantizedLinear) -> None:
+        V, C = head.out_features, head.in_features
+        super().__init__(V, C, device="meta")
+        self.weight = nn.Parameter(head.scale.new_empty(0, C))  # has the model's device and dtype
+        self.register_buffer("q", cast(Int8Linear, head).q)
+        self.register_buffer("scale", head.scale)
+
+    def look_up(self, idx: Tensor) -> Tensor:
+        return (in_float32(self.q[idx]) * in_float32(self.scale[idx])[..., None]).to(self.scale.dtype)
+
+
 class Int4Linear(QuantizedLinear):
     packed: Tensor  # (N, K/2) uint8, with N filled up to whole blocks
 
@@ -239,7 +266,9 @@ class Int4Linear(QuantizedLinear):
     @property
     def weight(self) -> Tensor:
         """The dequantized weight, (N, K)."""
-        return widen_int4(self.packed, self.scale).T[: self.out_features].contiguous()
+        chunks = row_chunks(len(self.packed), self.in_features)
+        parts = [widen_int4(self.packed[rows], self.scale[:, rows]).T.contiguous() for rows in chunks]
+        return torch.cat(parts)[: self.out_features]
 
     def product(self, x: Tensor) -> Tensor:
         linear = opaque_int4_linear if torch.compiler.is_compiling() and len(x) > 1 else int4_linear
@@ -258,7 +287,7 @@ def check_finite(scale: Tensor) -> None:
 
 def quantize_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
     """q (N, K) int8 and the scale of each row (N,), for a weight (N, K)."""
-    q, scale = torch.empty_like(weight, dtype=torch.int8), weight.new_empty(len(weight))
+    q, scale = torch.empty(weight.shape, dtype=torch.int8), weight.new_empty(len(weight))
     for rows in row_chunks(*weight.shape):
         w = in_float32(weight[rows])
         scale[rows] = (w.abs().amax(1) / 127).clamp(min=torch.finfo(weight.dtype).tiny)
