@@ -5,6 +5,7 @@ Or from an open model: python sample.py --init_from=hf:HuggingFaceTB/SmolLM2-135
 
 import json
 import sys
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -176,7 +177,10 @@ def main() -> None:
     named = config.init_from or config.ckpt
     with configurator.reported():
         source = named or find_checkpoint(config.out_dir, Path(__file__).resolve().parent / config.out_dir)
-        model, tokenizer, about = load_model(source, config.device, DTYPES[config.dtype], config.quantize or None)
+        with warnings.catch_warnings(record=True, action="default") as notes:
+            model, tokenizer, about = load_model(source, config.device, DTYPES[config.dtype], config.quantize or None)
+        for note in notes:
+            print(note.message, file=sys.stderr)
         decode = fast.prepare(model, compile=config.compile, lookup=config.lookup, rows=config.num_samples)
     step = f", step {about['step']}" if "step" in about else ""
     description = f"{about['source']}{step}, on {model.device}"

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 import gpt
-from gpt import GPT, Decoder, KVCache, LayerCache, in_float32, visible
+from gpt import GPT, Block, Decoder, KVCache, LayerCache, in_float32, visible
 from sologpt import weights
 
 pack, quantize = weights.pack, weights.quantize
@@ -111,23 +111,24 @@ class ExportedBlock:
     """
 
     def __init__(self) -> None:
-        self.graphs: dict[tuple, tuple[list[str], Callable]] = {}  # by dtype and optional inputs
-        self.weights: WeakKeyDictionary[nn.Module, list[tuple[dict, str]]] = WeakKeyDictionary()  # where they are kept
+        self.graphs: dict[tuple, tuple[list[str], Callable]] = {}
+        self.weights: WeakKeyDictionary[Block, dict[tuple, list]] = WeakKeyDictionary()  # where they are, by graph
 
     def __call__(
-        self, block: nn.Module, x: Tensor, rotations: Tensor | None, mask: Tensor | None, layer: LayerCache
+        self, block: Block, x: Tensor, rotations: Tensor | None, mask: Tensor | None, layer: LayerCache
     ) -> Tensor:
         keys, values, (row, position), end = layer
         slots = x.new_empty(end, 0)  # a number is an input of a graph only as a tensor's size
         inputs = dict(x=x, keys=keys, values=values, row=row, position=position, slots=slots)
         inputs |= {name: each for name, each in (("rotations", rotations), ("mask", mask)) if each is not None}
-        kind = (x.dtype, *inputs)
+        kind = (x.dtype, block.training, type(block.mlp.c_fc), *inputs)  # what torch.compile's guards would check
         if kind not in self.graphs:
             self.graphs[kind] = self.compile(block, inputs)
         names, graph = self.graphs[kind]
-        if block not in self.weights:
-            self.weights[block] = [find_weight(block, name) for name in names]
-        return graph(*(tensors[name] for tensors, name in self.weights[block]), *inputs.values())[0]
+        places = self.weights.setdefault(block, {})
+        if kind not in places:
+            places[kind] = [find_weight(block, name) for name in names]
+        return graph(*(tensors[name] for tensors, name in places[kind]), *inputs.values())[0]
 
     def compile(self, block: nn.Module, inputs: dict[str, Tensor]) -> tuple[list[str], Callable]:
         """The names of the block's weights, in the order in which the graph takes them, and the graph."""
@@ -191,8 +192,7 @@ class Compiled:
         self.model = model
         compile_rotate()
         self.block = torch.compile(block_of_one_token, dynamic=True)
-        packed = any(isinstance(module, weights.PackedLinear) for module in model.modules())  # cannot be exported
-        self.block_of_one_row = ExportedBlock() if model.device.type == "cpu" and not packed else self.block
+        self.block_of_one_row = ExportedBlock() if model.device.type == "cpu" else self.block
         self.head = torch.compile(head_of_one_token, dynamic=True)
 
     @torch.inference_mode()
@@ -218,10 +218,12 @@ class Compiled:
         slots = (torch.arange(len(ids), device=ids.device)[:, None], positions)
         cached[slots] = ids[:, None]
         types = model.by_layer_type(positions, mask, end)
-        run = self.block_of_one_row if len(ids) == 1 else self.block
+        blocks: Any = model.h
+        packed = isinstance(blocks[0].mlp.c_fc, weights.PackedLinear)  # cannot be exported
+        run = self.block if packed or len(ids) > 1 else self.block_of_one_row
         x = model.wte(ids[:, None])  # (B, 1, C)
         x = model.embd_norm(x + model.wpe(positions) if model.wpe else x)
-        for block, k, v, kind in zip(model.h, keys, values, model.config.layer_types, strict=True):
+        for block, k, v, kind in zip(blocks, keys, values, model.config.layer_types, strict=True):
             rotations, allowed = types[kind]
             x = run(block, x, rotations, allowed, (k.transpose(1, 2), v.transpose(1, 2), slots, end))
         return self.head(model, model.norm(x)[:, -1])

@@ -13,6 +13,7 @@ from torch._dynamo.utils import counters
 from gpt import KVCache
 from sologpt import fast, parallel
 from sologpt.loss import chunked_cross_entropy
+from sologpt.weights import Int8Linear
 
 
 @pytest.fixture(params=[{}, QWEN, GPT2, WINDOWS], ids=["nanochat", "qwen", "gpt2", "windows"])
@@ -81,6 +82,32 @@ def test_compiled_decode_is_exact(kind):
         logits.append(torch.cat(steps).double())
     plain, compiled = ((logits[0] - each).norm() / logits[0].norm() for each in logits[1:])
     assert compiled <= 1.2 * plain
+
+
+@pytest.mark.slow
+def test_a_decoder_follows_what_happens_to_the_model():
+    """Other weights, quantized or packed ones: after each change, its tokens are those of step."""
+    model, other = (make_model(torch.float32, seed=seed, n_embd=64).eval() for seed in (0, 1))
+    decode = fast.prepare(model, compile=True)
+
+    def tokens(decode) -> list[int]:
+        return list(model.generate([1, 2, 3], 12, temperature=0, decode=decode))
+
+    seen = [tokens(decode)]
+    for change in (
+        lambda: model.load_state_dict(other.state_dict()),
+        lambda: model.load_state_dict(make_model(torch.float32, seed=2, n_embd=64).state_dict(), assign=True),
+        lambda: fast.quantize(model, "int8"),
+    ):
+        change()
+        seen.append(tokens(decode))
+        assert seen[-1] == tokens(None)
+    assert seen[0] != seen[1] != seen[2]
+    assert [kind[2] for kind in decode.block_of_one_row.graphs] == [torch.nn.Linear, Int8Linear]
+    model = make_model(torch.float32, n_embd=64).eval()
+    decode = fast.prepare(model, compile=True)
+    fast.pack(model)
+    assert tokens(decode) == tokens(None)
 
 
 @pytest.mark.parametrize("rows", [1, 3])

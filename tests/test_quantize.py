@@ -328,12 +328,14 @@ def test_threads_do_not_share_what_they_widen_into(kind):
 def test_the_script(kind, tmp_path):
     """Its text is that of the library, in one sample, several and a lookup."""
     tokenizer = Tokenizer.from_spec("bytes")
-    model = make_model(torch.float32, vocab_size=tokenizer.vocab_size, **WIDE).eval()
+    model = make_model(torch.float32, vocab_size=tokenizer.vocab_size, n_hidden=40, **WIDE).eval()
     model.save(tmp_path / "best.pt", tokenizer=tokenizer.to_dict())
-    fast.quantize(model, kind)
+    with pytest.warns(UserWarning, match=rf"cannot be {kind}: 40 \(as they were\)") as notes:
+        fast.quantize(model, kind)
     tokens = list(model.generate(tokenizer.encode("abc"), 30, temperature=0, stop_tokens=[tokenizer.eot]))
     for flags in ([], ["--num_samples=2"], ["--lookup=3"]):
         args = f"--ckpt={tmp_path}/best.pt", f"--quantize={kind}", "--json", "--prompt=abc", "--max_tokens=30"
         done = run("sample.py", *args, "--temperature=0", "--device=cpu", *flags)
+        assert done.stderr.splitlines()[0] == str(notes[0].message)
         for line in done.stdout.splitlines():
             assert json.loads(line)["text"] == tokenizer.decode([t for t in tokens if t != tokenizer.eot])
