@@ -276,6 +276,7 @@ class Int4Linear(QuantizedLinear):
 
 
 def row_chunks(N: int, K: int) -> Iterator[slice]:
+    """The rows of a weight (N, K) in whole blocks, about CHUNK weights at a time."""
     step = max(CHUNK // K // BLOCK, 1) * BLOCK
     return (slice(i, min(i + step, N)) for i in range(0, N, step))
 
