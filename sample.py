@@ -55,7 +55,7 @@ class Config:
     init_from: str = ""  # An open model is used instead: gpt2, hf:NAME, hf:FOLDER or gguf:FILE.
     device: str = "auto"  # It runs on cuda, mps, cpu, ...; auto takes an accelerator if there is one, else the CPU.
     dtype: str = "auto"  # The weights are float32, bfloat16 or float16; auto keeps the type they are stored in.
-    quantize: str = ""  # int8 or int4 makes the weights that small: faster decoding in less memory, on the CPU.
+    quantize: str = ""  # Weights become int8 or int4: less memory and faster decoding, on the CPU.
     compile: bool = False  # torch.compile makes decoding faster, after a slow start.
     lookup: int = 0  # A forward verifies up to N draft tokens (prompt lookup decoding): faster where text repeats.
 
