@@ -21,6 +21,7 @@ from sologpt.conversation import Conversation
 from sologpt.load import SHORT_NAMES, describe_run, find_checkpoint, load_model
 from sologpt.terminal import catch_sigint, read_messages
 from sologpt.text import TextRow, TextStream, stream_text
+from sologpt.weights import KINDS
 
 DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 Generate = Callable[..., TextStream]  # `stream_text` with the model, the tokenizer and the settings filled in
@@ -70,8 +71,8 @@ class Config:
             )
         if self.dtype not in DTYPES:
             raise ValueError(f"dtype must be float32, bfloat16, float16 or auto, not {self.dtype!r}")
-        if self.quantize not in ("", "int8", "int4"):
-            raise ValueError(f"quantize must be int8 or int4, not {self.quantize!r}")
+        if self.quantize not in ("", *KINDS):
+            raise ValueError(f"quantize must be {' or '.join(KINDS)}, not {self.quantize!r}")
         if self.interactive and (self.num_samples > 1 or self.json):
             raise ValueError("--interactive cannot be combined with --num_samples or --json")
         if self.lookup and self.num_samples > 1:

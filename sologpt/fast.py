@@ -170,8 +170,7 @@ class BlockOfOneToken(nn.Module):
         rotations: Tensor | None = None,
         mask: Tensor | None = None,
     ) -> Tensor:
-        with OneToken():
-            return self.block(x, rotations, mask, (keys, values, (row, position), len(slots)))
+        return block_of_one_token(self.block, x, rotations, mask, (keys, values, (row, position), len(slots)))
 
 
 def head_of_one_token(model: GPT, x: Tensor) -> Tensor:

@@ -79,15 +79,11 @@ def pack(model: GPT) -> None:
         return
     if model.lm_head is None:
         model.lm_head = cast(nn.Linear, PackedLinear(model.wte.weight, None, tied=True))
-    for name in linear_names(model):
+    names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    for name in names:  # a list of the Linears themselves would keep their plain weights in memory
         linear = cast(nn.Linear, model.get_submodule(name))
         model.set_submodule(name, PackedLinear(linear.weight, linear.bias))
     for_inference_only(model)
-
-
-def linear_names(model: GPT) -> list[str]:
-    """Of the Linears. A list of the Linears themselves would keep their weights in memory."""
-    return [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
 
 
 class PackedLinear(InferenceOnly):
@@ -133,10 +129,10 @@ def quantize(model: GPT, kind: str, group_size: int = 32, weights: Iterable[tupl
     """Quantize the weights of the model's Linears and of its head to "int8" or "int4", in place, on the CPU.
 
     int8: weight = q * scale, one scale per row. int4: weight = (q - 8) * scale + zero, both per group of 32, 64 or 128
-    weights of a row. The head is always int8, since four bits of it cost more than those of all other weights together
-    (docs/figures.md), and so is an embedding that is tied to it; an untied one stays. A row that no group divides is
-    int8, one that 16 does not divide stays as it is; then there is a warning. Quantized weights are buffers, which
-    `num_params` does not count. The model is for inference only: it refuses to be saved, copied, moved, trained.
+    weights of a row. The head is always int8, since four bits cost it dearly (docs/figures.md), and
+    so is an embedding that is tied to it; an untied one stays. A row that no group divides is int8, one that 16 does
+    not divide stays as it is; then there is a warning. Quantized weights are buffers, which `num_params` does not
+    count. The model is for inference only: it refuses to be saved, copied, moved, trained.
 
     weights: the name and tensor of each parameter, for a model on the meta device. Each is quantized, or copied, before
     the next one is taken from the iterator, so the whole model is never in memory.
@@ -172,8 +168,10 @@ def quantize(model: GPT, kind: str, group_size: int = 32, weights: Iterable[tupl
     if not isinstance(model.lm_head, Int8Linear):
         others[model.config.n_embd] = "as they were"
     for linear in model.h.modules():
-        if isinstance(linear, nn.Linear | Int8Linear) and not (kind == "int8" and isinstance(linear, Int8Linear)):
-            others[linear.in_features] = "int8" if isinstance(linear, Int8Linear) else "as they were"
+        if isinstance(linear, nn.Linear):
+            others[linear.in_features] = "as they were"
+        elif isinstance(linear, Int8Linear) and kind == "int4":
+            others[linear.in_features] = "int8"
     if others:
         widths = ", ".join(f"{width} ({what})" for width, what in sorted(others.items()))
         warnings.warn(f"matrices of these widths cannot be {kind}: {widths}", stacklevel=2)
