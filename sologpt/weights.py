@@ -129,10 +129,10 @@ def quantize(model: GPT, kind: str, group_size: int = 32, weights: Iterable[tupl
     """Quantize the weights of the model's Linears and of its head to "int8" or "int4", in place, on the CPU.
 
     int8: weight = q * scale, one scale per row. int4: weight = (q - 8) * scale + zero, both per group of 32, 64 or 128
-    weights of a row. The head is always int8, since four bits cost it dearly (docs/figures.md), and
-    so is an embedding that is tied to it; an untied one stays. A row that no group divides is int8, one that 16 does
-    not divide stays as it is; then there is a warning. Quantized weights are buffers, which `num_params` does not
-    count. The model is for inference only: it refuses to be saved, copied, moved, trained.
+    weights of a row. The head is always int8, since four bits cost it dearly (docs/figures.md), and so is an embedding
+    that is tied to it; an untied one stays. A row that no group divides is int8, one that 16 does not divide stays as
+    it is; then there is a warning. Quantized weights are buffers, which `num_params` does not count. The model is for
+    inference only: it refuses to be saved, copied, moved, trained.
 
     weights: the name and tensor of each parameter, for a model on the meta device. Each is quantized, or copied, before
     the next one is taken from the iterator, so the whole model is never in memory.
