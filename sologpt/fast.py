@@ -8,9 +8,10 @@ each row. Each one here computes what `GPT.step` computes, up to rounding. It be
 of generate, so what has been compiled or recorded is used again.
 """
 
+import operator
 from collections.abc import Callable
 from functools import cache
-from typing import Any
+from typing import Any, ClassVar
 from warnings import catch_warnings
 from weakref import WeakKeyDictionary
 
@@ -62,18 +63,19 @@ def rotate(x: Tensor, rotations: Tensor) -> Tensor:
     return torch.stack((a * c - b * d, a * d + b * c), dim=-1).flatten(-2).to(x.dtype)
 
 
-def linear_loop(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """F.linear. For a single token, whose time is spent reading the weights, a product and a sum.
-
-    The compiler fuses them to one loop, which reads memory at twice the speed of a matrix-vector product.
-    """
+def linear_of_one_token(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """F.linear. For a single token, whose time is spent reading the weights: gemv on the CPU, elsewhere a loop."""
     if x.numel() != x.size(-1):
         return F.linear(x, weight, bias)
-    y = (in_float32(weight) * in_float32(x).flatten()).sum(-1).to(x.dtype).view(*x.shape[:-1], -1)
+    if weight.device.type == "cpu" and weight.dtype in weights.DTYPES and weight.is_contiguous():
+        y = weights.opaque_gemv(x, [weight], [])
+    else:
+        y = (in_float32(weight) * in_float32(x).flatten()).sum(-1).to(x.dtype)  # the compiler fuses it to one loop
+    y = y.view(*x.shape[:-1], -1)
     return y if bias is None else y + bias
 
 
-def attention_loop(
+def attention_of_one_token(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float, causal: bool, enable_gqa: bool
 ) -> Tensor:
     """F.scaled_dot_product_attention of one query in each row: queries (B, H, 1, D), or (B, G, H/G, D)."""
@@ -86,14 +88,13 @@ def attention_loop(
     return (weights * in_float32(v)[:, :, None]).sum(-2, keepdim=True).flatten(1, 2).to(v.dtype)  # (B, H, 1, D)
 
 
-LOOPS: dict[Callable, Callable] = {F.linear: linear_loop, F.scaled_dot_product_attention: attention_loop}
-
-
 class OneToken(TorchFunctionMode):
-    """Inside, the model's products are the loops above, which torch.compile then fuses."""
+    """Inside, the model's products are the ones above."""
+
+    products: ClassVar = {F.linear: linear_of_one_token, F.scaled_dot_product_attention: attention_of_one_token}
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return LOOPS.get(func, func)(*args, **kwargs or {})
+        return self.products.get(func, func)(*args, **kwargs or {})
 
 
 def block_of_one_token(
@@ -113,14 +114,19 @@ class ExportedBlock:
     def __init__(self) -> None:
         self.graphs: dict[tuple, tuple[list[str], Callable]] = {}
         self.weights: WeakKeyDictionary[Block, dict[tuple, list]] = WeakKeyDictionary()  # where they are, by graph
+        self.slots = torch.empty(0, 0)
 
     def __call__(
         self, block: Block, x: Tensor, rotations: Tensor | None, mask: Tensor | None, layer: LayerCache
     ) -> Tensor:
         keys, values, (row, position), end = layer
-        slots = x.new_empty(end, 0)  # a number is an input of a graph only as a tensor's size
-        inputs = dict(x=x, keys=keys, values=values, row=row, position=position, slots=slots)
-        inputs |= {name: each for name, each in (("rotations", rotations), ("mask", mask)) if each is not None}
+        if len(self.slots) != end:  # a number is an input of a graph only as a tensor's size
+            self.slots = torch.empty(end, 0)
+        inputs = dict(x=x, keys=keys, values=values, row=row, position=position, slots=self.slots)
+        if rotations is not None:
+            inputs["rotations"] = rotations
+        if mask is not None:
+            inputs["mask"] = mask
         kind = (x.dtype, block.training, type(block.mlp.c_fc), *inputs)  # what torch.compile's guards would check
         if kind not in self.graphs:
             self.graphs[kind] = self.compile(block, inputs)
@@ -128,7 +134,7 @@ class ExportedBlock:
         places = self.weights.setdefault(block, {})
         if kind not in places:
             places[kind] = [find_weight(block, name) for name in names]
-        return graph(*(tensors[name] for tensors, name in places[kind]), *inputs.values())[0]
+        return graph(*[tensors[name] for tensors, name in places[kind]], *inputs.values())[0]
 
     def compile(self, block: nn.Module, inputs: dict[str, Tensor]) -> tuple[list[str], Callable]:
         """The names of the block's weights, in the order in which the graph takes them, and the graph."""
@@ -137,6 +143,7 @@ class ExportedBlock:
         sizes |= {name: {dim: size} for name, dim in (("slots", 0), ("mask", 3)) if name in inputs}
         with torch.inference_mode(False), torch.no_grad(), catch_warnings(action="ignore"):
             exported = torch.export.export(BlockOfOneToken(block), (), inputs, dynamic_shapes=sizes, strict=True)
+            join_products(exported.graph_module.graph)
             names = [spec.target for spec in exported.graph_signature.input_specs if spec.target]
             graph = torch._inductor.standalone_compile(
                 exported.graph_module,
@@ -145,6 +152,26 @@ class ExportedBlock:
                 options={"config_patches": {"cpp_wrapper": True}},
             )
         return [name.removeprefix("block.") for name in names], graph
+
+
+def join_products(graph: torch.fx.Graph) -> None:
+    """Multiply each x once: by q, k and v together, by gate and up together."""
+    gemv, aten = torch.ops.sologpt.gemv.default, torch.ops.aten
+    products: dict[Any, list[Any]] = {}
+    for node in graph.find_nodes(op="call_function", target=gemv):
+        x: Any = node.args[0]
+        while x.target in (aten.to.dtype, aten.reshape.default):
+            x = x.args[0]
+        products.setdefault(x, []).append(node)
+    for nodes in products.values():
+        with graph.inserting_before(nodes[0]):
+            weights, scales = ([each for node in nodes for each in node.args[i]] for i in (1, 2))
+            y = graph.call_function(gemv, (nodes[0].args[0], weights, scales))
+            rows = [node.meta["val"].size(1) for node in nodes]
+            parts = graph.call_function(aten.split_with_sizes.default, (y, rows, 1))
+            for i, node in enumerate(nodes):
+                node.replace_all_uses_with(graph.call_function(operator.getitem, (parts, i)))
+                graph.erase_node(node)
 
 
 def find_weight(block: nn.Module, name: str) -> tuple[dict[str, Any], str]:
@@ -175,7 +202,7 @@ class BlockOfOneToken(nn.Module):
 
 def head_of_one_token(model: GPT, x: Tensor) -> Tensor:
     with OneToken():
-        return model.logits(x)
+        return model.logits(model.norm(x)[:, -1])
 
 
 Memory = tuple[Tensor, Tensor, Tensor]  # k, v and ids of a KVCache
@@ -190,13 +217,16 @@ class Compiled:
     def __init__(self, model: GPT) -> None:
         self.model = model
         compile_rotate()
+        if model.device.type == "cpu":
+            weights.compile_gemv()
         self.block = torch.compile(block_of_one_token, dynamic=True)
         self.block_of_one_row = ExportedBlock() if model.device.type == "cpu" else self.block
         self.head = torch.compile(head_of_one_token, dynamic=True)
 
     @torch.inference_mode()
     def __call__(self, ids: Tensor, kv_cache: KVCache) -> Tensor:
-        longest, ragged = int(kv_cache.lengths.max()), bool((kv_cache.lengths != kv_cache.lengths[0]).any())
+        sizes = kv_cache.lengths.tolist()
+        longest, ragged = max(sizes), min(sizes) < max(sizes)
         # torch.compile specializes on sizes 0 and 1 and on slices of a whole dimension, and would recompile for them.
         # Where there is no room, `step` raises.
         if not 0 < longest < min(kv_cache.max_len - 1, self.model.config.sequence_len):
@@ -225,7 +255,7 @@ class Compiled:
         for block, k, v, kind in zip(blocks, keys, values, model.config.layer_types, strict=True):
             rotations, allowed = types[kind]
             x = run(block, x, rotations, allowed, (k.transpose(1, 2), v.transpose(1, 2), slots, end))
-        return self.head(model, model.norm(x)[:, -1])
+        return self.head(model, x)
 
 
 def cuda_graph(step: Callable[[], Tensor], device: torch.device) -> tuple[Tensor, Callable[[], None]]:

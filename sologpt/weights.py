@@ -6,8 +6,9 @@ fast.quantize(model, "int4")  # numbers of four bits: a third of bfloat16's memo
 
 import threading
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cache
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -229,10 +230,7 @@ class Int8Linear(QuantizedLinear):
     def product(self, x: Tensor) -> Tensor:
         if not torch.compiler.is_compiling():
             return int8_linear(x, self.q, self.scale)
-        if len(x) > 1:
-            return opaque_int8_linear(x, self.q, self.scale)
-        # The compiler fuses this to one loop, which is faster than the kernel
-        return ((in_float32(self.q) * in_float32(x)).sum(-1) * in_float32(self.scale)).to(x.dtype)[None]
+        return opaque_int8_linear(x, self.q, self.scale) if len(x) > 1 else opaque_gemv(x, [self.q], [self.scale])
 
 
 class Int8Embedding(InferenceEmbedding):
@@ -269,8 +267,15 @@ class Int4Linear(QuantizedLinear):
         return torch.cat(parts)[: self.out_features]
 
     def product(self, x: Tensor) -> Tensor:
-        linear = opaque_int4_linear if torch.compiler.is_compiling() and len(x) > 1 else int4_linear
-        return linear(x, self.packed, self.scale)[:, : self.out_features]
+        if not torch.compiler.is_compiling():
+            y = int4_linear(x, self.packed, self.scale)
+        else:
+            y = (
+                opaque_int4_linear(x, self.packed, self.scale)
+                if len(x) > 1
+                else opaque_gemv(x, [self.packed], [self.scale])
+            )
+        return y[:, : self.out_features]
 
 
 def row_chunks(N: int, K: int) -> Iterator[slice]:
@@ -399,3 +404,33 @@ opaque_int8_linear = torch.library.custom_op("sologpt::int8_linear", int8_linear
 opaque_int8_linear.register_fake(lambda x, q, scale: x.new_empty(len(x), len(q)))
 opaque_int4_linear = torch.library.custom_op("sologpt::int4_linear", int4_linear, mutates_args=())
 opaque_int4_linear.register_fake(lambda x, packed, scale_zero: x.new_empty(len(x), len(packed)))
+
+
+# -----------------------------------------------------------------------------
+# One row times weights, for compiled decode
+
+
+def gemv(x: Tensor, weights: Sequence[Tensor], scales: Sequence[Tensor]) -> Tensor:
+    """One row x (..., K) times plain weights (N, K), or int8 or int4 ones with their scales: (1, N of all).
+
+    Compiled code calls gemv.cpp instead.
+    """
+    x = x.reshape(1, -1)
+    if not scales:
+        return torch.cat([F.linear(x, weight) for weight in weights], 1)
+    product = int8_linear if weights[0].dtype == torch.int8 else int4_linear
+    return torch.cat([product(x, weight, scale) for weight, scale in zip(weights, scales, strict=True)], 1)
+
+
+opaque_gemv = torch.library.custom_op("sologpt::gemv", gemv, mutates_args=())
+opaque_gemv.register_fake(lambda x, weights, scales: x.new_empty(1, sum(map(len, weights))))
+
+
+@cache
+def compile_gemv() -> None:
+    """Compile gemv.cpp as torch.compile compiles its own code (seconds, the first time), in place of `gemv`."""
+    from torch._inductor.codecache import CppCodeCache
+
+    n, low, _ = int4_layout()
+    layout = f"#define BLOCK {n}\n#define INTERLEAVED {int(low.step == 2)}\n"
+    CppCodeCache.load(layout + Path(__file__).with_name("gemv.cpp").read_text(encoding="utf-8"))
