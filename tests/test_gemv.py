@@ -87,7 +87,7 @@ def test_what_it_cannot_multiply_is_refused():
 def test_other_processors(layout, bits):
     """PyTorch's other layouts of int4, and vectors of another length, as far as this processor has them."""
     config = f"import sys, pytest, torch._inductor.config as config; config.cpp.simdlen = {bits}"
-    args = "-q -m slow -p no:cacheprovider -o addopts= -k product tests/test_gemv.py".split()
+    args = ["-q", "-m", "slow", "-p", "no:cacheprovider", "-o", "addopts=", "-k", "product", "tests/test_gemv.py"]
     env = {**os.environ, "ATEN_CPU_CAPABILITY": layout}
     command = [sys.executable, "-c", f"{config}; sys.exit(pytest.main({args}))"]
     done = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True)
