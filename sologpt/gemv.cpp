@@ -1,8 +1,8 @@
-// One row times quantized or plain weights: the product of decoding, whose time is that of reading the weights.
+// One row times weights, plain or quantized: the product of decoding, whose time is that of reading the weights.
 //
-// Compiled by weights.py as torch.compile compiles its own code, with at::vec for the vectors of this CPU. Loads come
-// one after the other, and each asks for memory further on (prefetch), which the loops of torch.compile do not do.
-// BLOCK and INTERLEAVED, PyTorch's layout of int4 weights, are defined by weights.py.
+// A loop of torch.compile reads them at half of the memory's speed. These prefetch, and read at about all of it.
+// at::vec are PyTorch's own vectors, for each CPU. weights.py compiles this file as torch.compile compiles its own code,
+// and defines BLOCK and INTERLEAVED, which describe PyTorch's layout of int4 weights.
 
 #include <ATen/cpu/vec/functional.h>
 #include <ATen/cpu/vec/vec.h>
@@ -19,6 +19,12 @@ using Ints = Vectorized<int32_t>;
 
 constexpr int L = Vec::size();  // floats in a vector
 constexpr int AHEAD = 4096;     // bytes: far enough for DRAM, and still in the L1 cache when it is read
+
+// Ask for `bytes` of memory, `ahead` bytes further on. They need not exist.
+template <int bytes, int ahead = AHEAD>
+void prefetch(const void* p) {
+  for (int i = 0; i < bytes; i += 64) __builtin_prefetch(static_cast<const char*>(p) + ahead + i);
+}
 
 // L weights of one byte each
 template <class T>
@@ -53,7 +59,7 @@ float dot(const T* w, const float* x, int64_t K) {
   Vec even(0), odd(0);
   int64_t k = 0;
   for (; k + 2 * L <= K; k += 2 * L) {
-    __builtin_prefetch(reinterpret_cast<const char*>(w + k) + AHEAD);
+    prefetch<2 * L * sizeof(T)>(w + k);
     auto [first, second] = widen(w + k);
     even = fmadd(first, Vec::loadu(x + k), even);
     odd = fmadd(second, Vec::loadu(x + k + L), odd);
@@ -72,11 +78,11 @@ void dot_int4(float* y, const uint8_t* w, const T* scale_zero, int64_t N, const 
   Vec total[2 * V];
   for (Vec& t : total) t = Vec(0);
   for (int64_t i = 0; i < K / group; i++, scale_zero += 2 * N) {
-    for (int r = 0; r < 2 * BLOCK; r += 64 / sizeof(T)) __builtin_prefetch(scale_zero + 4 * N + r);
-    Vec low[V], high[V];  // sums of q * x, of the low and of the high half of each byte
+    prefetch<2 * BLOCK * sizeof(T), 0>(scale_zero + 4 * N);  // of the group after the next
+    Vec low[V], high[V];                                 // sums of q * x, for the low and high half of each byte
     for (int v = 0; v < V; v++) low[v] = high[v] = Vec(0);
     for (int64_t k = 0; k < group; k += 2, w += 2 * BYTES) {
-      __builtin_prefetch(w + AHEAD);
+      prefetch<2 * BYTES>(w);
 #pragma GCC unroll 2
       for (int j = 0; j < 2; j++) {
         Vec xk(x[i * group + k + j]);
@@ -88,7 +94,7 @@ void dot_int4(float* y, const uint8_t* w, const T* scale_zero, int64_t N, const 
         }
       }
     }
-    Vec sum(sums[i]), eight = Vec(8) * sum;
+    Vec sum_x(sums[i]), eight = Vec(8) * sum_x;
     for (int v = 0; v < V; v++) {
       Vec a = low[v], b = high[v];
       int rows[] = {v * L, BYTES + v * L};
@@ -101,7 +107,7 @@ void dot_int4(float* y, const uint8_t* w, const T* scale_zero, int64_t N, const 
         auto pairs = widen(scale_zero + 2 * rows[h]);
         auto [scale, zero] = at::vec::deinterleave2(pairs[0], pairs[1]);
         Vec& t = total[rows[h] / L];
-        t = fmadd(scale, products[h] - eight, fmadd(zero, sum, t));
+        t = fmadd(scale, products[h] - eight, fmadd(zero, sum_x, t));
       }
     }
   }
@@ -161,6 +167,7 @@ Tensor gemv(Tensor x, std::vector<Tensor> weights, std::vector<Tensor> scales) {
   for (const Tensor& w : weights) {
     const int64_t K = w.size(1) * (w.scalar_type() == ScalarType::Byte ? 2 : 1);
     STD_TORCH_CHECK(w.is_contiguous() && K == x.numel(), "gemv: a weight is not contiguous, or not of x's width");
+    STD_TORCH_CHECK(!scales.empty() || w.scalar_type() == x.scalar_type(), "gemv: a weight is not of x's dtype");
     N += w.size(0);
   }
   Tensor y = torch::stable::new_empty(x, {1, N});

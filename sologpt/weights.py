@@ -4,9 +4,12 @@ fast.pack(model)              # the same numbers in oneDNN's layout: faster
 fast.quantize(model, "int4")  # numbers of four bits: a third of bfloat16's memory, and faster still
 """
 
+import ctypes
+import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import Any, cast
@@ -164,6 +167,7 @@ def quantize(model: GPT, kind: str, group_size: int = 32, weights: Iterable[tupl
         else:
             setattr(module, leaf, nn.Parameter(x.clone() if weights else x, requires_grad=False))
         del x, module  # before the next one is read
+        return_freed_memory()
     for_inference_only(model)
     others = {}
     if not isinstance(model.lm_head, Int8Linear):
@@ -184,6 +188,13 @@ def fill(model: GPT, weights: Iterable[tuple[str, Tensor]], kind: str | None) ->
         quantize(model, kind, weights=weights)
     else:
         model.load_state_dict(dict(weights), assign=True)
+
+
+def return_freed_memory() -> None:
+    """Make glibc return freed memory to the system: between weights that stay, it would keep what they were made of."""
+    if sys.platform == "linux":
+        with suppress(AttributeError):  # musl has no malloc_trim
+            ctypes.CDLL(None).malloc_trim(0)
 
 
 def quantized(weight: Tensor, bias: Tensor | None, kind: str, group_size: int = 32) -> "QuantizedLinear | None":

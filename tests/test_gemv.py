@@ -76,6 +76,7 @@ def test_what_it_cannot_multiply_is_refused():
         ((torch.zeros(8)[::2], [w], []), "x is not contiguous"),
         ((x, [w, torch.zeros(4, 2).T], []), "a weight is not contiguous"),
         ((torch.zeros(5), [w], []), "not of x's width"),
+        ((x, [w.bfloat16()], []), "not of x's dtype"),
     ):
         with pytest.raises(RuntimeError, match=message):
             weights.opaque_gemv(*args)
