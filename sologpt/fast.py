@@ -11,7 +11,7 @@ of generate, so what has been compiled or recorded is used again.
 import operator
 from collections.abc import Callable
 from functools import cache
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 from warnings import catch_warnings
 from weakref import WeakKeyDictionary
 
@@ -39,7 +39,7 @@ def prepare(model: GPT, compile: bool = False, lookup: int = 0, rows: int = 1, q
         raise ValueError(f"lookup reads ahead in one row, not in {rows}")
     if quantize:
         weights.quantize(model, quantize)
-    if not compile or rows > 1 or lookup:  # compiled loops for a single token read plain weights faster
+    if not compile or rows > 1 or lookup:  # compiled code reads plain weights faster, if there is one token
         pack(model)
     decode: Decoder = model.step
     if compile:
@@ -159,10 +159,10 @@ def join_products(graph: torch.fx.Graph) -> None:
     gemv, aten = torch.ops.sologpt.gemv.default, torch.ops.aten
     products: dict[Any, list[Any]] = {}
     for node in graph.find_nodes(op="call_function", target=gemv):
-        x: Any = node.args[0]
+        x, [weight], _ = cast(Any, node.args)
         while x.target in (aten.to.dtype, aten.reshape.default):
             x = x.args[0]
-        products.setdefault(x, []).append(node)
+        products.setdefault((x, weight.meta["val"].dtype), []).append(node)
     for nodes in products.values():
         with graph.inserting_before(nodes[0]):
             weights, scales = ([each for node in nodes for each in node.args[i]] for i in (1, 2))

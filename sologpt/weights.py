@@ -208,40 +208,37 @@ def quantized(weight: Tensor, bias: Tensor | None, kind: str, group_size: int = 
 class QuantizedLinear(InferenceOnly):
     """A Linear whose weight is quantized."""
 
+    q: Tensor  # int8: (N, K); int4: (N, K/2) uint8, packed by PyTorch, with N filled up to whole blocks
     scale: Tensor  # int8: (N,); int4: and zero, (K/g, N, 2)
 
-    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+    def __init__(self, weight: Tensor, bias: Tensor | None, q: Tensor, scale: Tensor) -> None:
         super().__init__()
         self.out_features, self.in_features = weight.shape
         self.bias = bias
+        self.register_buffer("q", q)
+        self.register_buffer("scale", scale)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.product(x.to(self.scale.dtype).reshape(-1, self.in_features))  # (M, K) to (M, N)
+        y = self.product(x.to(self.scale.dtype).reshape(-1, self.in_features))[:, : self.out_features]  # (M, N)
         y = y.view(*x.shape[:-1], self.out_features)
         return y if self.bias is None else y + self.bias
 
     def product(self, x: Tensor) -> Tensor:
-        raise NotImplementedError
+        if not torch.compiler.is_compiling():
+            return quantized_linear(x, self.q, self.scale)
+        if len(x) > 1:
+            return opaque_quantized_linear(x, self.q, self.scale)
+        return opaque_gemv(x, [self.q], [self.scale])
 
 
 class Int8Linear(QuantizedLinear):
-    q: Tensor  # (N, K) int8
-
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
-        super().__init__(weight, bias)
-        q, scale = quantize_int8(weight)
-        self.register_buffer("q", q)
-        self.register_buffer("scale", scale)
+        super().__init__(weight, bias, *quantize_int8(weight))
 
     @property
     def weight(self) -> Tensor:
         """The dequantized weight, (N, K)."""
         return (in_float32(self.q) * in_float32(self.scale)[:, None]).to(self.scale.dtype)
-
-    def product(self, x: Tensor) -> Tensor:
-        if not torch.compiler.is_compiling():
-            return int8_linear(x, self.q, self.scale)
-        return opaque_int8_linear(x, self.q, self.scale) if len(x) > 1 else opaque_gemv(x, [self.q], [self.scale])
 
 
 class Int8Embedding(InferenceEmbedding):
@@ -254,7 +251,7 @@ class Int8Embedding(InferenceEmbedding):
         V, C = head.out_features, head.in_features
         super().__init__(V, C, device="meta")
         self.weight = nn.Parameter(head.scale.new_empty(0, C))  # has the model's device and dtype
-        self.register_buffer("q", cast(Int8Linear, head).q)
+        self.register_buffer("q", head.q)
         self.register_buffer("scale", head.scale)
 
     def look_up(self, idx: Tensor) -> Tensor:
@@ -262,31 +259,15 @@ class Int8Embedding(InferenceEmbedding):
 
 
 class Int4Linear(QuantizedLinear):
-    packed: Tensor  # (N, K/2) uint8, with N filled up to whole blocks
-
     def __init__(self, weight: Tensor, bias: Tensor | None, group_size: int) -> None:
-        super().__init__(weight, bias)
-        packed, scale = quantize_int4(weight, group_size)
-        self.register_buffer("packed", packed)
-        self.register_buffer("scale", scale)
+        super().__init__(weight, bias, *quantize_int4(weight, group_size))
 
     @property
     def weight(self) -> Tensor:
         """The dequantized weight, (N, K)."""
-        chunks = row_chunks(len(self.packed), self.in_features)
-        parts = [widen_int4(self.packed[rows], self.scale[:, rows]).T.contiguous() for rows in chunks]
+        chunks = row_chunks(len(self.q), self.in_features)
+        parts = [widen_int4(self.q[rows], self.scale[:, rows]).T.contiguous() for rows in chunks]
         return torch.cat(parts)[: self.out_features]
-
-    def product(self, x: Tensor) -> Tensor:
-        if not torch.compiler.is_compiling():
-            y = int4_linear(x, self.packed, self.scale)
-        else:
-            y = (
-                opaque_int4_linear(x, self.packed, self.scale)
-                if len(x) > 1
-                else opaque_gemv(x, [self.packed], [self.scale])
-            )
-        return y[:, : self.out_features]
 
 
 def row_chunks(N: int, K: int) -> Iterator[slice]:
@@ -394,27 +375,22 @@ def widen_int4(packed: Tensor, scale_zero: Tensor) -> Tensor:
     return torch.addcmul(zero, groups, scale, out=groups).view(K, N)
 
 
-def int8_linear(x: Tensor, q: Tensor, scale: Tensor) -> Tensor:
-    """x (M, K) times an int8 weight (N, K): (M, N)."""
-    if len(x) <= INT8_ROWS:
-        return torch.ops.aten._weight_int8pack_mm(x, q, scale)
-    parts = [x @ widen_int8(q[rows], x.dtype).T * scale[rows] for rows in row_chunks(*q.shape)]
+def quantized_linear(x: Tensor, q: Tensor, scale: Tensor) -> Tensor:
+    """x (M, K) times an int8 weight (N, K) or an int4 one (N, K/2): (M, N)."""
+    M, K = x.shape
+    if q.dtype == torch.int8:
+        if M <= INT8_ROWS:
+            return torch.ops.aten._weight_int8pack_mm(x, q, scale)
+        parts = [x @ widen_int8(q[rows], x.dtype).T * scale[rows] for rows in row_chunks(len(q), K)]
+    else:
+        if M <= INT4_ROWS:
+            return torch.ops.aten._weight_int4pack_mm_for_cpu(x, q, K // len(scale), scale)
+        parts = [x @ widen_int4(q[rows], scale[:, rows]) for rows in row_chunks(len(q), K)]
     return torch.cat(parts, 1) if len(parts) > 1 else parts[0]
 
 
-def int4_linear(x: Tensor, packed: Tensor, scale_zero: Tensor) -> Tensor:
-    """x (M, K) times an int4 weight (N, K/2): (M, N)."""
-    if len(x) <= INT4_ROWS:
-        return torch.ops.aten._weight_int4pack_mm_for_cpu(x, packed, x.size(1) // len(scale_zero), scale_zero)
-    chunks = row_chunks(len(packed), x.size(1))
-    parts = [x @ widen_int4(packed[rows], scale_zero[:, rows]) for rows in chunks]
-    return torch.cat(parts, 1) if len(parts) > 1 else parts[0]
-
-
-opaque_int8_linear = torch.library.custom_op("sologpt::int8_linear", int8_linear, mutates_args=())
-opaque_int8_linear.register_fake(lambda x, q, scale: x.new_empty(len(x), len(q)))
-opaque_int4_linear = torch.library.custom_op("sologpt::int4_linear", int4_linear, mutates_args=())
-opaque_int4_linear.register_fake(lambda x, packed, scale_zero: x.new_empty(len(x), len(packed)))
+opaque_quantized_linear = torch.library.custom_op("sologpt::quantized_linear", quantized_linear, mutates_args=())
+opaque_quantized_linear.register_fake(lambda x, q, scale: x.new_empty(len(x), len(q)))
 
 
 # -----------------------------------------------------------------------------
@@ -429,8 +405,7 @@ def gemv(x: Tensor, weights: Sequence[Tensor], scales: Sequence[Tensor]) -> Tens
     x = x.reshape(1, -1)
     if not scales:
         return torch.cat([F.linear(x, weight) for weight in weights], 1)
-    product = int8_linear if weights[0].dtype == torch.int8 else int4_linear
-    return torch.cat([product(x, weight, scale) for weight, scale in zip(weights, scales, strict=True)], 1)
+    return torch.cat([quantized_linear(x, q, scale) for q, scale in zip(weights, scales, strict=True)], 1)
 
 
 opaque_gemv = torch.library.custom_op("sologpt::gemv", gemv, mutates_args=())

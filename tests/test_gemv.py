@@ -27,8 +27,8 @@ def make_weights(kind: str, rows: list[int], K: int, dtype: torch.dtype) -> tupl
         exact = [each.q.double() * each.scale.double()[:, None] for each in linears]
         return [each.q for each in linears], [each.scale for each in linears], torch.cat(exact)
     linears = [Int4Linear(w, None, KINDS[kind]) for w in plain]
-    exact = [weights.widen_int4(each.packed, each.scale.float()).T.double() for each in linears]
-    return [each.packed for each in linears], [each.scale for each in linears], torch.cat(exact)
+    exact = [weights.widen_int4(each.q, each.scale.float()).T.double() for each in linears]
+    return [each.q for each in linears], [each.scale for each in linears], torch.cat(exact)
 
 
 @pytest.mark.slow

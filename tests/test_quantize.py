@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from gpt import GPT, KVCache
-from sologpt import fast, gguf, hf
+from sologpt import fast, gguf, hf, weights
 from sologpt.load import load_model
 from sologpt.tokenizer import Tokenizer
 from sologpt.weights import Int4Linear, Int8Linear, QuantizedLinear
@@ -179,6 +179,26 @@ def test_compiled_decode(kind, name, dtype):
             logits.append(torch.cat([step(torch.tensor([t]), cache) for t in range(20)]).double())
     stepped, compiled = ((each - logits[0]).norm() / logits[0].norm() for each in logits[1:])
     assert compiled <= 1.2 * stepped
+
+
+@EACH
+@pytest.mark.parametrize("kind", [None, "int8", "int4"])
+def test_each_input_is_multiplied_once(kind, config, monkeypatch):
+    """In compiled decode of one row: four products a block, of q, k and v together, and of gate and up. Here, the graph
+    runs without being compiled, and gives the tokens of step."""
+    graphs = []
+    monkeypatch.setattr(weights, "compile_gemv", lambda: None)
+    monkeypatch.setattr(torch, "compile", lambda function, dynamic: function)
+    monkeypatch.setattr(
+        torch._inductor, "standalone_compile", lambda module, *args, **settings: graphs.append(module) or module
+    )
+    model = make_model(torch.float32, **config).eval()
+    decode = fast.prepare(model, compile=True, quantize=kind)
+    a, b = (list(model.generate([1, 2, 3], 70, temperature=0, decode=each)) for each in (decode, None))
+    assert a == b and graphs
+    for graph in graphs:
+        products = graph.graph.find_nodes(op="call_function", target=torch.ops.sologpt.gemv.default)
+        assert len(products) == 4
 
 
 @KINDS
