@@ -2,6 +2,8 @@
 
 fast.pack(model)              # the same numbers in oneDNN's layout: faster
 fast.quantize(model, "int4")  # numbers of four bits: a third of bfloat16's memory, and faster still
+
+gemv, at the end, multiplies one row by weights of any kind but packed ones. Compiled decode uses it.
 """
 
 import ctypes
