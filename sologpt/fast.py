@@ -138,6 +138,7 @@ class ExportedBlock:
 
     def compile(self, block: nn.Module, inputs: dict[str, Tensor]) -> tuple[list[str], Callable]:
         """The names of the block's weights, in the order in which the graph takes them, and the graph."""
+        weights.compile_gemv()
         length, size = (torch.export.Dim(name, min=2) for name in ("length", "size"))
         sizes: dict[str, dict] = {name: {} for name in inputs} | {"keys": {1: length}, "values": {1: length}}
         sizes |= {name: {dim: size} for name, dim in (("slots", 0), ("mask", 3)) if name in inputs}
@@ -217,8 +218,6 @@ class Compiled:
     def __init__(self, model: GPT) -> None:
         self.model = model
         compile_rotate()
-        if model.device.type == "cpu":
-            weights.compile_gemv()
         self.block = torch.compile(block_of_one_token, dynamic=True)
         self.block_of_one_row = ExportedBlock() if model.device.type == "cpu" else self.block
         self.head = torch.compile(head_of_one_token, dynamic=True)

@@ -134,8 +134,9 @@ void multiply(Tensor& y, const Tensor& x, const std::vector<Tensor>& weights, co
     sums[i] = sum(total);
   }
 
+  auto units_of = [&](const Tensor& w) { return (w.size(0) + unit - 1) / unit; };
   int64_t units = 0;
-  for (const Tensor& w : weights) units += (w.size(0) + unit - 1) / unit;
+  for (const Tensor& w : weights) units += units_of(w);
   torch::stable::parallel_for(0, units, 1, [&](int64_t begin, int64_t end) {
     T* out = static_cast<T*>(y.mutable_data_ptr());
     for (size_t i = 0; i < weights.size(); i++) {
@@ -154,7 +155,7 @@ void multiply(Tensor& y, const Tensor& x, const std::vector<Tensor>& weights, co
           out[row] = T(dot(static_cast<const T*>(w) + row * K, xs.data(), K));
         }
       }
-      begin -= (N + unit - 1) / unit, end -= (N + unit - 1) / unit, out += N;  // to the next weight
+      begin -= units_of(weights[i]), end -= units_of(weights[i]), out += N;  // to the next weight
     }
   });
 }

@@ -25,9 +25,9 @@ def make_weights(kind: str, rows: list[int], K: int, dtype: torch.dtype) -> tupl
     if kind == "int8":
         linears = [Int8Linear(w, None) for w in plain]
         exact = [each.q.double() * each.scale.double()[:, None] for each in linears]
-        return [each.q for each in linears], [each.scale for each in linears], torch.cat(exact)
-    linears = [Int4Linear(w, None, KINDS[kind]) for w in plain]
-    exact = [weights.widen_int4(each.q, each.scale.float()).T.double() for each in linears]
+    else:
+        linears = [Int4Linear(w, None, KINDS[kind]) for w in plain]
+        exact = [weights.widen_int4(each.q, each.scale.float()).T.double() for each in linears]
     return [each.q for each in linears], [each.scale for each in linears], torch.cat(exact)
 
 
