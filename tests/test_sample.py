@@ -88,7 +88,14 @@ def test_what_is_filtered_out_is_never_drawn():
 def test_temperature_zero_is_argmax_and_off_is_off():
     logits = torch.randn(5, 40)
     assert torch.equal(sample(logits, temperature=0), logits.argmax(-1))
-    for off in (dict(top_k=0), dict(top_k=None), dict(top_p=0.0), dict(top_p=1.0), dict(min_p=0.0), dict(top_k=1000)):
+    for off in (
+        dict(top_k=0),
+        dict(top_k=None),
+        dict(top_p=0.0),
+        dict(top_p=1.0),
+        dict(min_p=0.0),
+        dict(top_k=1000),
+    ):
         draw = [sample(logits, **f, generator=torch.Generator().manual_seed(3)) for f in ({}, off)]
         assert torch.equal(*draw)
 
