@@ -2,7 +2,8 @@
 #   python -m sologpt.hf import HuggingFaceTB/SmolLM2-135M out/smollm2
 #   python data/text/prepare.py --input my_texts/ --tokenizer out/smollm2/best.pt
 #   python train.py config/finetune.py --init_from=out/smollm2/best.pt
-# Learning rates are at most a twentieth of those from scratch, after a warmup, to keep what the model has learned.
+# Learning rates are at most a twentieth of those from scratch, after a warmup, to keep what the model has
+# learned.
 out_dir = "out/finetune"
 dataset = "text"
 
@@ -16,9 +17,12 @@ warmdown = 0.8
 learning_rate = 0.001
 embd_lr = 1e-4
 head_lr = 1e-4
+momentum = 0.95
 beta1 = 0.9
 grad_clip = 1.0
 
 eval_interval = 50
 eval_iters = 16
 log_interval = 5
+sample_prompt = "\n"
+sample_tokens = 300

@@ -1,5 +1,5 @@
-# config/tiny.py with Llama's architecture, which other programs know: the model exports to transformers and vLLM
-# (python -m sologpt.hf export), and to llama.cpp and Ollama (python -m sologpt.gguf export).
+# config/tiny.py with Llama's architecture, which other programs know: the model exports to transformers and
+# vLLM (python -m sologpt.hf export), and to llama.cpp and Ollama (python -m sologpt.gguf export).
 out_dir = "out/llama_tiny"
 dataset = "stdlib"
 tokenizer = "stdlib"

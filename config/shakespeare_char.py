@@ -12,7 +12,13 @@ dropout = 0.2
 
 batch_size = 64
 max_iters = 2000
+momentum = 0.95
+head_lr = 0.004
+warmdown = 0.4
+compile = True
+
 eval_interval = 250
 eval_iters = 200
 log_interval = 10
-compile = True
+sample_prompt = "\n"
+sample_tokens = 300

@@ -1,6 +1,7 @@
 # The first run: about a minute on a laptop's CPU, on the source of the Python standard library.
 # Vocabulary, shape, batch size and learning rates were chosen by bits per byte for one minute on 2 cores: see
-# docs/figures.md. Single bytes instead of its BPE: --tokenizer=bytes
+# docs/figures.md. These are the defaults of train.py, spelled out to be copied and changed. For single bytes
+# instead of its BPE: --tokenizer=bytes
 out_dir = "out/tiny"
 dataset = "stdlib"
 tokenizer = "stdlib"

@@ -1,9 +1,9 @@
-"""The optimizers that train.py uses, and which of them trains which parameter.
+"""The optimizers, and which of them trains which parameter.
 
-Muon (https://kellerjordan.github.io/posts/muon) is SGD with momentum whose update for a matrix is replaced by the
-nearest semi-orthogonal matrix: U V^T where the momentum is U S V^T. All directions of the update then have the same
-size, also those that rarely appear in the gradient. It is for the matrices of the blocks alone. Embedding, head, gains
-and biases are trained by AdamW.
+Muon (https://kellerjordan.github.io/posts/muon) is SGD with momentum whose update of a matrix is replaced by
+the nearest semi-orthogonal matrix: U V^T where the momentum is U S V^T. All directions of the update then
+have the same size, even those that are rare in the gradient. Muon trains the matrices of the blocks. AdamW
+trains the embedding, the head, gains and biases.
 """
 
 from collections.abc import Iterable
@@ -15,7 +15,7 @@ import torch.nn as nn
 from torch import Tensor
 
 from gpt import GPT
-from sologpt.load import multiplies_bfloat16
+from sologpt.device import multiplies_bfloat16
 
 
 def configure_optimizers(
@@ -29,30 +29,35 @@ def configure_optimizers(
     optimizer: str = "muon",
     dtype: torch.dtype | None = None,
 ) -> list[torch.optim.Optimizer]:
-    """[Muon for the blocks' matrices, AdamW for the rest], or [AdamW for all] with optimizer='adamw'.
+    """Return [Muon for the blocks' matrices, AdamW for the rest], or [AdamW for all] with optimizer="adamw".
 
-    learning_rate and weight_decay are for the matrices, momentum and dtype for Muon, betas for AdamW. AdamW wants a
-    lower learning_rate than Muon; its step is cheap, which pays where a step has few tokens for the model's size.
-    head_lr is also the rate of gains, biases and a tied embedding; learned positions have the embedding's. Every group
-    keeps its rate as `initial_lr`, for a schedule to scale.
+    learning_rate and weight_decay are for the matrices, momentum and dtype for Muon, betas for AdamW. AdamW
+    wants a lower learning_rate than Muon. Its step is cheap, which pays where a step has few tokens for the
+    size of the model. head_lr is also the rate of gains, biases and a tied embedding. Learned positions have
+    the rate of the embedding. Every group keeps its rate as `initial_lr`, for a schedule to scale.
     """
     if optimizer not in ("muon", "adamw"):
         raise ValueError(f"optimizer must be muon or adamw, not {optimizer!r}")
     stacks = by_shape(p for p in model.h.parameters() if p.ndim == 2)
-    matrices = [p for stack in stacks for p in stack]  # in this order checkpoints number their states
+    matrices = [p for stack in stacks for p in stack]  # checkpoints number their states in this order
     vectors = [p for p in model.parameters() if p.ndim == 1]
-    tables = {model.wte.weight: embd_lr, model.head_weight: head_lr}  # one and the same if tied: then head_lr
+    tables = {model.wte.weight: embd_lr}
+    tables[model.head_weight] = head_lr  # a tied embedding is the same tensor: it gets this rate
     if model.wpe is not None:
         tables[model.wpe.weight] = tables[model.wte.weight]
-    groups: list[dict[str, Any]] = [dict(params=[table], lr=lr) for table, lr in tables.items()]
-    groups += [dict(params=vectors, lr=head_lr)] if vectors else []
     blocks = [dict(params=matrices, lr=learning_rate, weight_decay=weight_decay)]
+    rest: list[dict[str, Any]] = [dict(params=[table], lr=lr) for table, lr in tables.items()]
+    if vectors:
+        rest.append(dict(params=vectors, lr=head_lr))
     adamw = partial(torch.optim.AdamW, betas=betas, eps=1e-10, weight_decay=0.0, fused=True)
-    optimizers: list[torch.optim.Optimizer] = [adamw(blocks + groups)]
+    optimizers: list[torch.optim.Optimizer]
     if optimizer == "muon":
-        optimizers = [Muon(blocks, momentum=momentum, dtype=dtype), adamw(groups)]
-    for group in (group for each in optimizers for group in each.param_groups):
-        group["initial_lr"] = group["lr"]
+        optimizers = [Muon(blocks, momentum=momentum, dtype=dtype), adamw(rest)]
+    else:
+        optimizers = [adamw(blocks + rest)]
+    for each in optimizers:
+        for group in each.param_groups:
+            group["initial_lr"] = group["lr"]
     return optimizers
 
 
@@ -64,10 +69,10 @@ def by_shape(params: Iterable[nn.Parameter]) -> list[list[nn.Parameter]]:
 
 
 def orthogonalize(G: Tensor) -> Tensor:
-    """The semi-orthogonal matrices nearest to a stack G (N, rows, columns), roughly: U V^T of G = U S V^T.
+    """Return roughly the semi-orthogonal matrices U V^T nearest to a stack G = U S V^T of (N, rows, columns).
 
-    Five steps of a Newton-Schulz iteration, which pushes all singular values towards 1. The coefficients are those of
-    Polar Express, each optimal for what the steps before it leave (https://arxiv.org/abs/2505.16932).
+    Five steps of a Newton-Schulz iteration push all singular values towards 1. The coefficients are those of
+    Polar Express: each is optimal for what the steps before it leave (https://arxiv.org/abs/2505.16932).
     """
     X = G.mT if G.size(-2) > G.size(-1) else G  # X X^T is then the smaller of the two products
     X = X / (X.norm(dim=(-2, -1), keepdim=True) * 1.01 + 1e-7)
@@ -86,10 +91,10 @@ def orthogonalize(G: Tensor) -> Tensor:
 class Muon(torch.optim.Optimizer):
     """MomentUm Orthogonalized by Newton-schulz, for matrices: `torch.optim.Muon` in batched products.
 
-    Matrices of the same shape are stacked, since a few large products cost a fraction of many small ones. `dtype` is
-    the precision of the products: None for bfloat16 on a GPU that has it, where it is several times faster and enough,
-    and the parameters' own elsewhere. Parameters that FSDP has sharded (DTensor) are redistributed: each process
-    orthogonalizes some of the whole matrices.
+    Matrices of the same shape are stacked, since a few large products cost a fraction of many small ones. The
+    products are in `dtype`. None means bfloat16 on a GPU that has it, where it is several times faster and
+    precise enough, and the parameters' own dtype elsewhere. Parameters that FSDP has sharded (DTensor) are
+    redistributed: each process orthogonalizes some of the whole matrices.
     """
 
     def __init__(
@@ -110,7 +115,7 @@ class Muon(torch.optim.Optimizer):
                 self.update(params, group["lr"], group["momentum"], group["weight_decay"])
 
     def update(self, params: Any, lr: float, momentum: float, weight_decay: float) -> None:
-        """One step for matrices of one shape."""
+        """Update matrices of one shape."""
         grads = [p.grad for p in params]
         for p in params:
             if p not in self.state:

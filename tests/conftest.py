@@ -13,7 +13,7 @@ from gpt import GPT, GPTConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 
-# The tests and the processes that they start are on the CPU. test_cuda.py is not, and gives its processes these GPUs
+# Tests and the processes that they start run on the CPU. test_cuda.py gives its processes these GPUs.
 GPUS = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(torch.cuda.device_count())))
 if torch.cuda.is_available():
     torch.cuda.init()  # this process sees them from now on, whatever its environment says
@@ -27,7 +27,7 @@ def auto_is_cpu(monkeypatch):
 
 
 def make_model(dtype: torch.dtype = torch.float64, seed: int = 0, **config) -> GPT:
-    """A small model whose weights are all random: a fresh one's blocks and head are zero, and hide mistakes."""
+    """A small model whose weights are all random: in a fresh one, many are zero, and hide mistakes."""
     torch.manual_seed(seed)
     defaults = dict(sequence_len=32, vocab_size=61, n_layer=3, n_head=4, n_kv_head=2, n_embd=32)
     model = GPT(GPTConfig(**defaults | config))
@@ -37,14 +37,18 @@ def make_model(dtype: torch.dtype = torch.float64, seed: int = 0, **config) -> G
 
 
 # Where ours is another architecture, as far from the default as can be
-LLAMA = dict(mlp="swiglu", n_hidden=40, head_dim=10, qk_norm=False, embd_norm=False, norm_weight=True, softcap=0.0)
-QWEN = LLAMA | dict(qk_norm=True, qkv_bias=True, tie_embd=True, rope_scaling={"rope_type": "linear", "factor": 3.0})
+LLAMA = dict(
+    mlp="swiglu", n_hidden=40, head_dim=10, qk_norm=False, embd_norm=False, norm_weight=True, softcap=0.0
+)
+QWEN = LLAMA | dict(
+    qk_norm=True, qkv_bias=True, tie_embd=True, rope_scaling={"rope_type": "linear", "factor": 3.0}
+)
 GPT2 = dict(norm="layer", norm_weight=True, bias=True, positions="learned", mlp="gelu_tanh", qk_norm=False)
 GPT2 |= dict(embd_norm=False, softcap=0.0, tie_embd=True, head_dim=9)
 WINDOWS = dict(layer_types="SFN", sliding_window=5)
 
 
-# Scripts run in processes of their own, forked from one that has imported PyTorch already: that is most of their time.
+# Each script runs in a process of its own, forked from one that has imported PyTorch: that takes longest.
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(["torch", "torch._dynamo", "numpy", "tiktoken", "matplotlib.pyplot", "gpt"])
 
@@ -95,7 +99,12 @@ def run(
         done = Script(*args, stdin=stdin, **env).wait()
     else:
         done = subprocess.run(
-            [sys.executable, *map(str, args)], cwd=cwd, input=stdin, capture_output=True, text=True, timeout=300
+            [sys.executable, *map(str, args)],
+            cwd=cwd,
+            input=stdin,
+            capture_output=True,
+            text=True,
+            timeout=300,
         )
     assert done.returncode == status, f"status {done.returncode}\n{done.stdout}\n{done.stderr}"
     return done
@@ -116,7 +125,9 @@ def dataset(tmp_path_factory) -> Path:
     text = folder / "text"
     text.mkdir()
     for i in range(20):
-        (text / f"{i:02}.txt").write_text("".join(f"def f{j}(x):\n    return x + {i * j}\n\n" for j in range(40)))
+        (text / f"{i:02}.txt").write_text(
+            "".join(f"def f{j}(x):\n    return x + {i * j}\n\n" for j in range(40))
+        )
     run("data/text/prepare.py", "--input", text, "--out_dir", folder)
     return folder
 
@@ -139,5 +150,7 @@ SMALL = ["--n_layer=2", "--n_head=2", "--n_embd=16", "--sequence_len=16", "--bat
 def trained(tmp_path_factory, dataset) -> Path:
     """The out_dir of a short run."""
     out = tmp_path_factory.mktemp("out") / "run"
-    run("train.py", *SMALL, f"--dataset={dataset}", f"--out_dir={out}", "--max_iters=20", "--eval_interval=10")
+    run(
+        "train.py", *SMALL, f"--dataset={dataset}", f"--out_dir={out}", "--max_iters=20", "--eval_interval=10"
+    )
     return out

@@ -1,5 +1,3 @@
-import errno
-import os
 import sys
 from dataclasses import dataclass
 
@@ -11,7 +9,8 @@ from hypothesis import strategies as st
 import configurator
 import sample
 import train
-from configurator import RunError, UserError, parse
+from configurator import parse
+from sologpt.errors import UserError
 
 
 @dataclass
@@ -138,7 +137,10 @@ def test_repeated_flags_add_to_a_tuple_and_a_file_replaces_it(file):
         ("n_layer = 9 ** 9 ** 9", ("exponent",)),
         ("n_layer = 'a' * 3", ("not a number",)),
         ("n_layer = (-8) ** 0.5", ("real number",)),
-        ("n_layer = 10 ** 60 ** 1 * 10 ** 60 * 10 ** 60 * 10 ** 60 * 10 ** 60 * 10 ** 64", ("sensible size",)),
+        (
+            "n_layer = 10 ** 60 ** 1 * 10 ** 60 * 10 ** 60 * 10 ** 60 * 10 ** 60 * 10 ** 64",
+            ("sensible size",),
+        ),
         ("learning_rate = 1e308 * 10", ("sensible size",)),
         ("n_layer = 1001", ("1001 is too many",)),
         ("n_layer = (1, 2)", ("must be a whole number",)),
@@ -218,7 +220,11 @@ def test_any_arguments_give_a_config_or_a_user_error(argv):
 
 
 expressions = st.recursive(
-    st.one_of(st.integers().map(str), st.floats().map(repr), st.sampled_from(["n_layer", "None", "True", "'a'", "x"])),
+    st.one_of(
+        st.integers().map(str),
+        st.floats().map(repr),
+        st.sampled_from(["n_layer", "None", "True", "'a'", "x"]),
+    ),
     lambda e: st.one_of(
         st.tuples(e, st.sampled_from(["+", "-", "*", "/", "//", "%", "**", "@", "<<", "and"]), e).map(
             lambda t: f"({t[0]} {t[1]} {t[2]})"
@@ -235,7 +241,8 @@ expressions = st.recursive(
 @given(
     lines=st.lists(
         st.one_of(
-            st.text(max_size=20), st.tuples(st.sampled_from(["n_layer", "top_p", "zzz"]), expressions).map(" = ".join)
+            st.text(max_size=20),
+            st.tuples(st.sampled_from(["n_layer", "top_p", "zzz"]), expressions).map(" = ".join),
         ),
         max_size=4,
     )
@@ -303,6 +310,39 @@ def test_keys_of_another_dataclass_are_flat(file):
     assert parse(Outer, ["--ratio=2", "--ratio=None"]).shape == {"ratio": None}
 
 
+@dataclass
+class Small:
+    name: str = "x"
+    shape: dict = configurator.keys_of(Shape, width=4, ratio=2.0)
+
+
+def test_keys_of_another_dataclass_may_have_defaults_of_their_own():
+    """What files and flags have given is known, also where it is the default."""
+    assert Small().shape == parse(Small, ["--name=y"]).shape == {"width": 4, "ratio": 2.0}
+    assert Small().shape.given == parse(Small, []).shape.given == {}
+    shape = parse(Small, ["--width=4", "--depth=5", "--ratio=None"]).shape
+    assert shape == {"width": 4, "depth": 5, "ratio": None} == shape.given
+    assert parse(Small, ["--depth=5"]).shape == {"width": 4, "depth": 5, "ratio": 2.0}
+    assert Small().shape == {"width": 4, "ratio": 2.0}
+    assert {key.name: key.default for key in configurator.keys(Small).values()} == {
+        "name": "x",
+        "width": 4,
+        "depth": 2,
+        "ratio": 2.0,
+    }
+
+
+@dataclass
+class Later:
+    n: int = None  # a whole number after __post_init__
+
+
+def test_a_key_whose_default_is_none_takes_none():
+    assert [parse(Later, argv).n for argv in ([], ["--n=3"], ["--n=3", "--n=None"])] == [None, 3, None]
+    with pytest.raises(UserError, match="n must be a whole number or None, not 'x'"):
+        parse(Later, ["--n=x"])
+
+
 @pytest.mark.parametrize(
     "flag, words",
     [
@@ -336,92 +376,22 @@ def test_help_has_groups_and_aligned_comments(monkeypatch):
     assert configurator.help_text(Outer).split("[--key=value ...]\n")[1] == HELP
 
 
-# ---- Errors of libraries, and exit statuses
+# ---- The scripts
 
 
 @pytest.mark.parametrize(
-    "raised, expected, line",
-    [
-        (ValueError("no such thing"), UserError, "no such thing"),
-        (ImportError("needs the extra 'hf'"), UserError, "needs the extra 'hf'"),
-        (FileNotFoundError("no best.pt in out"), UserError, "no best.pt in out"),
-        (FileNotFoundError(errno.ENOENT, "No such file", "a.pt"), UserError, "a.pt: No such file"),
-        (RuntimeError("a.pt is damaged"), RunError, "a.pt is damaged"),
-        (UserError("as it is"), UserError, "as it is"),
-        (KeyError("a bug"), KeyError, "'a bug'"),
-        (MemoryError(), MemoryError, ""),
-    ],
+    "name, target", [(name, target) for name, (target, _) in configurator.NANOGPT_KEYS.items()]
 )
-def test_reported(raised, expected, line):
-    with pytest.raises(BaseException) as e, configurator.reported():
-        raise raised
-    assert type(e.value) is expected and str(e.value) == line
-
-
-@pytest.mark.parametrize(
-    "raised, line",
-    [
-        (OSError(errno.ENOSPC, "No space left on device"), "cannot write out/ckpt.pt: No space left on device"),
-        (RuntimeError("unexpected pos 64"), "cannot write out/ckpt.pt: unexpected pos 64"),
-    ],
-)
-def test_writing(raised, line):
-    with pytest.raises(RunError) as e, configurator.writing("out/ckpt.pt"):
-        raise raised
-    assert str(e.value) == line
-
-
-def test_writing_to_a_missing_folder(tmp_path):
-    path = tmp_path / "none" / "x"
-    with pytest.raises(RunError, match=f"cannot write {path}: {os.strerror(errno.ENOENT)}"), configurator.writing(path):
-        path.write_text("x")
-
-
-OUT_OF_MEMORY = "error: out of memory: try a smaller batch\n"
-
-
-@pytest.mark.parametrize(
-    "raised, status, line",
-    [
-        (UserError("what"), 2, "error: what\n"),
-        (RunError("what"), 1, "error: what\n"),
-        (RunError("two\nlines"), 1, "error: two\\nlines\n"),
-        (UserError("a\x1b[2Jb\rc"), 2, "error: a\\x1b[2Jb\\rc\n"),
-        (RunError("CUDA out of memory. Tried to allocate"), 1, OUT_OF_MEMORY),
-        (RuntimeError("[enforce fail] can't allocate memory: 4 bytes"), 1, OUT_OF_MEMORY),
-        (MemoryError(), 1, OUT_OF_MEMORY),
-        (KeyboardInterrupt(), 130, ""),
-        (None, 0, ""),
-    ],
-)
-def test_exit_statuses(capsys, raised, status, line):
-    def main():
-        if raised:
-            raise raised
-
-    with pytest.raises(SystemExit) as e:
-        configurator.run(main, "a smaller batch")
-    assert e.value.code == status and capsys.readouterr().err == line
-
-
-@pytest.mark.parametrize("name, target", [(name, target) for name, (target, _) in configurator.NANOGPT_KEYS.items()])
 def test_keys_of_nanogpt_say_what_has_their_place(name, target, tmp_path):
     scripts = [cls for cls in (train.Config, sample.Config) if target in configurator.keys(cls)]
     assert scripts
     (tmp_path / "nano.py").write_text(f"{name} = 1")
     for cls in scripts:
         for arg in (f"--{name}=1", str(tmp_path / "nano.py")):
-            with pytest.raises(UserError, match=f"unknown key '{name}': it is nanoGPT's.*--?{target}|ckpt.pt"):
+            with pytest.raises(
+                UserError, match=f"unknown key '{name}': it is nanoGPT's.*--?{target}|ckpt.pt"
+            ):
                 parse(cls, [arg])
-
-
-@pytest.mark.parametrize("bug", [ValueError("a bug"), RuntimeError("a bug")])
-def test_a_bug_keeps_its_traceback(bug):
-    def main():
-        raise bug
-
-    with pytest.raises(type(bug)):
-        configurator.run(main)
 
 
 def test_the_files_in_config_are_valid(monkeypatch):
@@ -429,3 +399,17 @@ def test_the_files_in_config_are_valid(monkeypatch):
         assert parse(train.Config, [str(path)]).out_dir.startswith("out/")
     monkeypatch.setattr(sys, "argv", ["train.py", "--n_layer=3"])
     assert parse(train.Config).model["n_layer"] == 3
+
+
+def test_config_tiny_has_the_defaults():
+    assert parse(train.Config, [str(ROOT / "config" / "tiny.py"), "--out_dir=out"]) == train.Config()
+
+
+@pytest.mark.parametrize("name", ["gpt2_124m", "shakespeare_char", "finetune"])
+def test_larger_runs_do_not_depend_on_the_defaults_of_the_small_one(name):
+    """Each names every setting in which config/tiny.py differs from what it was tuned for."""
+    config = parse(train.Config, [str(ROOT / "config" / f"{name}.py")])
+    assert (config.momentum, config.sample_prompt, config.sample_tokens) == (0.95, "\n", 300)
+    if name != "finetune":  # has rates of its own, and its model from elsewhere
+        assert (config.head_lr, config.warmdown) == (0.004, 0.4)
+        assert {"n_layer", "n_head", "n_embd", "sequence_len"} <= config.model.given.keys()

@@ -9,6 +9,7 @@ import sys
 import threading
 from pathlib import Path
 
+import common
 import numpy as np
 import pytest
 import tiktoken
@@ -18,7 +19,9 @@ from conftest import ROOT, error, make_model, run, write_prepare
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data import common
+import sologpt.data
+from sologpt.data import find, get_batch, load, prepare
+from sologpt.errors import RunError
 from sologpt.tokenizer import EOT, Tokenizer, train_bpe
 
 
@@ -51,9 +54,9 @@ def test_a_single_document_is_cut(tmp_path):
 
 
 def test_a_written_dataset_is_read_back(tmp_path, monkeypatch):
-    monkeypatch.setattr(common, "LEAST", 1)
+    monkeypatch.setattr(common, "MIN_TOKENS", 1)
     common.write(tmp_path, texts(tmp_path, "first é", "second", "third", "fourth"), "bytes", 0.25)
-    data = common.load(tmp_path)
+    data = load(tmp_path)
     tokenizer = data.tokenizer
     assert tokenizer.decode(data.train.tolist()) == "first é<|endoftext|>second<|endoftext|>third"
     assert tokenizer.decode(data.val.tolist()) == "fourth"
@@ -69,7 +72,7 @@ def test_a_written_dataset_is_read_back(tmp_path, monkeypatch):
 def test_bits_per_byte_do_not_depend_on_the_tokenizer(tmp_path):
     text = "the quick brown fox jumps over the lazy dog " * 30
     common.write(tmp_path, texts(tmp_path, *[text] * 4), "bpe:300", 0.25)
-    data = common.load(tmp_path)
+    data = load(tmp_path)
     assert data.bytes_per_token == len(text) / len(Tokenizer.from_dict(data.tokenizer.to_dict()).encode(text))
 
 
@@ -77,10 +80,12 @@ def test_a_large_vocabulary_takes_four_bytes(tmp_path, monkeypatch):
     tokens = [bytes([i]) for i in range(256)] + [b"%6d" % i for i in range(70_000)]
     large = Tokenizer._from_tokens("large", r" \d{5}|[\s\S]", tokens)
     monkeypatch.setattr(Tokenizer, "from_spec", lambda *_: large)
-    monkeypatch.setattr(common, "LEAST", 1)
+    monkeypatch.setattr(common, "MIN_TOKENS", 1)
     common.write(tmp_path, texts(tmp_path, "a" * 50, " 69999" * 10), "large", 0.5)
-    data = common.load(tmp_path)
-    assert data.val.dtype == np.uint32 and data.val.max() == 70_255 and large.decode(data.val) == " 69999" * 10
+    data = load(tmp_path)
+    assert (
+        data.val.dtype == np.uint32 and data.val.max() == 70_255 and large.decode(data.val) == " 69999" * 10
+    )
 
 
 def test_stdlib_is_python_and_always_the_same(tmp_path, monkeypatch):
@@ -98,20 +103,33 @@ def test_text_from_a_folder_and_from_a_file(tmp_path):
         (tmp_path / "in" / f"{i:02}.txt").write_text(f"this is text {i}\n")
     (tmp_path / "in" / ".git").mkdir()
     (tmp_path / "in" / ".git" / "objects").write_bytes(b"\xff")
-    run("data/text/prepare.py", "--input", tmp_path / "in", "--out_dir", tmp_path / "a", "--val_fraction=0.25")
-    a = common.load(tmp_path / "a")
-    assert a.tokenizer.decode(a.val.tolist()) == "<|endoftext|>".join(f"this is text {i}\n" for i in (3, 7, 11))
+    run(
+        "data/text/prepare.py", "--input", tmp_path / "in", "--out_dir", tmp_path / "a", "--val_fraction=0.25"
+    )
+    a = load(tmp_path / "a")
+    assert a.tokenizer.decode(a.val.tolist()) == "<|endoftext|>".join(
+        f"this is text {i}\n" for i in (3, 7, 11)
+    )
     (tmp_path / "one.txt").write_text("x" * 900 + "y" * 100)
     run("data/text/prepare.py", "--input", tmp_path / "one.txt", "--out_dir", tmp_path / "b")
-    b = common.load(tmp_path / "b")
+    b = load(tmp_path / "b")
     assert b.tokenizer.decode(b.val.tolist()) == "y" * 100
 
 
 def test_shakespeare_from_a_file(tmp_path):
     (tmp_path / "s.txt").write_text("To be, or not to be.\n" * 100)
-    run("data/shakespeare/prepare.py", "--input", tmp_path / "s.txt", "--out_dir", tmp_path, "--tokenizer=bpe:260")
-    data = common.load(tmp_path)
-    assert data.tokenizer.vocab_size == 260 and data.tokenizer.decode(data.train[:8].tolist()).startswith("To be")
+    run(
+        "data/shakespeare/prepare.py",
+        "--input",
+        tmp_path / "s.txt",
+        "--out_dir",
+        tmp_path,
+        "--tokenizer=bpe:260",
+    )
+    data = load(tmp_path)
+    assert data.tokenizer.vocab_size == 260 and data.tokenizer.decode(data.train[:8].tolist()).startswith(
+        "To be"
+    )
 
 
 # ---- documents in chunks
@@ -119,7 +137,7 @@ def test_shakespeare_from_a_file(tmp_path):
 
 @pytest.fixture(scope="module", params=["gpt2", "cl100k_base", "o200k_base", "bpe:600", "bytes"])
 def tokenizer(request) -> Tokenizer:
-    """A tokenizer with the pre-tokenization pattern of the named encoding, and merges trained here: no download."""
+    """A tokenizer with the pre-tokenization of the named encoding, and merges trained here: no download."""
     if request.param in ("bpe:600", "bytes"):
         return Tokenizer.from_spec(request.param, [SOURCE])
     ranks = {token: i for i, token in enumerate(train_bpe([SOURCE], 600))}
@@ -127,7 +145,9 @@ def tokenizer(request) -> Tokenizer:
         for loader in ("load_tiktoken_bpe", "data_gym_to_mergeable_bpe_ranks"):
             patch.setattr(tiktoken_ext.openai_public, loader, lambda *_, **__: ranks)
         pattern = getattr(tiktoken_ext.openai_public, request.param)()["pat_str"]
-    return Tokenizer(tiktoken.Encoding("learnt", pat_str=pattern, mergeable_ranks=ranks, special_tokens={EOT: 600}))
+    return Tokenizer(
+        tiktoken.Encoding("learnt", pat_str=pattern, mergeable_ranks=ranks, special_tokens={EOT: 600})
+    )
 
 
 SOURCE = Path(argparse.__file__).read_text()
@@ -164,14 +184,19 @@ def test_a_chunk_ends_at_a_token_boundary(tmp_path_factory, tokenizer, text, siz
     for i in range(1, len(chunks)):
         before, after = "".join(chunks[:i]), "".join(chunks[i:])
         if tokenizer.name == "bytes" or (before[-1:].strip() and after[:1] == " "):
-            assert tokenizer.encode(before) + tokenizer.encode(after) == tokenizer.encode(text), (before, after)
+            assert tokenizer.encode(before) + tokenizer.encode(after) == tokenizer.encode(text), (
+                before,
+                after,
+            )
 
 
 def test_chunks_of_a_real_text_have_the_ids_of_the_whole(tmp_path, tokenizer, monkeypatch):
     monkeypatch.setattr(common, "CHUNK", 1000)
     (document,) = texts(tmp_path, SOURCE)
     chunks = list(document)
-    assert len(chunks) > 50 and [i for chunk in chunks for i in tokenizer.encode(chunk)] == tokenizer.encode(SOURCE)
+    assert len(chunks) > 50 and [i for chunk in chunks for i in tokenizer.encode(chunk)] == tokenizer.encode(
+        SOURCE
+    )
 
 
 @settings(deadline=None)
@@ -197,13 +222,20 @@ def test_a_dataset_written_in_chunks_is_that_of_whole_documents(tmp_path, monkey
     contents = [SOURCE[i * size : (i + 1) * size] for i in range(n)]
     common.write(tmp_path, texts(tmp_path, *contents), spec, 0.25)
     cut = size * 3 // 4
-    train, val = ([SOURCE[:cut]], [SOURCE[cut:size]]) if n == 1 else (contents[:3] + contents[4:], contents[3:4])
+    train, val = (
+        ([SOURCE[:cut]], [SOURCE[cut:size]]) if n == 1 else (contents[:3] + contents[4:], contents[3:4])
+    )
     tokenizer = Tokenizer.from_spec(spec, train)
-    ids = tokenizer.encode(train[0]) + [i for text in train[1:] for i in [tokenizer.eot, *tokenizer.encode(text)]]
-    data, meta = common.load(tmp_path), json.loads((tmp_path / "meta.json").read_text())
+    ids = tokenizer.encode(train[0]) + [
+        i for text in train[1:] for i in [tokenizer.eot, *tokenizer.encode(text)]
+    ]
+    data, meta = load(tmp_path), json.loads((tmp_path / "meta.json").read_text())
     assert data.tokenizer.to_dict() == tokenizer.to_dict()
     assert data.train.tolist() == ids and data.val.tolist() == tokenizer.encode(val[0])
-    assert (meta["train_bytes"], meta["val_bytes"]) == (sum(len(t.encode()) for t in train), len(val[0].encode()))
+    assert (meta["train_bytes"], meta["val_bytes"]) == (
+        sum(len(t.encode()) for t in train),
+        len(val[0].encode()),
+    )
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
@@ -212,8 +244,8 @@ def test_memory_does_not_grow_with_the_text(tmp_path):
     (tmp_path / "large").write_text(SOURCE * 100)
     code = f"""
 import pathlib, re, sys
-sys.path.insert(0, {str(ROOT)!r})
-from data import common
+sys.path.insert(0, {str(ROOT / "data")!r})
+import common
 common.CHUNK = 2**16
 def peak(name):
     common.write(pathlib.Path("out"), [common.Document(pathlib.Path(name))], "bytes", 0.1)
@@ -231,7 +263,9 @@ def test_an_existing_dataset_stays_when_preparing_fails(tmp_path):
     second.path.write_bytes(b"te\xfft")
     with pytest.raises(ValueError, match="byte 2"):
         common.write(tmp_path, [first, second], "bytes", 0.5)
-    with pytest.raises(ValueError, match=r"too little text: val\.bin would have 31 tokens, and needs 32 or more"):
+    with pytest.raises(
+        ValueError, match=r"too little text: val\.bin would have 31 tokens, and needs 32 or more"
+    ):
         common.write(tmp_path, texts(tmp_path, "a" * 32, "b" * 31), "bytes", 0.5)
     assert {path.name: path.read_bytes() for path in tmp_path.glob("*.*")} == before
 
@@ -244,7 +278,7 @@ def test_a_tokenizer_comes_from_a_file(tmp_path):
     (tmp_path / "tokenizer.json").write_text(json.dumps(tokenizer.to_dict()))
     make_model().save(tmp_path / "ckpt.pt", tokenizer=tokenizer.to_dict())
     common.write(tmp_path, texts(tmp_path, SOURCE[:5000]), str(tmp_path / "ckpt.pt"), 0.1)
-    assert common.load(tmp_path).train.tolist() == tokenizer.encode(SOURCE[:4500])
+    assert load(tmp_path).train.tolist() == tokenizer.encode(SOURCE[:4500])
     for name in ("tokenizer.json", "meta.json"):
         assert common.open_tokenizer(str(tmp_path / name)).to_dict() == tokenizer.to_dict()
 
@@ -334,13 +368,13 @@ def test_a_download_is_retried_checked_and_kept(server, shakespeare, tmp_path, m
 
 
 def test_a_wrong_or_failing_download_is_an_error_and_leaves_nothing(server, shakespeare, tmp_path):
-    with pytest.raises(OSError, match=r"checksum.*--input"):
+    with pytest.raises(RunError, match=r"checksum.*--input"):
         shakespeare.documents(None)
     server.length = 100  # more than is sent: the connection ends within the file
-    with pytest.raises(OSError, match=r"IncompleteRead.*--input"):
+    with pytest.raises(RunError, match=r"IncompleteRead.*--input"):
         shakespeare.documents(None)
     server.failures = 9
-    with pytest.raises(OSError, match=r"Service Unavailable.*--input"):
+    with pytest.raises(RunError, match=r"Service Unavailable.*--input"):
         shakespeare.documents(None)
     assert list(tmp_path.iterdir()) == []
 
@@ -391,7 +425,7 @@ def test_a_dataset_whose_files_do_not_match_is_an_error(copy):
     whole = (copy / "train.bin").read_bytes()
     (copy / "train.bin").write_bytes(whole[:-1])
     with pytest.raises(ValueError, match=r"train\.bin has .*tokens of uint16: run"):
-        common.load(copy)
+        load(copy)
     (copy / "train.bin").write_bytes(whole)
     for changes in (
         dict(dtype="uint32"),
@@ -403,16 +437,16 @@ def test_a_dataset_whose_files_do_not_match_is_an_error(copy):
         before = (copy / "meta.json").read_text()
         change_meta(copy, **changes)
         with pytest.raises(ValueError):
-            common.load(copy)
+            load(copy)
         (copy / "meta.json").write_text(before)
     for content in (b"{", b"", b"[]", b"\xff", b"[" * 100_000):
         (copy / "meta.json").write_bytes(content)
         with pytest.raises(ValueError, match=r"meta\.json is damaged, or not the meta\.json of a dataset"):
-            common.load(copy)
+            load(copy)
     for name in ("meta.json", "train.bin"):
         (copy / name).unlink()
         with pytest.raises(ValueError, match=f"has no .*{name}"):
-            common.load(copy)
+            load(copy)
 
 
 JSON = st.recursive(
@@ -432,35 +466,36 @@ def test_a_changed_meta_json_is_an_error_or_harmless(dataset, tmp_path_factory, 
     where[data.draw(st.sampled_from(sorted(where)))] = data.draw(JSON)
     (folder / "meta.json").write_text(json.dumps(meta))
     try:
-        assert common.load(folder).bytes_per_token > 0
+        assert load(folder).bytes_per_token > 0
     except ValueError as e:
         assert str(folder) in str(e) and "\n" not in str(e)
 
 
 def test_tokens_outside_the_vocabulary_are_an_error(copy, monkeypatch):
     tokens = np.fromfile(copy / "train.bin", "<u2")
-    assert common.load(copy).max_token == max(tokens.max(), np.fromfile(copy / "val.bin", "<u2").max())
+    assert load(copy).max_token == max(tokens.max(), np.fromfile(copy / "val.bin", "<u2").max())
     tokens[-1] = 257
     tokens.tofile(copy / "train.bin")
     outside = pytest.raises(ValueError, match=r"train\.bin has token id 257, outside the vocabulary of 257")
     with outside:
-        common.load(copy)
-    monkeypatch.setattr(common, "SCAN", 100)  # a large file: not scanned, meta.json has the largest id
-    assert common.load(copy).max_token == 256
+        load(copy)
+    monkeypatch.setattr(sologpt.data, "SCAN", 100)  # a large file: not scanned, meta.json has the largest id
+    assert load(copy).max_token == 256
     change_meta(copy, train_max_token=257)
     with outside:
-        common.load(copy)
+        load(copy)
     meta = json.loads((copy / "meta.json").read_text())
     del meta["train_max_token"]  # then the file is scanned
     (copy / "meta.json").write_text(json.dumps(meta))
     with outside:
-        common.load(copy)
+        load(copy)
 
 
 def test_preparing_imports_neither_torch_nor_the_model(tmp_path):
-    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import data.common; print('torch' in sys.modules)"
+    path = str(ROOT / "data")
+    code = f"import sys; sys.path.insert(0, {path!r}); import common; print('torch' in sys.modules)"
     assert run("-c", code, cwd=tmp_path).stdout == "False\n"  # a new process: forked ones have imported torch
-    assert sys.modules["data.common"] is common
+    assert prepare_module("text").common is common, "one module, whoever imports it"
 
 
 # ---- for train.py
@@ -468,56 +503,63 @@ def test_preparing_imports_neither_torch_nor_the_model(tmp_path):
 
 def test_a_missing_dataset_is_prepared_once(dataset, tmp_path, monkeypatch, capfd):
     folder = write_prepare(tmp_path / "other", dataset / "text")
-    common.prepare(str(folder), "bpe:300")
-    assert common.load(folder).tokenizer.name == "bpe:300"
+    prepare(str(folder), "bpe:300")
+    assert load(folder).tokenizer.name == "bpe:300"
     before = (folder / "meta.json").stat().st_mtime_ns
-    common.prepare(str(folder), "bytes")
+    prepare(str(folder), "bytes")
     assert (folder / "meta.json").stat().st_mtime_ns == before, "a dataset that exists is left alone"
-    other = common.load(folder).tokenizer
+    other = load(folder).tokenizer
     (folder / "meta.json").unlink()
     capfd.readouterr()
-    common.prepare(str(folder), other.to_dict())
+    prepare(str(folder), other.to_dict())
     assert capfd.readouterr().out.startswith(f"preparing the dataset {folder} ...\n"), "before it is slow"
-    assert common.load(folder).tokenizer.to_dict() == other.to_dict(), "the tokenizer of a checkpoint"
+    assert load(folder).tokenizer.to_dict() == other.to_dict(), "the tokenizer of a checkpoint"
 
     monkeypatch.chdir(tmp_path)
-    assert common.find("other") == Path("other") and common.find("stdlib") == ROOT / "data" / "stdlib"
-    assert common.find(str(folder)) == folder
+    assert find("other") == Path("other") and find("stdlib") == ROOT / "data" / "stdlib"
+    assert find(str(folder)) == folder
 
 
 def test_a_dataset_that_cannot_be_prepared_is_an_error(dataset, tmp_path, capfd):
     with pytest.raises(ValueError, match=r"--dataset=nowhere.*fineweb, shakespeare, stdlib, text"):
-        common.prepare("nowhere", "bytes")
-    for name, words in (("shakespeare_char", "config/shakespeare_char.py"), ("openwebtext", "--dataset=fineweb")):
-        with pytest.raises(ValueError, match=f"--dataset={name}: no such dataset; here .*{words}"):
-            common.prepare(name, "bytes")  # nanoGPT's
+        prepare("nowhere", "bytes")
+    for name, words in (
+        ("shakespeare_char", "config/shakespeare_char.py"),
+        ("openwebtext", "--dataset=fineweb"),
+    ):
+        with pytest.raises(ValueError, match=f"--dataset={name}: no such dataset; use .*{words}"):
+            prepare(name, "bytes")  # nanoGPT's
     folder = write_prepare(tmp_path / "other", dataset / "text")
     with pytest.raises(SystemExit) as e:
-        common.prepare(str(folder), "words")
+        prepare(str(folder), "words")
     assert e.value.code == 2
     err = capfd.readouterr().err
     assert err.startswith("error: ") and "words" in err and err.count("\n") == 1
     (folder / "prepare.py").unlink()
-    common.prepare(str(folder), "bytes")  # a folder without prepare.py: load says what is missing
+    prepare(str(folder), "bytes")  # a folder without prepare.py: load says what is missing
     with pytest.raises(ValueError, match=r"other has no train\.bin, val\.bin, meta\.json"):
-        common.load(folder)
+        load(folder)
 
 
 def test_a_dataset_is_checked_against_the_model(dataset):
-    data = common.load(dataset)
+    data = load(dataset)
     shortest = min(len(data.train), len(data.val))
     data.check(shortest - 1, data.max_token + 1)
     n = len(data.val)
-    with pytest.raises(ValueError, match=rf"val\.bin has {n} tokens.*--sequence_len={n}: .*--sequence_len={n - 1}, or"):
+    with pytest.raises(
+        ValueError, match=rf"val\.bin has {n} tokens.*--sequence_len={n}: .*--sequence_len={n - 1}, or"
+    ):
         data.check(len(data.val), 257)
-    with pytest.raises(ValueError, match=rf"{dataset} has token id 256, outside the vocabulary of 256.*--vocab_size"):
+    with pytest.raises(
+        ValueError, match=rf"{dataset} has token id 256, outside the vocabulary of 256.*--vocab_size"
+    ):
         data.check(16, 256)
 
 
 def test_targets_are_the_inputs_one_token_ahead(dataset):
-    tokens = common.load(dataset).train
+    tokens = load(dataset).train
     starts = np.array([0, 7, len(tokens) - 6])
-    inputs, targets = common.get_batch(tokens, starts, 5, torch.device("cpu"))
+    inputs, targets = get_batch(tokens, starts, 5, torch.device("cpu"))
     assert inputs.dtype == targets.dtype == torch.int64
     assert inputs.tolist() == [tokens[i : i + 5].tolist() for i in starts]
     assert targets.tolist() == [tokens[i + 1 : i + 6].tolist() for i in starts]

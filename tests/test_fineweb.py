@@ -9,13 +9,14 @@ import sys
 import threading
 import time
 
+import common
 import numpy as np
 import pytest
 import tiktoken
 from conftest import ROOT, error, run
 
-from data import common
 from data.fineweb import prepare as fineweb
+from sologpt.data import Dataset, load
 from sologpt.tokenizer import Tokenizer
 
 SCRIPT = "data/fineweb/prepare.py"
@@ -117,12 +118,14 @@ def tokenizer() -> Tokenizer:
     """One with a gap, id 256, so that there are ids of which it knows nothing."""
     ranks = {bytes([i]): i for i in range(256)} | {b"%3d" % i: 257 + i for i in range(700)}
     special = {"<|endoftext|>": 957}
-    return Tokenizer(tiktoken.Encoding("triples", pat_str=r"[\s\S]", mergeable_ranks=ranks, special_tokens=special))
+    return Tokenizer(
+        tiktoken.Encoding("triples", pat_str=r"[\s\S]", mergeable_ranks=ranks, special_tokens=special)
+    )
 
 
 @pytest.fixture(scope="module")
 def tokens(tokenizer) -> list[np.ndarray]:
-    """The tokens of the shard for validation, and of three to train on: different lengths, all of several chunks."""
+    """The tokens of the validation shard and of three training shards: different lengths, several chunks."""
     rng = np.random.default_rng(0)
     shards = [rng.integers(0, 958, size=n) for n in (120_000, 150_000, 100_001, 90_000)]
     for tokens in shards:
@@ -136,9 +139,9 @@ def flags(hub, tokenizer, tmp_path):
     return [f"--tokenizer={tmp_path / 'tokenizer.json'}", f"--out_dir={tmp_path / 'out'}"]
 
 
-def check(folder, tokens, shards=1, leftovers=()) -> common.Dataset:
+def check(folder, tokens, shards=1, leftovers=()) -> Dataset:
     """The dataset, which must have exactly the validation shard and the first training shards."""
-    data = common.load(folder)
+    data = load(folder)
     assert np.array_equal(data.val, tokens[0])
     assert np.array_equal(data.train, np.concatenate(tokens[1 : 1 + shards]))
     assert sorted(path.name for path in folder.iterdir()) == sorted([*common.FILES, *leftovers])
@@ -156,7 +159,9 @@ def test_shards_become_a_dataset_that_grows(hub, flags, tokens, tokenizer, tmp_p
     run(SCRIPT, *flags, "--shards=3")
     check(tmp_path / "out", tokens, shards=3)
     meta = json.loads((tmp_path / "out" / "meta.json").read_text())
-    text = tokenizer.encoding.decode_bytes([i for ids in tokens[1:] for i in ids.tolist() if i != tokenizer.eot])
+    text = tokenizer.encoding.decode_bytes(
+        [i for ids in tokens[1:] for i in ids.tolist() if i != tokenizer.eot]
+    )
     assert (meta["train_tokens"], meta["train_bytes"], meta["train_max_token"]) == (340_001, len(text), 957)
     assert hub.downloads == NAMES, "a shard in the dataset is not downloaded again"
     run(SCRIPT, *flags, "--shards=2", HF_ENDPOINT="http://127.0.0.1:9")
@@ -193,7 +198,7 @@ import tiktoken
 from data.fineweb import prepare
 def refuse(_): raise OSError("no route to host")
 tiktoken.get_encoding = refuse
-prepare.main()
+prepare.errors.run(prepare.main)
 """
     line = error("-c", code, "--tokenizer=gpt2", f"--out_dir={tmp_path / 'other'}", status=1)
     assert "gpt2" in line and "--tokenizer=FILE" in line and not hub.downloads
@@ -205,7 +210,7 @@ import sys
 sys.path.insert(0, {str(ROOT)!r})
 sys.modules["huggingface_hub"] = None
 from data.fineweb import prepare
-prepare.main()
+prepare.errors.run(prepare.main)
 """
     line = error("-c", code, *flags)
     assert "extra 'hf'" in line and "huggingface_hub" in line
@@ -260,7 +265,9 @@ def test_killed_during_a_download_the_next_run_continues(hub, flags, tokens, tmp
     hub.pause = 0.01  # about 3 MB/s
     rng, kills = random.Random(1), 0
     while True:
-        process = subprocess.Popen([sys.executable, SCRIPT, *flags, "--shards=3"], cwd=ROOT, stdout=subprocess.DEVNULL)
+        process = subprocess.Popen(
+            [sys.executable, SCRIPT, *flags, "--shards=3"], cwd=ROOT, stdout=subprocess.DEVNULL
+        )
         before = len(hub.downloads)
         while process.poll() is None and len(hub.downloads) == before:
             time.sleep(0.005)
@@ -295,12 +302,14 @@ def deadly(function):
         return result
     return call
 os.replace, os.fsync = deadly(os.replace), deadly(os.fsync)
-prepare.main()
+prepare.errors.run(prepare.main)
 """
     rng, kills = random.Random(2), 0
     while True:
         when = str(rng.randint(1, 3)), rng.choice(["before", "after"])
-        done = subprocess.run([sys.executable, "-c", code, *when, *flags, "--shards=3"], cwd=ROOT, capture_output=True)
+        done = subprocess.run(
+            [sys.executable, "-c", code, *when, *flags, "--shards=3"], cwd=ROOT, capture_output=True
+        )
         if done.returncode == 0:
             break
         assert done.returncode == -signal.SIGKILL, done.stderr
@@ -320,7 +329,12 @@ def test_an_existing_dataset_is_never_mixed_with_another(hub, flags, tokens, tmp
 
     assert "another tokenizer" in refused(f"--tokenizer={dataset / 'meta.json'}")
     assert "another dataset" in refused(f"--out_dir={dataset}")
-    for content in ("{", "[]", '{"shards": null}', before["meta.json"].replace(b'"val_tokens"', b'"val_"').decode()):
+    for content in (
+        "{",
+        "[]",
+        '{"shards": null}',
+        before["meta.json"].replace(b'"val_tokens"', b'"val_"').decode(),
+    ):
         (out / "meta.json").write_text(content)
         assert "damaged" in refused()
     (out / "meta.json").unlink()
@@ -337,8 +351,9 @@ def test_a_full_disk_is_one_line_and_the_next_run_continues(hub, flags, tokens, 
 import resource, sys
 sys.path.insert(0, {str(ROOT)!r})
 from data.fineweb import prepare
-resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[1]), int(sys.argv.pop(1))))  # the largest file allowed
-prepare.main()
+largest = int(sys.argv.pop(1))
+resource.setrlimit(resource.RLIMIT_FSIZE, (largest, largest))
+prepare.errors.run(prepare.main)
 """
     line = error("-c", code, 200_000, *flags, "--shards=2", status=1)  # less than a download
     assert "cannot write" in line and str(tmp_path / "out") in line

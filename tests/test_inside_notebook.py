@@ -1,4 +1,4 @@
-"""notebooks/inside.ipynb with models of other architectures than the one that it trains itself (nbmake runs that)."""
+"""notebooks/inside.ipynb with models of other architectures. nbmake runs it with the one that it trains."""
 
 import json
 from pathlib import Path
@@ -28,7 +28,7 @@ def run_notebook(folder: Path, monkeypatch, **config) -> dict:
 
 @pytest.mark.parametrize("config", [{}, QWEN, GPT2, WINDOWS], ids=["default", "qwen", "gpt2", "windows"])
 def test_every_architecture_can_be_looked_into(tmp_path, monkeypatch, config):
-    """The notebook checks its attention weights itself. The losses and the head switched off are compared here."""
+    """The notebook checks its own attention weights. Losses, and those without a head, are compared here."""
     names = run_notebook(tmp_path, monkeypatch, **config)
     model, idx, D = names["model"], names["idx"], names["D"]
     assert names["T"] == 48
@@ -36,7 +36,11 @@ def test_every_architecture_can_be_looked_into(tmp_path, monkeypatch, config):
     assert patterns.shape == (3, 4, 48, 48) and patterns.isfinite().all()
     torch.testing.assert_close(patterns.sum(-1), torch.ones(3, 4, 48))
     if config is WINDOWS:  # layers S, F, N
-        assert not patterns[0].tril(-5).any() and patterns[0].diagonal(-4, 1, 2).all() and patterns[1].tril(-5).any()
+        assert (
+            not patterns[0].tril(-5).any()
+            and patterns[0].diagonal(-4, 1, 2).all()
+            and patterns[1].tril(-5).any()
+        )
     with torch.no_grad():
         losses = F.cross_entropy(model(idx)[0, :-1], idx[0, 1:], reduction="none")
         torch.testing.assert_close(names["losses"], losses)

@@ -1,6 +1,9 @@
+import subprocess
+import sys
+
 import pytest
 import torch
-from conftest import GPT2, LLAMA, QWEN, make_model
+from conftest import GPT2, LLAMA, QWEN, ROOT, make_model
 
 from sologpt.optim import Muon, configure_optimizers, orthogonalize
 
@@ -12,6 +15,11 @@ def test_every_parameter_is_in_exactly_one_group(switches, optimizer):
     optimizers = configure_optimizers(model, optimizer=optimizer)
     grouped = [p for o in optimizers for group in o.param_groups for p in group["params"]]
     assert sorted(map(id, grouped)) == sorted(map(id, model.parameters()))
+
+
+def test_it_needs_no_tokenizer():
+    code = "import sys, sologpt.optim; assert not {'tiktoken', 'sologpt.tokenizer'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 
 
 def test_rates_go_where_they_belong():
@@ -28,10 +36,14 @@ def test_rates_go_where_they_belong():
 
 def test_adamw_takes_the_matrices_at_their_rate_and_decay():
     model = make_model(**LLAMA)
-    [adamw] = configure_optimizers(model, 0.1, 0.2, 0.3, weight_decay=0.4, betas=(0.5, 0.6), optimizer="adamw")
+    [adamw] = configure_optimizers(
+        model, 0.1, 0.2, 0.3, weight_decay=0.4, betas=(0.5, 0.6), optimizer="adamw"
+    )
     assert isinstance(adamw, torch.optim.AdamW)
     settings = {
-        id(p): (g["initial_lr"], g["weight_decay"], g["betas"]) for g in adamw.param_groups for p in g["params"]
+        id(p): (g["initial_lr"], g["weight_decay"], g["betas"])
+        for g in adamw.param_groups
+        for p in g["params"]
     }
     assert settings[id(model.wte.weight)] == (0.2, 0, (0.5, 0.6))
     assert settings[id(model.lm_head.weight)] == settings[id(model.norm.weight)] == (0.3, 0, (0.5, 0.6))
@@ -63,7 +75,10 @@ def test_stacked_muon_equals_one_matrix_after_the_other():
     torch.manual_seed(0)
     together = [torch.nn.Parameter(torch.randn(12, 20, dtype=torch.float64)) for _ in range(3)]
     alone = [torch.nn.Parameter(p.detach().clone()) for p in together]
-    optimizers = [Muon(together, lr=0.1, weight_decay=0.1), *(Muon([p], lr=0.1, weight_decay=0.1) for p in alone)]
+    optimizers = [
+        Muon(together, lr=0.1, weight_decay=0.1),
+        *(Muon([p], lr=0.1, weight_decay=0.1) for p in alone),
+    ]
     for _ in range(4):
         for p, q in zip(together, alone, strict=True):
             p.grad = torch.randn(12, 20, dtype=torch.float64)

@@ -17,8 +17,15 @@ from conftest import ROOT, SMALL, Script, run
 
 from gpt import GPT
 from sologpt import parallel
+from sologpt.device import autocast_dtype
 
-STEPS = [*SMALL, "--gradient_accumulation_steps=4", "--max_iters=20", "--eval_interval=10", "--log_interval=1"]
+STEPS = [
+    *SMALL,
+    "--gradient_accumulation_steps=4",
+    "--max_iters=20",
+    "--eval_interval=10",
+    "--log_interval=1",
+]
 STEPS += [
     "--eval_iters=7",
     "--ckpt_interval=5",
@@ -36,9 +43,16 @@ def free_port() -> str:
         return str(s.getsockname()[1])
 
 
-def together(n: int, *flags: str, script: tuple[str, ...] = ("train.py",)) -> list[subprocess.CompletedProcess]:
+def together(
+    n: int, *flags: str, script: tuple[str, ...] = ("train.py",)
+) -> list[subprocess.CompletedProcess]:
     """train.py, or another script, in n processes that know each other as torchrun would have told them."""
-    env = {"WORLD_SIZE": str(n), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "OMP_NUM_THREADS": "1"}
+    env = {
+        "WORLD_SIZE": str(n),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": free_port(),
+        "OMP_NUM_THREADS": "1",
+    }
     scripts = [Script(*script, *flags, RANK=str(r), LOCAL_RANK=str(r), **env) for r in range(n)]
     return [script.wait(120) for script in scripts]
 
@@ -46,7 +60,9 @@ def together(n: int, *flags: str, script: tuple[str, ...] = ("train.py",)) -> li
 def torchrun(*args: str | Path) -> subprocess.Popen:
     command = [sys.executable, "-m", "torch.distributed.run", f"--master_port={free_port()}", *map(str, args)]
     env = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
 
 
 def records(out: Path) -> list[dict]:
@@ -55,7 +71,11 @@ def records(out: Path) -> list[dict]:
 
 def assert_same_run(a: Path, b: Path) -> None:
     for x, y in zip(records(a), records(b), strict=True):
-        assert x["step"] == y["step"] and ("loss" in x) == ("loss" in y) and ("val_loss" in x) == ("val_loss" in y)
+        assert (
+            x["step"] == y["step"]
+            and ("loss" in x) == ("loss" in y)
+            and ("val_loss" in x) == ("val_loss" in y)
+        )
         for key in {"loss", "val_loss"} & set(x):
             assert x[key] == pytest.approx(y[key], abs=1e-5)
     a, b = GPT.load(a / "ckpt.pt").state_dict(), GPT.load(b / "ckpt.pt").state_dict()
@@ -115,7 +135,7 @@ SHARDS = """
 import sys, torch
 sys.path[:0] = [".", "tests"]
 from conftest import QWEN, make_model
-from sologpt import parallel
+from sologpt import device, parallel
 
 world = parallel.join("cpu", shard=True)
 model, forward = parallel.wrap_model(make_model(torch.float32, **QWEN), world, shard=True, dtype="bfloat16")
@@ -127,7 +147,7 @@ for name, module in model.named_modules():
         module.register_forward_hook(see)
 model.h[1].register_forward_hook(lambda m, args, out: seen.update(stream=out.dtype))
 idx = torch.randint(61, (2, 9))
-with parallel.make_autocast("bfloat16", world.device):
+with device.make_autocast("bfloat16", world.device):
     loss = forward(idx, idx)
     loss.backward()
 low, full = torch.bfloat16, torch.float32
@@ -140,7 +160,7 @@ parallel.leave(world)
 
 
 def test_a_sharded_block_gathers_its_weights_in_bfloat16_and_nothing_else_is_rounded():
-    """Under autocast alone, a gathered weight is in float32, and autocast keeps its copy until the backward pass."""
+    """Under autocast alone, a gathered weight is in float32, and a copy is kept until the backward pass."""
     for done in together(2, script=("-c", SHARDS)):
         assert done.returncode == 0, done.stderr
 
@@ -161,26 +181,30 @@ def test_auto_is_bfloat16_where_a_gpu_computes_in_it(major, expected, monkeypatc
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(major=major))
     monkeypatch.setattr(torch.cuda, "_check_bf16_tensor_supported", lambda device: True)
-    assert parallel.autocast_dtype("auto", torch.device("cuda")) == expected
-    assert parallel.autocast_dtype("auto", torch.device("cpu")) == torch.float32
+    assert autocast_dtype("auto", torch.device("cuda")) == expected
+    assert autocast_dtype("auto", torch.device("cpu")) == torch.float32
 
 
 def test_a_run_may_be_resumed_by_more_processes_and_in_shards_and_alone_again(alone, dataset, tmp_path):
-    """A checkpoint is a whole one, whoever wrote it: one process, two with a shard each, two, and one again."""
+    """A checkpoint is whole, whoever wrote it: one process, two with a shard each, two, and one again."""
     last = alone
     for i, (step, n, extra) in enumerate([(5, 2, ["--shard"]), (10, 2, []), (15, 1, [])]):
         out = tmp_path / str(i)
         out.mkdir()
         shutil.copy(last / f"ckpt_{step:08d}.pt", out / "ckpt.pt")
         shutil.copy(last / "metrics.jsonl", out)
-        for done in together(n, *STEPS, f"--dataset={dataset}", f"--out_dir={out}", "--init_from=resume", *extra):
+        for done in together(
+            n, *STEPS, f"--dataset={dataset}", f"--out_dir={out}", "--init_from=resume", *extra
+        ):
             assert done.returncode == 0, done.stderr
         assert_same_run(alone, out)
         last = out
 
 
 def test_a_sharded_checkpoint_samples_and_names_no_shard(dataset, tmp_path):
-    for done in together(2, *STEPS, f"--dataset={dataset}", f"--out_dir={tmp_path}", "--shard", "--max_iters=2"):
+    for done in together(
+        2, *STEPS, f"--dataset={dataset}", f"--out_dir={tmp_path}", "--shard", "--max_iters=2"
+    ):
         assert done.returncode == 0, done.stderr
     done = run("sample.py", f"--ckpt={tmp_path / 'ckpt.pt'}", "--prompt=def ", "--max_tokens=5")
     assert done.stdout.startswith("def ")
@@ -240,7 +264,9 @@ def test_torchrun_starts_a_run_again_where_it_was(dataset, tmp_path):
     flags = [*STEPS, f"--dataset={dataset}", "--max_iters=100", "--ckpt_interval=5"]
     for done in together(2, *flags, f"--out_dir={tmp_path / 'whole'}"):
         assert done.returncode == 0, done.stderr
-    process = torchrun("--nproc_per_node=2", "--max-restarts=2", "train.py", *flags, f"--out_dir={tmp_path / 'out'}")
+    process = torchrun(
+        "--nproc_per_node=2", "--max-restarts=2", "train.py", *flags, f"--out_dir={tmp_path / 'out'}"
+    )
     for n in (20, 60):
         wait_for(lambda n=n: logged(tmp_path / "out", n) and len(workers(process)) == 2, process)
         killed = workers(process)
@@ -257,7 +283,7 @@ def test_torchrun_starts_a_run_again_where_it_was(dataset, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("to_all", [False, True])
 def test_a_signal_to_torchrun_finishes_the_step_and_saves(dataset, tmp_path, to_all):
-    """SIGTERM to torchrun alone, as a cluster sends it; SIGINT to all at once, as Ctrl-C in a terminal does."""
+    """SIGTERM goes to torchrun alone, as from a cluster; SIGINT to all at once, as from Ctrl-C."""
     flags = [*STEPS, f"--dataset={dataset}", f"--out_dir={tmp_path}", "--max_iters=100000"]
     process = torchrun("--nproc_per_node=2", "train.py", *flags)
     wait_for(lambda: logged(tmp_path, 20), process)

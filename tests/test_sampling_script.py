@@ -50,7 +50,8 @@ def test_weights_that_are_not_finite_are_one_line(trained, tmp_path, flags):
     model.save(tmp_path / "best.pt", **extra)
     done = run("sample.py", f"--ckpt={tmp_path / 'best.pt'}", *flags, status=1, stdin="a\n")
     assert (
-        done.stderr.splitlines()[-1].startswith("error: the logits are not finite") and "Traceback" not in done.stderr
+        done.stderr.splitlines()[-1].startswith("error: the logits are not finite")
+        and "Traceback" not in done.stderr
     )
 
 
@@ -142,14 +143,18 @@ def test_a_new_run_without_a_best_model_leaves_that_of_the_run_before(trained, d
     done = run("sample.py", f"--out_dir={tmp_path}", *flags)
     assert done.stdout == run("sample.py", f"--ckpt={trained / 'best.pt'}", *flags).stdout
     first = done.stderr.splitlines()[0]
-    assert first.startswith(f"{out / 'old-1' / 'best.pt'}, step 20") and f"of an earlier run in {out}:" in first
+    assert (
+        first.startswith(f"{out / 'old-1' / 'best.pt'}, step 20") and f"of an earlier run in {out}:" in first
+    )
     shutil.rmtree(out / "old-1")
     first, *_ = run("sample.py", f"--out_dir={tmp_path}", *flags).stderr.splitlines()
     assert first.startswith(f"{out / 'ckpt.pt'}, step 0") and f"the last state of the run in {out}" in first
 
 
 def test_out_beside_the_scripts_is_found_from_any_folder(trained, tmp_path):
-    shutil.copytree(ROOT, tmp_path / "clone", ignore=shutil.ignore_patterns(".git", "out", ".venv", "*.bin", "build"))
+    shutil.copytree(
+        ROOT, tmp_path / "clone", ignore=shutil.ignore_patterns(".git", "out", ".venv", "*.bin", "build")
+    )
     shutil.copytree(trained, tmp_path / "clone" / "out" / "mine")
     done = run(tmp_path / "clone" / "sample.py", "--max_tokens=1", cwd=tmp_path)
     assert str(tmp_path / "clone" / "out" / "mine" / "best.pt") in done.stderr
@@ -167,7 +172,7 @@ def test_out_beside_the_scripts_is_found_from_any_folder(trained, tmp_path):
         (["--num_samples=1000000000"], "num_samples must be a whole number from 1 to 65536"),
         (["--max_tokens=1e30"], "max_tokens must be a whole number"),
         (["--top_p=2"], "top_p"),
-        (["--min_p=1"], "min_p"),
+        (["--min_p=1.5"], "min_p"),
         (["--repetition_penalty=0"], "repetition_penalty"),
         (["--interactive", "--temperature=-1"], "temperature"),
     ],

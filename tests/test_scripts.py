@@ -12,23 +12,22 @@ from conftest import ROOT, SMALL, error, run, write_prepare
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch._dynamo.utils import counters
 
-import configurator
 import sample
 import train
 from gpt import GPT
-from sologpt import parallel
+from sologpt import errors, parallel
 from sologpt.tokenizer import Tokenizer
 
 
 @pytest.fixture
 def error_here(monkeypatch, capsys):
-    """The one line on stderr of a script that ends with status 2, run in this process: PyTorch is imported already."""
+    """The line on stderr of a script that ends with status 2. It runs in this process, to be fast."""
 
     def error_here(script, *args) -> str:
         monkeypatch.setattr(sys, "argv", [script.__file__, *map(str, args)])
         capsys.readouterr()
         with pytest.raises(SystemExit) as e:
-            configurator.run(script.main)
+            errors.run(script.main)
         lines = capsys.readouterr().err.splitlines()
         assert e.value.code == 2 and len(lines) == 1 and lines[0].startswith("error: "), lines
         return lines[0]
@@ -57,7 +56,14 @@ def test_a_run_leaves_its_checkpoints_and_metrics(trained):
 
 
 def test_the_same_command_gives_the_same_weights(trained, dataset, tmp_path):
-    run("train.py", *SMALL, f"--dataset={dataset}", f"--out_dir={tmp_path}", "--max_iters=20", "--eval_interval=10")
+    run(
+        "train.py",
+        *SMALL,
+        f"--dataset={dataset}",
+        f"--out_dir={tmp_path}",
+        "--max_iters=20",
+        "--eval_interval=10",
+    )
     a, b = weights(trained / "ckpt.pt"), weights(tmp_path / "ckpt.pt")
     assert all(torch.equal(a[k], b[k]) for k in a)
 
@@ -71,7 +77,14 @@ def test_the_same_command_gives_the_same_weights(trained, dataset, tmp_path):
     ],
 )
 def test_a_run_stopped_and_resumed_ends_with_the_same_bits(dataset, tmp_path, extra):
-    flags = [*SMALL, *extra, f"--dataset={dataset}", "--max_iters=24", "--eval_interval=8", "--log_interval=2"]
+    flags = [
+        *SMALL,
+        *extra,
+        f"--dataset={dataset}",
+        "--max_iters=24",
+        "--eval_interval=8",
+        "--log_interval=2",
+    ]
     run("train.py", *flags, f"--out_dir={tmp_path / 'a'}")
     code = f"""
 import sys, signal
@@ -86,7 +99,9 @@ train.main()
 """
     killed = tmp_path / "b"
     run("-c", code, *flags, f"--out_dir={killed}", status=-signal.SIGKILL)
-    assert [line["step"] for line in records(killed)] == [0, 2, 4, 6, 8, 10, 12], "more than ckpt.pt, of step 8"
+    assert [line["step"] for line in records(killed)] == [0, 2, 4, 6, 8, 10, 12], (
+        "more than ckpt.pt, of step 8"
+    )
     run("train.py", *flags, f"--out_dir={killed}", "--init_from=resume")
     a, b = weights(tmp_path / "a" / "ckpt.pt"), weights(killed / "ckpt.pt")
     assert all(torch.equal(a[k], b[k]) for k in a)
@@ -124,7 +139,9 @@ def test_a_signal_finishes_the_step_saves_and_resumes_to_the_same_bits(dataset, 
 
 def test_accumulation_is_one_larger_batch(dataset, tmp_path):
     flags = [*SMALL, f"--dataset={dataset}", "--max_iters=10", "--eval_interval=10", "--log_interval=1"]
-    run("train.py", *flags, "--batch_size=4", "--gradient_accumulation_steps=2", f"--out_dir={tmp_path / 'a'}")
+    run(
+        "train.py", *flags, "--batch_size=4", "--gradient_accumulation_steps=2", f"--out_dir={tmp_path / 'a'}"
+    )
     run("train.py", *flags, "--batch_size=8", f"--out_dir={tmp_path / 'b'}")
     a, b = ([line["loss"] for line in records(tmp_path / name)[:-1]] for name in "ab")
     assert a == pytest.approx(b, abs=1e-5) and len(a) == 10
@@ -132,12 +149,25 @@ def test_accumulation_is_one_larger_batch(dataset, tmp_path):
 
 def test_fine_tuning_starts_from_a_checkpoint(trained, dataset, tmp_path):
     flags = [*SMALL, f"--dataset={dataset}", f"--out_dir={tmp_path}", "--max_iters=1", "--eval_interval=1"]
-    run("train.py", *flags, f"--init_from={trained / 'best.pt'}", "--learning_rate=0", "--embd_lr=0", "--head_lr=0")
+    run(
+        "train.py",
+        *flags,
+        f"--init_from={trained / 'best.pt'}",
+        "--learning_rate=0",
+        "--embd_lr=0",
+        "--head_lr=0",
+    )
     assert records(tmp_path)[0]["val_loss"] == pytest.approx(records(trained)[-1]["val_loss"])
 
 
 def test_fine_tuning_keeps_the_shape_of_the_checkpoint(trained, dataset, tmp_path):
-    flags = [f"--dataset={dataset}", f"--out_dir={tmp_path}", "--max_iters=2", "--eval_iters=1", "--sample_tokens=0"]
+    flags = [
+        f"--dataset={dataset}",
+        f"--out_dir={tmp_path}",
+        "--max_iters=2",
+        "--eval_iters=1",
+        "--sample_tokens=0",
+    ]
     run("train.py", *flags, f"--init_from={trained / 'best.pt'}")
     model, extra = GPT.load_checkpoint(tmp_path / "ckpt.pt")
     assert model.config == GPT.load(trained / "best.pt").config
@@ -145,12 +175,18 @@ def test_fine_tuning_keeps_the_shape_of_the_checkpoint(trained, dataset, tmp_pat
     run("train.py", *flags, f"--init_from={trained / 'best.pt'}", "--dropout=0.5")
     dropped, extra = GPT.load_checkpoint(tmp_path / "ckpt.pt")
     assert dropped.config.dropout == extra["train_config"]["dropout"] == 0.5
-    assert not torch.equal(dropped.lm_head.weight, model.lm_head.weight)  # what it has learned is something else
+    # it has learned something else
+    assert not torch.equal(dropped.lm_head.weight, model.lm_head.weight)
 
 
 def test_fine_tuning_into_another_shape_is_an_error(trained, dataset, tmp_path, error_here):
-    """The shape comes from the checkpoint: what differs would be dropped without a word. Shorter sequences are fine."""
-    flags = [f"--dataset={dataset}", f"--out_dir={tmp_path}", f"--init_from={trained / 'best.pt'}", "--max_iters=1"]
+    """The shape comes from the checkpoint: another would be dropped silently. Shorter sequences are fine."""
+    flags = [
+        f"--dataset={dataset}",
+        f"--out_dir={tmp_path}",
+        f"--init_from={trained / 'best.pt'}",
+        "--max_iters=1",
+    ]
     for flag, words in (
         ("--n_layer=3", "n_layer=2"),
         ("--sequence_len=32", "sequence_len=16"),
@@ -161,14 +197,28 @@ def test_fine_tuning_into_another_shape_is_an_error(trained, dataset, tmp_path, 
     run("train.py", *flags, "--n_layer=2", "--sequence_len=8", "--dropout=0.1", "--sample_tokens=0")
     model, extra = GPT.load_checkpoint(tmp_path / "best.pt")
     assert model.config.sequence_len == 16 and extra["train_config"]["sequence_len"] == 8
-    flags = [f"--dataset={dataset}", f"--out_dir={tmp_path}", "--init_from=resume", "--max_iters=2", "--dropout=0.1"]
-    run("train.py", *flags, "--sequence_len=8", "--sample_tokens=0")  # its own command, but for the longer run
+    flags = [
+        f"--dataset={dataset}",
+        f"--out_dir={tmp_path}",
+        "--init_from=resume",
+        "--max_iters=2",
+        "--dropout=0.1",
+    ]
+    # its own command, but for the longer run
+    run("train.py", *flags, "--sequence_len=8", "--sample_tokens=0")
     assert "sequence_len=8" in error_here(train, *flags, "--sequence_len=16")
 
 
 def test_a_state_whose_parameters_are_grouped_by_shape_resumes_to_the_same_bits(dataset, tmp_path):
     """As they were in earlier checkpoints: one group of Muon's for each shape."""
-    flags = [*SMALL, f"--dataset={dataset}", "--max_iters=12", "--eval_interval=6", "--mlp=swiglu", "--sample_tokens=0"]
+    flags = [
+        *SMALL,
+        f"--dataset={dataset}",
+        "--max_iters=12",
+        "--eval_interval=6",
+        "--mlp=swiglu",
+        "--sample_tokens=0",
+    ]
     run("train.py", *flags, f"--out_dir={tmp_path / 'a'}", "--keep_checkpoints=3")
     state = torch.load(tmp_path / "a" / "ckpt_00000006.pt", weights_only=True)
     [group] = state["optimizers"][0]["param_groups"]
@@ -184,8 +234,10 @@ def test_a_state_whose_parameters_are_grouped_by_shape_resumes_to_the_same_bits(
     assert all(torch.equal(a[k], b[k]) for k in a)
 
 
-def test_tokens_per_second_counts_what_a_device_still_computes_at_an_evaluation(dataset, tmp_path, monkeypatch):
-    """A GPU's work is done when `synchronize` returns: the time until then is training's, the time after it is not."""
+def test_tokens_per_second_counts_what_a_device_still_computes_at_an_evaluation(
+    dataset, tmp_path, monkeypatch
+):
+    """A GPU's work is done when `synchronize` returns: training takes until then, and no longer."""
     monkeypatch.setattr(parallel.World, "synchronize", lambda self: time.sleep(0.3))
     monkeypatch.setattr(train, "evaluate", lambda *a, f=train.evaluate: time.sleep(0.6) or f(*a))
     flags = [*SMALL, f"--dataset={dataset}", f"--out_dir={tmp_path}", "--max_iters=4", "--sample_tokens=0"]
@@ -201,7 +253,10 @@ def test_an_earlier_run_is_not_lost_to_a_new_one(trained, dataset, tmp_path):
     out = tmp_path / "out"
     shutil.copytree(trained, out)
     run("train.py", *SMALL, f"--dataset={dataset}", f"--out_dir={out}", "--max_iters=1", "--sample_tokens=0")
-    assert GPT.load_checkpoint(out / "old-1" / "ckpt.pt")[1]["step"] == 20 and (out / "old-1" / "best.pt").exists()
+    assert (
+        GPT.load_checkpoint(out / "old-1" / "ckpt.pt")[1]["step"] == 20
+        and (out / "old-1" / "best.pt").exists()
+    )
     assert GPT.load_checkpoint(out / "ckpt.pt")[1]["step"] == 1
 
 
@@ -210,7 +265,9 @@ def test_metrics_cut_off_within_a_line_do_not_keep_a_run_from_going_on(trained, 
     shutil.copytree(trained, out)
     text = (out / "metrics.jsonl").read_text()
     (out / "metrics.jsonl").write_text(text[:-20])
-    run("train.py", *SMALL, f"--dataset={dataset}", f"--out_dir={out}", "--init_from=resume", "--max_iters=20")
+    run(
+        "train.py", *SMALL, f"--dataset={dataset}", f"--out_dir={out}", "--init_from=resume", "--max_iters=20"
+    )
     assert [line["step"] for line in records(out)] == [0, 10, 20]
 
 
@@ -239,11 +296,15 @@ def test_a_dataset_is_prepared_with_the_tokenizer_of_the_checkpoint(dataset, tmp
         json.loads((other / "meta.json").read_text()),
         GPT.load_checkpoint(tmp_path / "b/best.pt")[1],
     ]
-    assert of_data["tokenizer"] == of_model["tokenizer"] == json.loads((bpe / "meta.json").read_text())["tokenizer"]
+    assert (
+        of_data["tokenizer"]
+        == of_model["tokenizer"]
+        == json.loads((bpe / "meta.json").read_text())["tokenizer"]
+    )
 
 
 def test_metrics_go_elsewhere_too(dataset, tmp_path):
-    """To Weights & Biases, offline here, and to TensorBoard: what metrics.jsonl has, no step twice after a resume."""
+    """Weights & Biases (offline) and TensorBoard have what metrics.jsonl has: each step once after a resume."""
     flags = [*SMALL, f"--dataset={dataset}", f"--out_dir={tmp_path}", "--eval_interval=5", "--log_interval=1"]
     flags += ["--tensorboard", "--wandb_log", "--sample_tokens=0"]
     env = {"WANDB_MODE": "offline", "WANDB_SILENT": "true"}
@@ -261,11 +322,10 @@ def test_metrics_go_elsewhere_too(dataset, tmp_path):
 @pytest.mark.parametrize("extra", ["wandb", "tensorboard"])
 def test_a_missing_extra_is_one_line(extra, dataset, tmp_path):
     (tmp_path / f"{extra}.py").write_text("raise ImportError")
-    code = f"import sys; sys.path[:0] = [{str(tmp_path)!r}, {str(ROOT)!r}]; import configurator, train; "
+    code = f"import sys; sys.path[:0] = [{str(tmp_path)!r}, {str(ROOT)!r}]; import train; "
+    code += "train.errors.run(train.main)"
     flag = {"wandb": "--wandb_log", "tensorboard": "--tensorboard"}[extra]
-    line = error(
-        "-c", code + "configurator.run(train.main)", *SMALL, f"--dataset={dataset}", f"--out_dir={tmp_path}", flag
-    )
+    line = error("-c", code, *SMALL, f"--dataset={dataset}", f"--out_dir={tmp_path}", flag)
     assert f"extra '{extra}'" in line and not (tmp_path / "ckpt.pt").exists()
 
 
@@ -275,7 +335,14 @@ def test_learning_rates_rise_linearly_stay_and_fall_to_zero_after_the_last_step(
 
 
 def test_a_model_that_has_not_trained_is_not_the_best(dataset, tmp_path):
-    run("train.py", *SMALL, f"--dataset={dataset}", f"--out_dir={tmp_path}", "--max_iters=0", "--sample_tokens=0")
+    run(
+        "train.py",
+        *SMALL,
+        f"--dataset={dataset}",
+        f"--out_dir={tmp_path}",
+        "--max_iters=0",
+        "--sample_tokens=0",
+    )
     assert (tmp_path / "ckpt.pt").exists() and not (tmp_path / "best.pt").exists()
 
 
@@ -332,7 +399,10 @@ def test_train_says_what_is_wrong(trained, dataset, tmp_path, error_here):
         (["--init_from=nowhere.pt"], "nowhere.pt"),
         ([f"--out_dir={ROOT / 'gpt.py'}"], "out_dir"),
         (["--init_from=resume", f"--out_dir={trained}", "--n_layer=3"], "n_layer=2"),
-        (["--init_from=resume", f"--out_dir={trained}", "--optimizer=adamw"], "not trained with optimizer=adamw"),
+        (
+            ["--init_from=resume", f"--out_dir={trained}", "--optimizer=adamw"],
+            "not trained with optimizer=adamw",
+        ),
     ):
         assert words in error_here(train, *good, *flags), flags
     damaged = tmp_path / "damaged"
@@ -347,10 +417,12 @@ def test_train_says_what_is_wrong(trained, dataset, tmp_path, error_here):
     assert "has no meta.json" in error_here(train, *good, f"--dataset={tmp_path / 'data'}")
     shutil.copytree(trained, tmp_path / "best")
     shutil.copy(trained / "best.pt", tmp_path / "best" / "ckpt.pt")
-    assert "no state" in error("train.py", *good, "--init_from=resume", f"--out_dir={tmp_path / 'best'}", status=1)
+    assert "no state" in error(
+        "train.py", *good, "--init_from=resume", f"--out_dir={tmp_path / 'best'}", status=1
+    )
     for flag in ("--n_embd=100000000", "--n_layer=10000 --n_embd=4096", "--batch_size=1e9"):
         assert "out of memory: try a smaller batch_size" in error("train.py", *good, *flag.split(), status=1)
-    for flag, words in (("--n_layer=1e9", "n_layer must be"), ("--learning_rate=1e300", "learning_rate must be")):
+    for flag, words in (("--n_layer=1e9", "n_layer"), ("--learning_rate=1e300", "learning_rate must be")):
         assert words in error("train.py", *good, flag)
     assert "damaged" in error("train.py", *good, "--init_from=resume", f"--out_dir={damaged}", status=1)
 
@@ -373,9 +445,9 @@ def test_a_full_disk_is_one_line_and_the_old_checkpoint_stays(trained, dataset, 
     code = f"""
 import resource, sys
 sys.path.insert(0, {str(ROOT)!r})
-import configurator, train
+import train
 resource.setrlimit(resource.RLIMIT_FSIZE, (9000, 9000))  # no file may grow larger
-configurator.run(train.main)
+train.errors.run(train.main)
 """
     done = run("-c", code, *flags, status=1)
     assert done.stderr.startswith("error: cannot write") and len(done.stderr.splitlines()) == 1
@@ -399,7 +471,11 @@ def test_sampling_says_where_it_comes_from_and_how_it_ended(trained):
 def test_sampling_gives_what_generate_gives(trained):
     model, extra = GPT.load_checkpoint(trained / "best.pt")
     tokenizer = Tokenizer.from_dict(extra["tokenizer"])
-    ids = list(model.generate(tokenizer.encode("x"), 40, temperature=0.7, top_k=9, seed=5, stop_tokens=[tokenizer.eot]))
+    ids = list(
+        model.generate(
+            tokenizer.encode("x"), 40, temperature=0.7, top_k=9, seed=5, stop_tokens=[tokenizer.eot]
+        )
+    )
     done = run(
         "sample.py",
         f"--out_dir={trained}",
@@ -443,7 +519,9 @@ def test_compiled_sampling_gives_the_same_text(trained, tmp_path):
     nothing = os.environ | dict(CXX="none", TORCHINDUCTOR_CACHE_DIR=str(tmp_path))
     command = [sys.executable, "sample.py", *flags, "--compile"]
     done = subprocess.run(command, cwd=ROOT, env=nothing, capture_output=True, text=True)
-    assert done.returncode == 1 and done.stderr.splitlines()[-1].startswith("error: --compile needs a C++ compiler")
+    assert done.returncode == 1 and done.stderr.splitlines()[-1].startswith(
+        "error: --compile needs a C++ compiler"
+    )
 
 
 def test_sample_says_what_is_wrong(trained, tmp_path, error_here):

@@ -5,6 +5,7 @@ import platform
 import random
 from itertools import pairwise
 
+import common
 import pytest
 from conftest import ROOT, run, write_prepare
 from hypothesis import given, settings
@@ -13,7 +14,8 @@ from test_tokenizer import TORTURE
 from tokenizers import Regex
 from tokenizers.pre_tokenizers import Split
 
-from data import common
+import sologpt.data
+from sologpt.data import load, prepare
 from sologpt.tokenizer import BPE_PATTERN
 
 FOLDER = ROOT / "data" / "stdlib"
@@ -42,7 +44,9 @@ def bpe(text: str) -> list[bytes]:
 
 
 @pytest.mark.parametrize(
-    "text", [TORTURE, (ROOT / "gpt.py").read_text(), (ROOT / "README.md").read_text()], ids=["torture", "py", "md"]
+    "text",
+    [TORTURE, (ROOT / "gpt.py").read_text(), (ROOT / "README.md").read_text()],
+    ids=["torture", "py", "md"],
 )
 def test_ids_are_those_of_a_bpe_with_these_merges(text):
     ids = TOKENIZER.encode(text)
@@ -68,13 +72,15 @@ def test_training_anew_gives_the_same_merges(tmp_path):
     script = FOLDER / "train_tokenizer.py"
     if f"CPython {version}." not in script.read_text():
         pytest.skip(f"the merges were not made from the modules of Python {version}")
-    run(script, tmp_path / "merges.txt", cwd=tmp_path)  # in a process of its own, as a script beside prepare.py
+    run(
+        script, tmp_path / "merges.txt", cwd=tmp_path
+    )  # in a process of its own, as a script beside prepare.py
     assert (tmp_path / "merges.txt").read_bytes() == (FOLDER / "merges.txt").read_bytes()
 
 
 def test_prepare_takes_it_for_any_text(dataset, tmp_path):
     run("data/text/prepare.py", "--input", dataset / "text", "--out_dir", tmp_path, "--tokenizer=stdlib")
-    data = common.load(tmp_path)
+    data = load(tmp_path)
     assert data.tokenizer.to_dict() == TOKENIZER.to_dict()
     text = sorted((dataset / "text").iterdir())[0].read_text()
     assert data.tokenizer.decode(data.train.tolist()).startswith(text)
@@ -82,14 +88,14 @@ def test_prepare_takes_it_for_any_text(dataset, tmp_path):
 
 def test_stdlib_is_prepared_anew_for_another_tokenizer(dataset, tmp_path, monkeypatch):
     """So that --tokenizer=bytes is enough after a run with the BPE, and the other way round."""
-    monkeypatch.setattr(common, "FOLDER", tmp_path)
+    monkeypatch.setattr(sologpt.data, "FOLDER", tmp_path)
     meta = write_prepare(tmp_path / "stdlib", dataset / "text") / "meta.json"
     for tokenizer, name in (("stdlib", "stdlib"), ("bytes", "bytes"), (TOKENIZER.to_dict(), "stdlib")):
-        common.prepare("stdlib", tokenizer)
+        prepare("stdlib", tokenizer)
         assert json.loads(meta.read_text())["tokenizer"]["name"] == name
         before = meta.stat().st_mtime_ns
-        common.prepare("stdlib", tokenizer)
+        prepare("stdlib", tokenizer)
         assert meta.stat().st_mtime_ns == before, "once is enough"
     meta.write_text("{")
-    common.prepare("stdlib", "bytes")
+    prepare("stdlib", "bytes")
     assert meta.read_text() == "{", "a damaged file is reported when it is loaded"

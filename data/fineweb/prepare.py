@@ -1,7 +1,7 @@
 """FineWeb, web text as 10 billion GPT-2 tokens: --shards of 100 million tokens each, 200 MB per download.
 
-Needs the extra 'hf'. Stop it at any time: the same command continues after the last complete shard. For a mirror of
-the Hugging Face Hub, set the environment variable HF_ENDPOINT.
+Needs the extra 'hf'. Stop it at any time: the same command continues after the last complete shard. For a
+mirror of the Hugging Face Hub, set the environment variable HF_ENDPOINT.
 """
 
 import hashlib
@@ -17,6 +17,8 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import common
 
+from sologpt import errors
+from sologpt.errors import RunError, UserError
 from sologpt.tokenizer import Tokenizer
 
 REPO = "kjj0/fineweb10B-gpt2"  # a dataset on the Hugging Face Hub
@@ -31,26 +33,28 @@ def prepare(folder: Path, shards: int, spec: str) -> None:
     """Extend the dataset in folder to the validation shard and at least `shards` training shards."""
     try:
         tokenizer = common.open_tokenizer(spec)
-    except OSError as e:
-        raise OSError(f"tokenizer {spec!r} cannot be downloaded: use --tokenizer=FILE with the GPT-2 tokenizer") from e
+    except RunError as e:
+        hint = "use --tokenizer=FILE with the GPT-2 tokenizer"
+        raise RunError(f"tokenizer {spec!r} cannot be downloaded: {hint}") from e
     token_bytes = bytes_per_id(tokenizer)
     folder.mkdir(parents=True, exist_ok=True)
-    meta = open_meta(folder, tokenizer)
     downloads = folder / "shards.tmp"
-    if missing := [name for name in (VAL, *TRAIN[:shards]) if name not in meta["shards"]]:
-        checksums = fetch_checksums(missing)
-        for name in missing:
-            shard = download(name, downloads)
-            verify(shard, checksums.get(name))
-            append(shard, folder, meta, token_bytes)
-            shutil.rmtree(downloads)
+    with common.write_errors(folder):
+        meta = open_meta(folder, tokenizer)
+        if missing := [name for name in (VAL, *TRAIN[:shards]) if name not in meta["shards"]]:
+            checksums = fetch_checksums(missing)
+            for name in missing:
+                shard = download(name, downloads)
+                verify(shard, checksums.get(name))
+                append(shard, folder, meta, token_bytes)
+                shutil.rmtree(downloads)
     shutil.rmtree(downloads, ignore_errors=True)  # left behind by a kill right after the last append
     for split in common.SPLITS:
         print(f"{folder / split}.bin: {meta[f'{split}_tokens']:,} tokens of {tokenizer.name}")
 
 
 def bytes_per_id(tokenizer: Tokenizer) -> np.ndarray:
-    """The number of text bytes of each token id, (2^16,) int: 0 for <|endoftext|>, -1 for ids not in the vocabulary."""
+    """Return the number of bytes of each token id, (2^16,) int: 0 for <|endoftext|>, -1 for an unknown id."""
     sizes = np.full(2**16, -1)
     for i in {*range(2**16)}.difference(tokenizer.gaps(2**16)):
         sizes[i] = 0 if i == tokenizer.eot else len(tokenizer.token_bytes(i))
@@ -62,7 +66,7 @@ def bytes_per_id(tokenizer: Tokenizer) -> np.ndarray:
 
 
 def fetch_checksums(names: list[str]) -> dict[str, str]:
-    """The SHA-256 of each shard, from the Hub: hf_hub_download checks only a file's size."""
+    """Return the SHA-256 of each shard, from the Hub: hf_hub_download checks only a file's size."""
     try:
         from huggingface_hub import HfApi
         from huggingface_hub.hf_api import RepoFile
@@ -84,13 +88,13 @@ def download(name: str, folder: Path) -> Path:
     try:
         return Path(hf_hub_download(REPO, name, repo_type="dataset", local_dir=folder))
     except Exception as e:
-        if isinstance(e, OSError) and isinstance(e.errno, int):  # from the file system, such as disk full
+        if isinstance(e, OSError) and isinstance(e.errno, int):  # of the file system, such as a full disk
             raise
         raise download_error(name, e) from e
 
 
 def verify(shard: Path, sha256: str | None) -> None:
-    """OSError if a shard is damaged; it is removed first, so that the next run downloads it again."""
+    """Raise RunError if a shard is damaged. It is removed first, so that the next run downloads it again."""
     with open(shard, "rb") as f:
         header = f.read(HEADER)
         f.seek(0)
@@ -106,15 +110,15 @@ def verify(shard: Path, sha256: str | None) -> None:
     else:
         return
     shard.unlink()
-    raise OSError(f"{shard.name} {damage}")
+    raise RunError(f"{shard.name} {damage}")
 
 
-def download_error(what: str, error: Exception) -> OSError:
+def download_error(what: str, error: Exception) -> RunError:
     from huggingface_hub import constants
 
     cause = error.__cause__ or error
     reason = str(cause).partition("\n")[0] or type(cause).__name__
-    return OSError(
+    return RunError(
         f"cannot download {what} from {constants.ENDPOINT}/datasets/{REPO}: {reason}; "
         "the same command continues after the last complete shard"
     )
@@ -130,7 +134,8 @@ def open_meta(folder: Path, tokenizer: Tokenizer) -> dict[str, Any]:
     counts = {f"{split}_{key}": 0 for split in common.SPLITS for key in ("tokens", "bytes", "max_token")}
     if not path.exists():
         if found := [str(file) for file in (folder / "train.bin", folder / "val.bin") if file.exists()]:
-            raise ValueError(f"{folder} has no meta.json for its {' and '.join(found)}: remove them to start over")
+            hint = "remove them to start over"
+            raise UserError(f"{folder} has no meta.json for its {' and '.join(found)}: {hint}")
         meta = {"tokenizer": tokenizer.to_dict(), "dtype": "uint16", **counts, "shards": []}
         save_meta(folder, meta)
         return meta
@@ -140,11 +145,11 @@ def open_meta(folder: Path, tokenizer: Tokenizer) -> dict[str, Any]:
         meta |= {"shards": [*meta["shards"]], **{key: int(meta[key]) for key in counts}}
         same = meta["tokenizer"] == tokenizer.to_dict()
     except Exception as e:  # a damaged file can raise anything
-        raise ValueError(
-            f"{path} belongs to another dataset, or is damaged: use another --out_dir, or remove it"
-        ) from e
+        hint = "use another --out_dir, or remove it"
+        raise UserError(f"{path} belongs to another dataset, or is damaged: {hint}") from e
     if not same:
-        raise ValueError(f"{folder} was prepared with another tokenizer: --tokenizer={path} continues with that one")
+        hint = f"--tokenizer={path} continues with that one"
+        raise UserError(f"{folder} was prepared with another tokenizer: {hint}")
     return meta
 
 
@@ -156,18 +161,20 @@ def save_meta(folder: Path, meta: dict[str, Any]) -> None:
 def append(shard: Path, folder: Path, meta: dict[str, Any], token_bytes: np.ndarray) -> None:
     """Append the tokens of a shard to its split. They belong to the dataset once meta.json is saved.
 
-    Whatever fails, the split is truncated to the length in meta.json, now or in the next run.
+    If this fails, the split is truncated to the length in meta.json, now or in the next run.
     """
     split = "val" if shard.name == VAL else "train"
-    path, size = folder / f"{split}.bin", 2 * meta[f"{split}_tokens"]
+    path = folder / f"{split}.bin"
+    size = 2 * meta[f"{split}_tokens"]
     path.touch()
     if path.stat().st_size < size:
-        raise ValueError(f"{path} is shorter than {folder / 'meta.json'} says: remove both to start over")
+        raise UserError(f"{path} is shorter than {folder / 'meta.json'} says: remove both to start over")
     os.truncate(path, size)
     try:
         counts = copy(shard, path)
         if len(unknown := np.flatnonzero((counts > 0) & (token_bytes < 0))):
-            raise ValueError(f"{shard.name} has token id {unknown[0]}, not in the vocabulary of --tokenizer: use gpt2")
+            what = f"token id {unknown[0]}, not in the vocabulary of --tokenizer"
+            raise UserError(f"{shard.name} has {what}: use gpt2")
     except BaseException:
         os.truncate(path, size)
         raise
@@ -179,7 +186,7 @@ def append(shard: Path, folder: Path, meta: dict[str, Any], token_bytes: np.ndar
 
 
 def copy(shard: Path, path: Path) -> np.ndarray:
-    """Append the tokens of a shard to path; returns how often each id occurs, (2^16,)."""
+    """Append the tokens of a shard to path. Return how often each id occurs, (2^16,)."""
     counts = np.zeros(2**16, dtype=np.int64)
     with open(shard, "rb") as source, open(path, "ab") as f:
         source.seek(HEADER)
@@ -192,25 +199,25 @@ def copy(shard: Path, path: Path) -> np.ndarray:
 
 
 def main() -> None:
-    parser = common.make_parser(FOLDER, __doc__)
+    parser = common.Parser(FOLDER, __doc__)
     parser.add_argument(
         "--shards",
         type=int,
         default=1,
         metavar="N",
-        help=f"The dataset gets this many training shards in total, 1 to {len(TRAIN)}. The default is %(default)s.",
+        help=f"Download training shards until there are this many, 1 to {len(TRAIN)}. Default: %(default)s.",
     )
     parser.add_argument(
         "--tokenizer",
         default="gpt2",
         metavar="NAME",
-        help="The tokenizer is GPT-2's: gpt2, or FILE.json or FILE.pt with it. The default is %(default)s.",
+        help="Take GPT-2's tokenizer from gpt2 (a download), FILE.json or FILE.pt. Default: %(default)s.",
     )
     args = parser.parse_args()
     if not 1 <= args.shards <= len(TRAIN):
-        common.fail(2, f"--shards must be from 1 to {len(TRAIN)}, not {args.shards}")
-    common.run(args.out_dir, lambda: prepare(args.out_dir, args.shards, args.tokenizer))
+        raise UserError(f"--shards must be from 1 to {len(TRAIN)}, not {args.shards}")
+    prepare(args.out_dir, args.shards, args.tokenizer)
 
 
 if __name__ == "__main__":
-    main()
+    errors.run(main)

@@ -11,6 +11,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import common
 
+from sologpt.errors import RunError
+
 URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 FOLDER = Path(__file__).resolve().parent
@@ -22,12 +24,11 @@ def documents(path: str | None) -> list[common.Document]:
 
 
 def download(path: Path) -> Path:
-    """Download URL to path, unless it is there with the right checksum. OSError if that fails ATTEMPTS times."""
+    """Download URL to path, unless it is there already. RunError if that fails ATTEMPTS times."""
     if path.exists() and is_intact(path.read_bytes()):
         return path
-    content, reason = b"", ""
-    for attempt in range(ATTEMPTS):
-        time.sleep(attempt)  # seconds: no pause before the first attempt
+    for seconds in range(ATTEMPTS):
+        time.sleep(seconds)
         try:
             with urllib.request.urlopen(URL, timeout=10) as response:
                 content = response.read()
@@ -37,7 +38,7 @@ def download(path: Path) -> Path:
         except (OSError, http.client.HTTPException) as e:
             reason = str(getattr(e, "reason", e))
     else:
-        raise OSError(f"cannot download {URL}: {reason}; if you have the file, use --input FILE")
+        raise RunError(f"cannot download {URL}: {reason}; if you have the file, use --input FILE")
     temporary = path.with_name(f"{path.name}.tmp")
     temporary.write_bytes(content)
     os.replace(temporary, path)

@@ -7,17 +7,19 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import common
 
-# Left out: tests, character tables, generated help, installed packages
-SKIP = {"site-packages", "dist-packages", "test", "tests", "idle_test", "encodings", "pydoc_data", "__pycache__"}
+from sologpt.errors import UserError
+
+SKIP = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
+SKIP |= {"encodings", "pydoc_data"}  # tables of characters, generated help
 VAL_FRACTION = 0.05
 
 
 def documents(path: str | None) -> list[common.Document]:
-    """One document per module, sorted by path."""
+    """Return one document per module, sorted by path."""
     root = Path(path or sysconfig.get_paths()["stdlib"])
     modules = [m for m in sorted(root.rglob("*.py")) if not SKIP.intersection(m.relative_to(root).parts)]
     if not modules:
-        raise ValueError(f"no Python source in {root}")
+        raise UserError(f"no Python source in {root}")
     return [common.Document(m, errors="replace") for m in modules]
 
 

@@ -1,6 +1,6 @@
 """Train the tokenizer `stdlib`, a BPE of 2048 ids, on this dataset's training split, and write its merges.
 
-The merges in the repository were made under CPython 3.11.7. Needs two packages: pip install rustbpe tokenizers
+The merges in the repository were made with CPython 3.11.7. Needed: pip install rustbpe tokenizers
 """
 
 import json

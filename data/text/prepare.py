@@ -6,14 +6,16 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import common
 
+from sologpt.errors import UserError
+
 
 def documents(path: str | None) -> list[common.Document]:
-    """One document per file, sorted by path; files in hidden folders, and hidden files, are left out."""
+    """Return one document per file, sorted by path, without hidden files and folders."""
     if path is None:
-        raise ValueError("--input is missing: python data/text/prepare.py --input FILE_OR_FOLDER")
+        raise UserError("--input is missing: python data/text/prepare.py --input FILE_OR_FOLDER")
     root = Path(path)
     if not root.exists():
-        raise FileNotFoundError(f"--input={path} does not exist")
+        raise UserError(f"--input={path} does not exist")
     if root.is_file():
         return [common.Document(root)]
     files = [f for f in sorted(root.rglob("*")) if f.is_file()]
