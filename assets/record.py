@@ -1,7 +1,7 @@
-"""Draw what a terminal shows, as an SVG: python assets/record.py assets/terminal.json assets/terminal.svg
+"""Draw a terminal session as an SVG: python assets/record.py assets/terminal.json assets/terminal.svg
 
-The JSON file is a list of [command, what is typed at each prompt "> " ...]. The commands run in a pseudo-terminal, one
-after the other, and the picture has what is seen in the end.
+The JSON file is a list of [command, text typed at each prompt "> " ...]. The commands run in a
+pseudo-terminal, one after the other, and the picture shows the final screen.
 """
 
 import html
@@ -13,24 +13,27 @@ import select
 import sys
 from pathlib import Path
 
-COLUMNS, LINE, CHARACTER = 114, 19, 8.4  # the last two in pixels
+COLUMNS = 114
+LINE = 19  # height in pixels
+CHARACTER = 8.4  # width in pixels
 CONTROL = re.compile(r"\x1b\[\?\d+[hl]")  # bracketed paste on and off
 
 
 def record(command: str, typed: list[str]) -> str:
-    """What the terminal gets while a command runs in it."""
+    """Run a command in a pseudo-terminal and type at its prompts. Return its output."""
     pid, fd = pty.fork()
     if pid == 0:
         os.environ |= {"TERM": "xterm", "COLUMNS": str(COLUMNS)}
         os.execlp("bash", "bash", "-c", command)
-    output, seen = "", 0
+    output = ""
+    seen = 0
     while True:
         if typed and output.endswith("> ") and len(output) > seen and not select.select([fd], [], [], 1)[0]:
             seen = len(output)
             os.write(fd, typed.pop(0).encode() + b"\r")
         try:
             new = os.read(fd, 65536)
-        except OSError:  # it has ended
+        except OSError:  # the command has ended
             break
         output = CONTROL.sub("", output + new.decode(errors="replace"))
     os.waitpid(pid, 0)
@@ -38,7 +41,7 @@ def record(command: str, typed: list[str]) -> str:
 
 
 def screen(output: str) -> list[str]:
-    """The lines that are seen in the end: what follows a carriage return overwrites, long lines are wrapped."""
+    """Return the lines of the final screen: a carriage return overwrites, long lines wrap."""
     lines = []
     for line in output.replace("\r\n", "\n").removesuffix("\n").split("\n"):
         shown = line.rpartition("\x1b[K")[2].rpartition("\r")[2]
@@ -47,7 +50,7 @@ def screen(output: str) -> list[str]:
 
 
 def draw(lines: list[tuple[str, str]]) -> str:
-    """An SVG of (class, text) for each line."""
+    """Return an SVG of the lines, (CSS class, text) each."""
     width, height = round(COLUMNS * CHARACTER + 40), (len(lines) + 3) * LINE
     rows = []
     for i, (kind, line) in enumerate(lines):
@@ -60,7 +63,8 @@ def draw(lines: list[tuple[str, str]]) -> str:
         [
             f'<svg xmlns="http://www.w3.org/2000/svg" {size}>',
             "<style>",
-            "text { font: 14px ui-monospace, Menlo, Consolas, 'DejaVu Sans Mono', monospace; white-space: pre }",
+            "text { font: 14px ui-monospace, Menlo, Consolas, 'DejaVu Sans Mono', monospace }",
+            "text { white-space: pre }",
             ".out { fill: #c9d1d9 } .typed { fill: #7ee787; font-weight: bold }",
             "</style>",
             f'<rect width="{width}" height="{height}" rx="10" fill="#0d1117"/>',
@@ -74,9 +78,10 @@ def draw(lines: list[tuple[str, str]]) -> str:
 def main() -> None:
     lines: list[tuple[str, str]] = []
     for command, *typed in json.loads(Path(sys.argv[1]).read_text()):
-        lines += [("typed", f"$ {command}")]
-        lines += [("typed" if line.startswith("> ") else "out", line) for line in screen(record(command, typed))]
-        lines += [("out", "")]
+        lines.append(("typed", f"$ {command}"))
+        for line in screen(record(command, typed)):
+            lines.append(("typed" if line.startswith("> ") else "out", line))
+        lines.append(("out", ""))
     Path(sys.argv[2]).write_text(draw(lines[:-1]) + "\n")
 
 

@@ -1,8 +1,8 @@
 """The benchmarks: decode, position, prefill and training, each beside its limit.
 
-Candidates take turns (A B A B ...), so that a machine that slows down slows down all of them. Decode is limited by
-memory bandwidth, since every token reads the weights and its row's KV cache. Prefill and training are limited by the
-speed of matrix products.
+Candidates take turns (A B A B ...), so that a machine that slows down slows down all of them. Decode is
+limited by memory bandwidth, since each token reads the weights and its row's KV cache. Prefill and training
+are limited by the speed of matrix products.
 """
 
 import multiprocessing
@@ -24,16 +24,21 @@ from bench import peers
 from bench.peers import SHAPES, Candidate, SoloGPT
 from bench.report import Row
 from gpt import GPT, GPTConfig, KVCache
-from sologpt import fast, weights
+from sologpt import errors, fast
+from sologpt import quantize as weights
+from sologpt.device import keep_freed_memory
+from sologpt.errors import RunError, UserError
+from sologpt.graphs import compile_rotate
+from sologpt.log import flops_per_token
 from sologpt.loss import chunked_cross_entropy
 from sologpt.optim import configure_optimizers
-from sologpt.parallel import keep_freed_memory
 
 BENCHMARKS = ("train", "prefill", "decode", "generate", "position")
 DECODE_ROWS = (1, 16)
 DECODE_PROMPT, PREFILL_PROMPT = 16, 512  # tokens
 TRAIN_BATCH = (4, 256)  # rows and tokens of a training step
-POSITIONS, POSITION_CACHE = (100, 1000), 1024  # tokens in the KV cache, and its room
+POSITIONS = (100, 1000)  # tokens in the KV cache
+POSITION_CACHE = 1024  # its size
 
 SPAWN = multiprocessing.get_context("spawn")  # a fork would inherit threads and CUDA
 Call = Callable[[], Any]
@@ -46,15 +51,15 @@ Call = Callable[[], Any]
 def take_turns(
     calls: dict[str, Call], tokens_per_call: int, rounds: int, device: torch.device
 ) -> dict[str, list[float]]:
-    """Tokens/s of each call in each round, after a round to warm up."""
+    """Return the tokens/s of each call in each round, after a round to warm up."""
     rates: dict[str, list[float]] = {name: [] for name in calls}
-    for round in range(rounds + 1):
+    for i in range(rounds + 1):
         for name, call in calls.items():
             started = time.perf_counter()
             call()
             synchronize(device)
             seconds = time.perf_counter() - started
-            if round > 0:
+            if i > 0:
                 rates[name].append(tokens_per_call / seconds)
     return rates
 
@@ -66,10 +71,10 @@ def synchronize(device: torch.device) -> None:
 
 
 class Subprocess:
-    """A call that runs in a subprocess of its own: what it changes there, such as the allocator, stays there."""
+    """A call in a subprocess of its own: what it changes there, such as the allocator, stays there."""
 
     def __init__(self, make_call: Callable[[], Call], device: torch.device) -> None:
-        self.peak_memory: int | None = None  # bytes, None where it is unknown
+        self.peak_memory: int | None = None  # bytes, None if unknown
         self.connection, theirs = SPAWN.Pipe()
         SPAWN.Process(target=run_on_request, args=(make_call, device, theirs), daemon=True).start()
 
@@ -79,7 +84,7 @@ class Subprocess:
 
 
 def run_on_request(make_call: Callable[[], Call], device: torch.device, connection: Connection) -> None:
-    """The subprocess: make one call per message, and answer with the peak memory so far."""
+    """In the subprocess: make one call per message, and answer with the peak memory so far."""
     sys.stdout = sys.stderr  # as in send_rows
     call = make_call()
     with suppress(EOFError):  # the parent has closed its end
@@ -90,7 +95,7 @@ def run_on_request(make_call: Callable[[], Call], device: torch.device, connecti
 
 
 def peak_memory(device: torch.device) -> int | None:
-    """Bytes that this process has used at most: of the GPU's memory on CUDA, else of main memory."""
+    """Return the most bytes that this process has used: of the GPU's memory on CUDA, else of main memory."""
     status = Path("/proc/self/status")
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated()
@@ -108,13 +113,13 @@ def calls_per_second(call: Call, device: torch.device) -> float:
 
 
 def memory_bandwidth(device: torch.device) -> float:
-    """Bytes/s of reading a tensor that is larger than any cache."""
+    """Return the bytes/s of reading a tensor that is larger than any cache."""
     x = torch.ones(2**28, device=device)
     return x.nbytes * calls_per_second(x.sum, device)
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
-    """FLOP/s of multiplying two large matrices, plain or packed, whichever is faster."""
+    """Return the FLOP/s of multiplying two large matrices, plain or packed, whichever is faster."""
     n = 8192 if device.type == "cuda" else 2048
     x = torch.randn(n, n, device=device, dtype=dtype)
     products: list[Call] = [lambda: x @ x]
@@ -124,33 +129,35 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
 
 
 def weights_read(model: GPT) -> int:
-    """Bytes of weights that a forward reads: all but an untied embedding, of which it needs a few rows only."""
+    """Return the bytes of weights that a forward reads: all but an untied embedding, which is a lookup."""
     embedding = 0 if model.config.tie_embd else model.wte.weight.nbytes
     return sum(p.nbytes for p in model.parameters()) - embedding
 
 
 def decode_limit(model: GPT, rows: int, tokens: int, bandwidth: float) -> float:
-    """Tokens/s at which one step reads the weights once, and the KV cache of each row at its mean length."""
+    """Return the tokens/s if a step reads the weights once, and each row's KV cache at its mean length."""
     kv_cache = KVCache(model.config, 1, DECODE_PROMPT + tokens // 2, dtype=model.dtype)
     return rows * bandwidth / (weights_read(model) + rows * kv_cache.nbytes)
 
 
 def prefill_flops(model: GPT, n: int) -> float:
-    """FLOPs per token of a prefill of n tokens: 2 for each weight, and attention to n / 2 tokens on average.
+    """Return the FLOPs per token of a prefill of n tokens: 2 for each weight, and attention to n / 2 tokens.
 
-    The head does not count, since it is applied to the last token only.
+    The head does not count, since only the last token needs it.
     """
-    c, (H, _, D) = model.config, model.config.heads
-    weights = weights_read(model) // model.dtype.itemsize - model.head_weight.numel()
-    return 2 * weights + 4 * c.n_layer * H * D * n / 2
+    c = model.config
+    n_weights = weights_read(model) // model.dtype.itemsize - model.head_weight.numel()
+    return 2 * n_weights + 4 * c.n_layer * c.n_head * c.head_dim * n / 2
 
 
 # -----------------------------------------------------------------------------
 # Inference
 
 
-def decode_calls(candidates: list[Candidate], vocab_size: int, rows: int, prompt: int, n: int) -> dict[str, Call]:
-    """Whole calls of generate, with a prefill of `prompt` tokens: n greedy tokens for each row."""
+def decode_calls(
+    candidates: list[Candidate], vocab_size: int, rows: int, prompt: int, n: int
+) -> dict[str, Call]:
+    """Whole calls of generate: a prefill of `prompt` tokens, then n greedy tokens for each row."""
     prompts = torch.randint(1, vocab_size, (rows, prompt)).tolist()
     calls = {candidate.name: candidate.decode(prompts, n) for candidate in candidates}
     return {name: call for name, call in calls.items() if call}
@@ -179,7 +186,7 @@ def position_calls(model: GPT, n: int, compile: bool) -> dict[str, Call]:
 
 
 # -----------------------------------------------------------------------------
-# Training: a step is forward, backward and optimizers, as the implementation's own trainer does it on this device
+# Training. A step is forward, backward and optimizers, as the candidate's own trainer runs them here
 
 
 def training_call(
@@ -204,8 +211,9 @@ def training_call(
 
 
 def train_solo(
-    config: GPTConfig, device: torch.device, dtype: torch.dtype, optimizer: str = "muon", compile: bool = False
-) -> Call:
+    config: GPTConfig, device: torch.device, dtype: torch.dtype,
+    optimizer: str = "muon", compile: bool = False,
+) -> Call:  # fmt: skip
     keep_freed_memory()
     torch.manual_seed(0)
     model = GPT(config).to(device)
@@ -214,7 +222,7 @@ def train_solo(
     optimizers = configure_optimizers(model, optimizer=optimizer, dtype=dtype if is_bfloat16 else None)
     autocast = torch.autocast(device.type, dtype) if is_bfloat16 else nullcontext()
     if compile:
-        fast.compile_rotate()
+        compile_rotate()
     forward = torch.compile(model) if compile else model
     return training_call(forward, optimizers, config.vocab_size, device, autocast)
 
@@ -252,15 +260,10 @@ def training_calls(
 
 
 def make_candidates(
-    model: GPT,
-    shape: str,
-    device: torch.device,
-    dtype: torch.dtype,
-    paths: dict[str, str],
-    compile: bool,
-    quantize: tuple[str, ...],
-) -> list[Candidate]:
-    """soloGPT and the peers in `paths` that have this shape: nanoGPT and nanochat read no open weights."""
+    model: GPT, shape: str, device: torch.device, dtype: torch.dtype, paths: dict[str, str],
+    compile: bool, quantize: tuple[str, ...],
+) -> list[Candidate]:  # fmt: skip
+    """Return soloGPT and the peers that have this shape: nanoGPT and nanochat read no open weights."""
     candidates: list[Candidate] = []
     for kind in (None, *quantize):
         candidates.append(SoloGPT(model, quantize=kind))
@@ -282,44 +285,48 @@ def make_candidates(
 
 @torch.no_grad()
 def run(
-    benchmarks: tuple[str, ...],
-    shape: str,
-    dtype: torch.dtype,
-    device: torch.device,
-    paths: dict[str, str],
-    rounds: int,
-    tokens: int,
-    compile: bool,
-    quantize: tuple[str, ...] = (),
-) -> Iterator[list[Row]]:
-    """The rows of each benchmark in turn. paths: the peers by name; tokens: how many a row decodes in one call."""
+    benchmarks: tuple[str, ...], shape: str, dtype: torch.dtype, device: torch.device, paths: dict[str, str],
+    rounds: int, tokens: int, compile: bool, quantize: tuple[str, ...] = (),
+) -> Iterator[list[Row]]:  # fmt: skip
+    """Yield the rows of each benchmark. paths: peers by name. tokens: how many a row decodes in a call."""
     model = peers.make_model(shape, device, dtype)
     candidates = make_candidates(model, shape, device, dtype, paths, compile, quantize)
     fewer_bytes = {candidate.name for candidate in candidates if not candidate.reads_all_bytes}
-    bandwidth, flops, vocab_size = memory_bandwidth(device), peak_flops(device, dtype), model.config.vocab_size
+    vocab_size = model.config.vocab_size
+    bandwidth = memory_bandwidth(device)
+    flops = peak_flops(device, dtype)
 
-    def time_calls(benchmark: str, calls: dict[str, Call], tokens: int, limit: float | None = None) -> list[Row]:
-        rates, dtype_name = take_turns(calls, tokens, rounds, device), str(dtype).removeprefix("torch.")
-        limits = {name: None if name in fewer_bytes and "decode" in benchmark else limit for name in calls}
-        return [Row(benchmark, shape, dtype_name, name, rates[name], limits[name]) for name in calls]
+    def time_calls(benchmark: str, calls: dict[str, Call], n: int, limit: float | None = None) -> list[Row]:
+        rates = take_turns(calls, n, rounds, device)
+        rows = []
+        for name in calls:
+            reads_less = name in fewer_bytes and "decode" in benchmark
+            its_limit = None if reads_less else limit
+            rows.append(
+                Row(benchmark, shape, str(dtype).removeprefix("torch."), name, rates[name], its_limit)
+            )
+        return rows
 
     if "decode" in benchmarks:
         for B in DECODE_ROWS:
             calls = decode_calls(candidates, vocab_size, B, DECODE_PROMPT, tokens)
-            yield time_calls(f"decode, batch {B}", calls, B * tokens, decode_limit(model, B, tokens, bandwidth))
+            limit = decode_limit(model, B, tokens, bandwidth)
+            yield time_calls(f"decode, batch {B}", calls, B * tokens, limit)
     if "generate" in benchmarks:
         calls = decode_calls(candidates, vocab_size, 1, PREFILL_PROMPT, tokens)
         yield time_calls(f"{PREFILL_PROMPT} + {tokens}", calls, tokens)
     if "position" in benchmarks:
         yield time_calls("decode", position_calls(model, tokens, compile), tokens)
     if "prefill" in benchmarks:
+        calls = prefill_calls(candidates, vocab_size)
         limit = flops / prefill_flops(model, PREFILL_PROMPT)
-        yield time_calls(f"prefill of {PREFILL_PROMPT}", prefill_calls(candidates, vocab_size), PREFILL_PROMPT, limit)
+        yield time_calls(f"prefill of {PREFILL_PROMPT}", calls, PREFILL_PROMPT, limit)
     if "train" in benchmarks and shape in SHAPES:
         B, T = TRAIN_BATCH
-        model.config = replace(model.config, sequence_len=T)
-        config, limit = model.config, flops / model.flops_per_token()
-        del model, candidates  # frees their memory for the subprocesses
+        config = replace(model.config, sequence_len=T)
+        limit = flops / flops_per_token(model, T)
+        del model, candidates
+        calls = {}  # frees their memory for the subprocesses
         training = training_calls(config, device, dtype, paths, compile)
         rows = time_calls("train", dict(training), B * T, limit)
         for row in rows:
@@ -330,7 +337,7 @@ def run(
 def run_in_subprocess(*args: Any, **kwargs: Any) -> Iterator[list[Row]]:
     """`run` in a subprocess, since some peers keep the dtype that they were imported with.
 
-    ValueError for what is the user's mistake, RuntimeError if the subprocess dies; its traceback is on stderr.
+    UserError for a mistake of the user, RunError if the subprocess fails. A bug's traceback is on stderr.
     """
     connection, theirs = SPAWN.Pipe(duplex=False)
     process = SPAWN.Process(target=send_rows, args=(theirs, args, kwargs))
@@ -338,19 +345,22 @@ def run_in_subprocess(*args: Any, **kwargs: Any) -> Iterator[list[Row]]:
     theirs.close()  # so that recv raises when the subprocess has died
     with suppress(EOFError):
         while rows := connection.recv():
-            if isinstance(rows, str):
-                raise ValueError(rows)
+            if isinstance(rows, Exception):
+                raise rows
             yield rows
     process.join()
     if process.exitcode:
-        raise RuntimeError(f"the subprocess of the benchmark has failed with exit status {process.exitcode}")
+        raise RunError(f"the subprocess of the benchmark has failed with exit status {process.exitcode}")
 
 
 def send_rows(connection: Connection, args: tuple, kwargs: dict[str, Any]) -> None:
-    """The subprocess: send lists of rows, or the message of an error that is the user's."""
+    """In the subprocess: send lists of rows, or the error that ends them."""
     sys.stdout = sys.stderr  # peers print, and stdout is for the results
     try:
         for rows in run(*args, **kwargs):
             connection.send(rows)
-    except (ImportError, OSError, ValueError) as e:
-        connection.send(str(e))
+    except Exception as e:
+        message, status = errors.describe(e, "a smaller shape")
+        if not status:
+            raise
+        connection.send(UserError(message) if status == 2 else RunError(message))

@@ -1,7 +1,7 @@
 """The candidates: soloGPT and its peers, each built in the same shape.
 
-A peer is an installed package or a clone of its repository. Where the architectures allow it, it gets our weights;
-otherwise it has random weights of its own.
+A peer is an installed package or a clone of its repository. If its architecture has room for our weights, it
+gets them; otherwise it has random weights of its own.
 """
 
 import importlib.util
@@ -16,7 +16,8 @@ from torch import Tensor
 
 from gpt import GPT, GPTConfig, KVCache
 from sologpt import fast, hf
-from sologpt.load import load_model
+from sologpt.errors import RunError, UserError
+from sologpt.load import empty_model, load_model
 
 SHAPES = {
     "tiny": GPTConfig(sequence_len=1024, vocab_size=256, n_layer=6, n_head=6, n_embd=384),
@@ -27,13 +28,13 @@ Ids = list[list[int]]  # token ids of each row
 
 
 class Candidate:
-    """An implementation with its model. Its methods return the call that is timed, None for what it cannot do."""
+    """An implementation with its model. Its methods return the call to time, or None if there is none."""
 
     name = ""
-    reads_all_bytes = True  # of the model's weights, at each token: the limit of decode holds for it
+    reads_all_bytes = True  # each token reads all weights in the model's dtype: decode has its limit
 
     def decode(self, prompts: Ids, n: int) -> Callable[[], Ids] | None:
-        """A call that prefills prompts of equal lengths, and decodes and returns n greedy tokens for each."""
+        """A call that prefills prompts of equal lengths, and returns n greedy tokens for each."""
         return None
 
     def prefill(self, prompt: list[int]) -> Callable[[], Any] | None:
@@ -46,7 +47,7 @@ class Candidate:
 
 
 def make_model(shape: str, device: torch.device, dtype: torch.dtype) -> GPT:
-    """A model of SHAPES with random weights, or the open model hf:NAME_OR_DIR, in eval mode."""
+    """Return a model of SHAPES with random weights, or the open model hf:NAME_OR_DIR, in eval mode."""
     if shape.startswith("hf:"):
         return load_model(shape, device, dtype)[0]
     torch.manual_seed(0)
@@ -57,9 +58,8 @@ def make_model(shape: str, device: torch.device, dtype: torch.dtype) -> GPT:
 
 
 def for_inference(model: GPT) -> GPT:
-    """A second model that shares the weights' memory, so that `fast` may replace modules and spare the original."""
-    with torch.device("meta"):
-        copy = GPT(model.config)
+    """Return a second model on the same memory, whose modules `fast` may replace."""
+    copy = empty_model(model.config)
     copy.load_state_dict(model.state_dict(), assign=True)
     return copy.eval()
 
@@ -69,7 +69,10 @@ class SoloGPT(Candidate):
 
     def __init__(self, model: GPT, compile: bool = False, quantize: str | None = None) -> None:
         self.name = " ".join(filter(None, ("soloGPT", quantize, "compiled" if compile else "")))
-        self.model, self.compile, self.quantize, self.reads_all_bytes = model, compile, quantize, not quantize
+        self.model = model
+        self.compile = compile
+        self.quantize = quantize
+        self.reads_all_bytes = not quantize
 
     def decode(self, prompts: Ids, n: int) -> Callable[[], Ids]:
         model = for_inference(self.model)
@@ -86,7 +89,8 @@ class SoloGPT(Candidate):
             return None
         model = for_inference(self.model)
         fast.prepare(model, quantize=self.quantize)
-        return lambda: model.prefill([prompt], KVCache(model.config, 1, len(prompt), model.device, model.dtype))
+        config = model.config
+        return lambda: model.prefill([prompt], KVCache(config, 1, len(prompt), model.device, model.dtype))
 
 
 # -----------------------------------------------------------------------------
@@ -94,7 +98,7 @@ class SoloGPT(Candidate):
 
 
 def as_transformers(model: GPT) -> Any:
-    """The model of transformers with our architecture and our weights, written independently of ours."""
+    """Return the model of transformers with our architecture and our weights."""
     import transformers
 
     config, weights = hf.export(model)
@@ -112,7 +116,8 @@ class Transformers(Candidate):
 
     def decode(self, prompts: Ids, n: int) -> Callable[[], Ids]:
         idx = torch.tensor(prompts, device=self.model.device)  # (B, T)
-        settings = dict(attention_mask=torch.ones_like(idx), max_new_tokens=n, min_new_tokens=n, do_sample=False)
+        settings = dict(attention_mask=torch.ones_like(idx), do_sample=False)
+        settings |= dict(max_new_tokens=n, min_new_tokens=n)
         return lambda: self.model.generate(idx, **settings)[:, idx.size(1) :].tolist()
 
     def prefill(self, prompt: list[int]) -> Callable[[], Any]:
@@ -125,7 +130,7 @@ class Transformers(Candidate):
 
 
 def load_file(path: str, name: str) -> Any:
-    """Import one file as a module. With its folder in sys.path, its neighbours could hide modules of ours."""
+    """Import one file as a module. If its folder were in sys.path, its neighbours could hide our modules."""
     spec: Any = importlib.util.spec_from_file_location(name, path)
     module = sys.modules[name] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -153,8 +158,8 @@ class NanoGPT(Candidate):
 
 
 def make_nanochat(path: str, config: GPTConfig, device: torch.device, dtype: torch.dtype) -> Any:
-    """nanochat's model with full attention in every layer. Its value embeddings come on top of our shape."""
-    os.environ["NANOCHAT_DTYPE"] = str(dtype).removeprefix("torch.")  # is read once, at the import
+    """Return nanochat's model with full attention in every layer. Its value embeddings are extra weights."""
+    os.environ["NANOCHAT_DTYPE"] = str(dtype).removeprefix("torch.")  # it is read once, at the import
     sys.path.append(path)
     from nanochat.gpt import GPT as NanoChatGPT  # type: ignore[import-not-found]
     from nanochat.gpt import GPTConfig as NanoChatConfig
@@ -193,11 +198,13 @@ class NanoChat(Candidate):
 
 
 class GptFast(Candidate):
-    """gpt-fast's Llama. Where our MLP has two matrices, its three have as many weights."""
+    """gpt-fast's Llama. If our MLP has two matrices, its three have as many weights."""
 
     name = "gpt-fast"
 
-    def __init__(self, path: str, config: GPTConfig, device: torch.device, dtype: torch.dtype, compile: bool) -> None:
+    def __init__(
+        self, path: str, config: GPTConfig, device: torch.device, dtype: torch.dtype, compile: bool
+    ) -> None:
         gpt_fast = load_file(f"{path}/model.py", "gpt_fast")
         shape = {name: getattr(config, name) for name in ("vocab_size", "n_layer", "n_head")}
         shape |= dict(dim=config.n_embd, n_local_heads=config.n_kv_head, block_size=config.sequence_len)
@@ -206,10 +213,12 @@ class GptFast(Candidate):
         self.model, self.device, self.compile = model.to(device, dtype).eval(), device, compile
 
     def decode(self, prompts: Ids, n: int) -> Callable[[], Ids]:
-        (B, T), device = (len(prompts), len(prompts[0])), self.device
+        B, T, device = len(prompts), len(prompts[0]), self.device
         with device:
             self.model.setup_caches(B, T + n)
-        step = torch.compile(self.model.forward, mode="reduce-overhead", fullgraph=True) if self.compile else self.model
+        step = self.model
+        if self.compile:
+            step = torch.compile(self.model.forward, mode="reduce-overhead", fullgraph=True)
 
         def call() -> Ids:
             positions = torch.arange(T + n, device=device)
@@ -229,19 +238,22 @@ class GptFast(Candidate):
 
 
 class LlamaCpp(Candidate):
-    """llama.cpp on a GGUF file. Low-level calls of llama-cpp-python leave out its sampler and its tokenizer."""
+    """llama.cpp on a GGUF file, by low-level calls of llama-cpp-python, without its sampler and tokenizer."""
 
-    reads_all_bytes = False  # but those of its file
+    reads_all_bytes = False  # it reads those of its file
 
     def __init__(self, name: str, path: str, max_rows: int, max_batch: int) -> None:
         import llama_cpp
 
-        self.name, self.api = name, llama_cpp
-        self.log_callback = llama_cpp.llama_log_callback(lambda level, text, data: None)  # a reference for C to use
+        self.name = name
+        self.api = llama_cpp
+        # C calls it later: the attribute keeps it alive
+        self.log_callback = llama_cpp.llama_log_callback(lambda level, text, data: None)
         llama_cpp.llama_log_set(self.log_callback, None)
-        self.model = llama_cpp.llama_model_load_from_file(path.encode(), llama_cpp.llama_model_default_params())
+        params = llama_cpp.llama_model_default_params()
+        self.model = llama_cpp.llama_model_load_from_file(path.encode(), params)
         if not self.model:
-            raise ValueError(f"--peers=llama.cpp={path}: llama.cpp cannot load this file")
+            raise UserError(f"--peers=llama.cpp={path}: llama.cpp cannot load this file")
         params = llama_cpp.llama_context_default_params()
         params.n_ctx, params.n_seq_max = 1024 * max_rows, max_rows
         params.n_batch = params.n_ubatch = max_batch  # tokens of all rows in one call
@@ -250,17 +262,20 @@ class LlamaCpp(Candidate):
         self.vocab_size = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(self.model))
 
     def forward(self, rows: Ids, position: int) -> list[int]:
-        """Read rows (B, T) at `position` and after; returns the most likely next token of each."""
+        """Read rows (B, T) from `position` on. Return the most likely next token of each."""
         B, T = len(rows), len(rows[0])
         batch = self.api.llama_batch_init(B * T, 0, 1)
         batch.n_tokens = B * T
         for b, row in enumerate(rows):
             for t, token in enumerate(row):
                 i = b * T + t
-                batch.token[i], batch.pos[i], batch.n_seq_id[i], batch.seq_id[i][0] = token, position + t, 1, b
-                batch.logits[i] = t == T - 1  # computes no others
+                batch.token[i] = token
+                batch.pos[i] = position + t
+                batch.n_seq_id[i] = 1
+                batch.seq_id[i][0] = b
+                batch.logits[i] = t == T - 1  # of the last token alone
         if self.api.llama_decode(self.context, batch) != 0:
-            raise RuntimeError(f"llama.cpp cannot read {B} rows of {T} tokens at position {position}")
+            raise RunError(f"llama.cpp cannot read {B} rows of {T} tokens at position {position}")
         self.api.llama_batch_free(batch)
         logits = [self.api.llama_get_logits_ith(self.context, b * T + T - 1) for b in range(B)]
         return [int(np.ctypeslib.as_array(each, (self.vocab_size,)).argmax()) for each in logits]

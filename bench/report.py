@@ -5,6 +5,8 @@ import statistics
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 
+from sologpt.errors import UserError
+
 
 @dataclass
 class Row:
@@ -24,10 +26,10 @@ class Row:
 
 
 def table(rows: list[Row]) -> Iterator[str]:
-    """A line per row of one benchmark.
+    """Yield a line per row of one benchmark.
 
-    It has the median rate with minimum and maximum, the share of the limit, how many times as fast our fastest
-    candidate is, and the peak memory.
+    It shows the median rate with minimum and maximum, the share of the limit, how many times as fast our
+    fastest candidate is, and the peak memory.
     """
     ours = max((row.median for row in rows if row.candidate.startswith("soloGPT")), default=rows[0].median)
     for row in rows:
@@ -46,7 +48,7 @@ def to_json(machine: str, rows: list[Row]) -> str:
 def plot(rows: list[Row], path: str) -> None:
     """Draw a group of bars per benchmark: the rate of each candidate relative to the fastest one.
 
-    ImportError without matplotlib, ValueError for a format that it does not know, OSError if it cannot write the file.
+    ImportError without matplotlib, UserError for an unknown format, OSError if it cannot write the file.
     """
     try:
         import matplotlib
@@ -71,4 +73,7 @@ def plot(rows: list[Row], path: str) -> None:
     axes.set_xticks([x + 0.4 for x in range(len(groups))], groups, fontsize=7)
     axes.set_ylabel("tokens/s relative to the fastest")
     axes.legend(fontsize=8, ncols=len(names), loc="lower center", bbox_to_anchor=(0.5, 1), frameon=False)
-    figure.savefig(path, dpi=150, bbox_inches="tight")
+    try:
+        figure.savefig(path, dpi=150, bbox_inches="tight")
+    except ValueError as e:
+        raise UserError(f"--plot={path}: {e}") from e

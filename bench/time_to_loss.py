@@ -1,6 +1,6 @@
-"""Time to loss: nanoGPT's quick run on a CPU and runs of the same shape, each timed from the start of its process.
+"""Time to loss: nanoGPT's quick run on a CPU and runs of its shape, each timed with its start.
 
-The data is tiny Shakespeare. nanoGPT and nanochat read it by character, soloGPT by byte, which is the same there.
+The data is tiny Shakespeare. nanoGPT and nanochat read characters, soloGPT bytes, which are the same there.
 """
 
 import multiprocessing
@@ -21,18 +21,19 @@ from torch import Tensor
 
 from bench import peers
 from gpt import GPT, GPTConfig
+from sologpt.errors import RunError
 
 ROOT = Path(__file__).resolve().parent.parent
 DATA = ROOT / "data" / "shakespeare"
 CPU = torch.device("cpu")
 CONTEXT, BATCH_SIZE, STEPS = 64, 12, 178
-CHARACTERS = 65  # that occur in the text
+CHARACTERS = 65  # different ones in the text
 SHAPE: dict[str, Any] = dict(n_layer=4, n_embd=128)
 HEADS: dict[str, Any] = dict(n_head=2, n_kv_head=1)  # soloGPT's and nanochat's; nanoGPT's own run has 4
-SOLO = "--learning_rate=0.03 --momentum=0.8 --embd_lr=0.15 --head_lr=0.012 --warmdown=0.5 --sample_tokens=0"
+SOLO = "--learning_rate=0.03 --momentum=0.8 --embd_lr=0.15 --head_lr=0.012 --warmdown=0.5"
 NANOGPT = "--max_iters=2000 --lr_decay_iters=2000 --dropout=0.0 --device=cpu --compile=False --eval_iters=20"
 
-# A run trains in (the peer's folder, a temporary folder), and returns the function that computes its validation loss
+# (the peer's folder, a temporary folder) -> a function that computes the trained model's validation loss
 Run = Callable[[str, Path], Callable[[], float]]
 
 
@@ -41,24 +42,24 @@ Run = Callable[[str, Path], Callable[[], float]]
 
 
 def read_bytes(split: str) -> np.ndarray:
-    """The token ids of a split, (N,), as data/shakespeare/prepare.py writes them with --tokenizer=bytes."""
+    """Return the token ids of a split, (N,), as data/shakespeare/prepare.py --tokenizer=bytes writes them."""
     return np.fromfile(DATA / f"{split}.bin", "<u2").astype(np.int64)
 
 
 def read_characters(split: str) -> np.ndarray:
-    """The same with the ids of nanoGPT's shakespeare_char: the characters that occur, numbered in their order."""
+    """The same with the ids of nanoGPT's shakespeare_char, which numbers the characters of the text."""
     return np.searchsorted(np.unique(read_bytes("train")), read_bytes(split))
 
 
 def windows(starts: np.ndarray, ids: np.ndarray) -> tuple[Tensor, Tensor]:
-    """Inputs and targets (B, T) that begin at starts (B,)."""
+    """Return inputs and targets (B, T) that begin at starts (B,)."""
     rows = torch.from_numpy(ids[starts[:, None] + np.arange(CONTEXT + 1)])  # (B, T + 1)
     return rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
 
 
 @torch.no_grad()
 def mean_loss(loss: Callable[[Tensor, Tensor], Any], ids: np.ndarray) -> float:
-    """The mean of loss(idx, targets) over all windows of ids that do not overlap."""
+    """Return the mean of loss(idx, targets) over ids, cut into windows that do not overlap."""
     idx, targets = windows(np.arange((len(ids) - 1) // CONTEXT) * CONTEXT, ids)
     batches = zip(idx.split(100), targets.split(100), strict=True)
     return sum(float(loss(*batch)) * len(batch[0]) for batch in batches) / len(idx)
@@ -69,21 +70,23 @@ def mean_loss(loss: Callable[[Tensor, Tensor], Any], ids: np.ndarray) -> float:
 
 
 def run_script(script: list[str], values: dict[str, Any], flags: str, folder: Path) -> None:
-    command = [sys.executable, *script, *(f"--{name}={value}" for name, value in values.items()), *flags.split()]
+    settings = [f"--{name}={value}" for name, value in values.items()]
+    command = [sys.executable, *script, *settings, *flags.split()]
     if subprocess.run(command, cwd=folder, stdout=subprocess.DEVNULL).returncode:
-        raise RuntimeError(f"{' '.join(script)} has failed: its own error is above")
+        raise RunError(f"{' '.join(script)} has failed: its own error is above")
 
 
 def run_solo(path: str, folder: Path) -> Callable[[], float]:
-    """The README's run."""
-    values = SHAPE | HEADS | dict(sequence_len=CONTEXT, batch_size=BATCH_SIZE, max_iters=STEPS, eval_interval=STEPS)
-    values |= dict(dataset="shakespeare", eval_iters=20, out_dir=folder)
+    """Our train.py. Its defaults are those of another small model: the flags name all that differs."""
+    values = SHAPE | HEADS | dict(sequence_len=CONTEXT, batch_size=BATCH_SIZE, max_iters=STEPS)
+    values |= dict(dataset="shakespeare", tokenizer="bytes", optimizer="muon", out_dir=folder)
+    values |= dict(eval_interval=STEPS, eval_iters=20, log_interval=10, sample_tokens=0)
     run_script(["train.py"], values, SOLO, ROOT)
     return lambda: mean_loss(GPT.load(folder / "best.pt"), read_bytes("val"))
 
 
 def run_nanogpt(path: str, folder: Path) -> Callable[[], float]:
-    """nanoGPT's train.py with its own configuration, in a folder that holds the data as it expects it."""
+    """nanoGPT's train.py with its own config, in a folder that holds the data as it expects them."""
     for name in ("train.py", "model.py", "configurator.py", "config"):
         (folder / name).symlink_to(Path(path).resolve() / name)
     data = folder / "data" / "shakespeare_char"
@@ -104,14 +107,14 @@ def run_nanogpt(path: str, folder: Path) -> Callable[[], float]:
 
 
 def run_nanochat(path: str, folder: Path) -> Callable[[], float]:
-    """nanochat's model and optimizer in a loop like ours: its trainer has no such small run."""
+    """nanochat's model and optimizer in a loop like ours: its own trainer has no such small run."""
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
         loss = pool.submit(train_nanochat, path).result()
     return lambda: loss
 
 
 def train_nanochat(path: str) -> float:
-    """The validation loss after as many steps and tokens as ours, at nanochat's own learning rates."""
+    """Return the validation loss after as many steps and tokens as ours, at nanochat's own learning rates."""
     config = GPTConfig(sequence_len=CONTEXT, vocab_size=CHARACTERS, **SHAPE, **HEADS)
     model = peers.make_nanochat(path, config, CPU, torch.float32)
     optimizer, ids = model.setup_optimizer(), read_characters("train")
@@ -126,12 +129,13 @@ def train_nanochat(path: str) -> float:
 
 
 def time_to_loss(paths: dict[str, str], rounds: int) -> Iterator[str]:
-    """A line with the seconds and the loss of each run in each round, then the medians. paths: the peers by name.
+    """Yield a line with seconds and loss of each run in each round, then the medians. paths: peers by name.
 
-    FileNotFoundError if the data is not prepared, RuntimeError if a run fails.
+    FileNotFoundError if the data is not prepared, RunError if a run fails.
     """
     if not (DATA / "meta.json").exists():
-        raise FileNotFoundError(f"no data in {DATA}: run python data/shakespeare/prepare.py --tokenizer=bytes")
+        command = "python data/shakespeare/prepare.py --tokenizer=bytes"
+        raise FileNotFoundError(f"no data in {DATA}: run {command}")
     runs: dict[str, Run] = {"soloGPT": run_solo, "nanogpt": run_nanogpt, "nanochat": run_nanochat}
     seconds: dict[str, list[float]] = {name: [] for name in runs if name == "soloGPT" or name in paths}
     for _ in range(rounds):

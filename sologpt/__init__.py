@@ -1,1 +1,1 @@
-"""What stands around gpt.py: fast inference, optimizers, text, open weights, processes, logs. Import each by name."""
+"""Everything around gpt.py: training, faster inference, text, open weights. Import each by name."""

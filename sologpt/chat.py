@@ -1,144 +1,220 @@
-"""Chat templates of open models: a conversation to text, and whose the special tokens in that text are.
+"""A conversation with a model, and its commands in a terminal.
 
-A template is a Jinja program that comes with a model. `render` runs it in jinja2's sandbox, in a process of its own
-with limits on time and memory: it can neither run foreign code, nor hang, nor fill the memory.
+talk = Conversation(model, tokenizer, system="Be brief.", max_tokens=100)
+for text in talk.ask("What is a cache?"):
+    print(text, end="")
 """
 
-import importlib.util
+import io
 import json
+import os
 import re
-import subprocess
+import signal
 import sys
-from collections.abc import Collection, Iterator
-from contextlib import suppress
-from datetime import datetime
-from typing import Any, NoReturn
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
 
-SECONDS = 10
-MEMORY = 2**29  # bytes; needs the module resource, which Windows does not have
-LENGTH = 10**7  # characters of the rendered text
-MARK = "\ufdd0"  # a noncharacter, which text has no use for
+from gpt import GPT, GPTConfig, KVCache
+from sologpt.errors import RunError, UserError, writing
+from sologpt.stream import Prompt, TextStream, drop_old_turns, stream_text
+from sologpt.tokenizer import Tokenizer
+
+COMMAND = re.compile(r"/([a-z]+)(?:\s+(.*))?", re.DOTALL)  # a path or a comment of C is text, not a command
+HELP = """\
+/reset        forget the conversation
+/system TEXT  forget it, and begin a new one with this system message (--chat)
+/save FILE    write the conversation to a file: JSON with --chat, else text
+/quit         leave, as Ctrl-D does
+Ctrl-C stops an answer. A pasted text of several lines is one message."""
 
 
-class SpecialTokens:
-    """Tells the special tokens that a template writes from those that a message spells.
+class Conversation:
+    """Prompts and answers. A KVCache keeps their tokens, so a turn prefills only the new ones.
 
-    `mark` puts a MARK between the characters of each special token in a message, in whatever case, and at an end of the
-    message where text beside it could complete one. The template may slice the message, escape it, change its case, or
-    join it to other text: where a special token of the rendered text begins or ends in a message, a MARK is inside.
+    With chat, a prompt is a user's message for the chat template, and the oldest turns are dropped when an
+    answer would not fit into the window with them. Without, prompts and answers are one text that goes on.
+    settings are those of `stream_text`. UserError for bad ones, or if the chat template is missing or rejects
+    the system message.
     """
 
-    def __init__(self, texts: Collection[str]) -> None:
-        longest_first = sorted(texts, key=len, reverse=True)
-        marked = (f"{MARK}*".join(map(re.escape, text)) for text in longest_first)
-        self.in_message = re.compile("|".join(map(re.escape, longest_first)) or "(?!)", re.IGNORECASE)
-        self.in_rendered = re.compile("|".join(marked) or "(?!)")
-        self.heads = {text[:n] for text in texts for n in range(1, len(text))}
-        self.tails = {text[n:] for text in texts for n in range(1, len(text))}
-        self.lengths = range(1, max(map(len, texts), default=0))
+    def __init__(
+        self,
+        model: GPT,
+        tokenizer: Tokenizer,
+        chat: bool = True,
+        system: str = "",
+        max_tokens: int = 500,
+        **settings: Any,
+    ) -> None:
+        self.model = model
+        self.tokenizer = tokenizer
+        self.chat = chat
+        self.max_tokens = max_tokens
+        self.settings = settings
+        max_len = min(1024, model.config.sequence_len)
+        self.kv_cache = KVCache(model.config, 1, max_len, model.device, model.dtype)
+        self.reset(system)
 
-    def mark(self, message: str) -> str:
-        """The message with its MARKs; those that it has itself are dropped."""
-        message = message.replace(MARK, "")
-        before = MARK if any(message[:n] in self.tails for n in self.lengths) else ""
-        after = MARK if any(message[-n:] in self.heads for n in self.lengths) else ""
-        return before + self.in_message.sub(lambda match: MARK.join(match[0]), message) + after
+    def reset(self, system: str = "") -> None:
+        """Begin anew with this system message. UserError if it is rejected; then nothing changes."""
+        messages = [{"role": "system", "content": system}] if system else []
+        probe: Prompt = [*messages, {"role": "user", "content": ""}] if self.chat else [0]
+        self.stream(probe)  # checks all settings; nothing is generated before the first token is read
+        self.system = system
+        self.messages = messages
+        self.answer: TextStream | None = None  # the last one, which may still be streaming
+        self.dropped = 0  # number of oldest messages, after the system message, that the model no longer sees
+        self.kv_cache.reset()
 
-    def split(self, rendered: str) -> Iterator[tuple[str, bool]]:
-        """The pieces of the text, without MARKs; true for a piece whose special tokens the template has written."""
-        start = 0
-        for match in self.in_rendered.finditer(rendered):
-            if MARK in match[0]:
-                yield rendered[start : match.start()].replace(MARK, ""), True
-                yield match[0].replace(MARK, ""), False
-                start = match.end()
-        yield rendered[start:].replace(MARK, ""), True
+    def ask(self, prompt: str) -> TextStream:
+        """Stream the answer. If the stream is closed early, its text so far is the answer."""
+        self.messages = [*self.history(), {"role": "user", "content": prompt}]
+        window = self.model.config.sequence_len
+        question: Prompt = prompt
+        tokens = None
+        if self.chat:
+            first = 1 if self.system else 0
+            seen = self.messages[:first] + self.messages[first + self.dropped :]
+            question, tokens = drop_old_turns(self.tokenizer, seen, window, self.max_tokens)
+            self.dropped += len(seen) - len(question)
+            n_tokens = len(tokens)
+        else:
+            n_tokens = int(self.kv_cache.lengths) + len(self.tokenizer.encode_prompt(prompt))
+        self.kv_cache = with_room(self.kv_cache, self.model.config, n_tokens + self.max_tokens)
+        self.answer = self.stream(question, kv_cache=self.kv_cache, chat_tokens=tokens)
+        return self.answer
+
+    def stream(self, prompt: Prompt, **options: Any) -> TextStream:
+        return stream_text(self.model, self.tokenizer, prompt, self.max_tokens, **self.settings, **options)
+
+    def history(self) -> list[dict[str, str]]:
+        """Return all messages so far, the last answer included."""
+        if self.answer is None:
+            return self.messages
+        return [*self.messages, {"role": "assistant", "content": self.answer.text}]
+
+    def save(self, path: str | Path) -> None:
+        """Write all messages as JSON, for `stream_text`; without chat, write the text."""
+        messages = self.history()
+        text = "".join(message["content"] for message in messages)
+        if self.chat:
+            text = json.dumps(messages, indent=2, ensure_ascii=False)
+        with writing(path):
+            Path(path).write_text(text + "\n", encoding="utf-8", errors="replace")
 
 
-def render(template: str, values: dict[str, Any]) -> str:
-    """The text of a template. values are JSON types.
-
-    ValueError if the template raises an exception or exceeds a limit, ImportError without the extra.
-    """
-    if importlib.util.find_spec("jinja2") is None:
-        raise ImportError("a chat template needs the extra 'hf': pip install jinja2")
-    return run(json.dumps({"path": [*map(str, sys.path)], "template": template, "values": values}))
-
-
-def run(job: str) -> str:
-    try:
-        done = subprocess.run(
-            [sys.executable, "-I", "-S", __file__],  # without site, which takes a while to import
-            input=job,
-            capture_output=True,
-            text=True,
-            timeout=SECONDS,
-            start_new_session=True,  # Ctrl-C is for this process
-        )
-    except subprocess.TimeoutExpired:
-        raise ValueError(f"the chat template takes more than {SECONDS} s") from None
-    if done.returncode:  # killed, or a crash of the interpreter
-        raise ValueError(f"the chat template ends its process with status {done.returncode}")
-    text, error = json.loads(done.stdout)
-    if error:
-        raise ValueError(f"the chat template rejects this conversation: {error}")
-    return text
+def with_room(kv_cache: KVCache, config: GPTConfig, n: int) -> KVCache:
+    """Return the cache, or if it is too small for n tokens, a copy with at least twice the room."""
+    size = kv_cache.max_len
+    window = config.sequence_len
+    if min(n, window) <= size:
+        return kv_cache
+    larger = KVCache(config, 1, min(max(n, 2 * size), window), kv_cache.k.device, kv_cache.k.dtype)
+    larger.k[:, :, :, :size] = kv_cache.k
+    larger.v[:, :, :, :size] = kv_cache.v
+    larger.ids[:, :size] = kv_cache.ids
+    larger.lengths.copy_(kv_cache.lengths)
+    return larger
 
 
 # -----------------------------------------------------------------------------
-# In the process of its own
+# In a terminal
 
 
-def main() -> None:
-    """Read a job from standard input, write [text, error]. In ASCII: the standard streams may have any encoding."""
-    job = json.load(sys.stdin)
-    sys.path[:] = job["path"]
-    with suppress(ImportError, ValueError, OSError):  # no such limit here, or one that is lower
-        import resource
+def converse(talk: Conversation) -> None:
+    """Answer each message that the user enters in a terminal."""
+    window = talk.model.config.sequence_len
+    for prompt in read_messages(talk):
+        with catch_sigint() as signals:
+            saw_all = talk.dropped == 0
+            stream = talk.ask(prompt)
+            if saw_all and talk.dropped:
+                print(f"over {window} tokens: the model no longer sees the oldest turns", file=sys.stderr)
+            warn_if_cut(stream, window)
+            for text in stream:
+                print(text, end="", flush=True)
+                if signals:
+                    print(stream.close(), end="")
+            print(flush=True)
+            print(stream.summary(), file=sys.stderr)
 
-        resource.setrlimit(resource.RLIMIT_CPU, (SECONDS, SECONDS))  # should the parent be gone
-        resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
+
+def warn_if_cut(stream: TextStream, window: int) -> None:
+    n = len(stream.prompt_tokens)
+    if n > window:
+        print(f"the prompt has {n} tokens: the model reads the last {window}", file=sys.stderr)
+
+
+@contextmanager
+def catch_sigint() -> Iterator[list[int]]:
+    """In a terminal, append each Ctrl-C to a list, so that an answer ends between two tokens."""
+    signals: list[int] = []
+    before = signal.getsignal(signal.SIGINT)
+    if sys.stdin.isatty():
+        signal.signal(signal.SIGINT, lambda signum, _: signals.append(signum))
     try:
-        text = environment().from_string(job["template"]).render(job["values"])
-        if len(text) > LENGTH:
-            raise ValueError(f"more than {LENGTH:,} characters")
-        answer = json.dumps([text, ""])
-    except MemoryError:
-        answer = json.dumps(["", "out of memory"])
-    except Exception as e:  # a template can raise anything
-        answer = json.dumps(["", " ".join(str(e).split())[:300] or type(e).__name__])
-    sys.stdout.write(answer)
+        yield signals
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
-def environment() -> Any:
-    """The sandboxed Jinja environment, with the extensions that `transformers` gives to templates."""
-    from jinja2 import nodes
-    from jinja2.ext import Extension, loopcontrols
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
+def read_messages(talk: Conversation) -> Iterator[str]:
+    """Yield each line that the user enters, until Ctrl-D or /quit. Skip empty lines and run commands.
 
-    class Generation(Extension):
-        """{% generation %} ... {% endgeneration %} marks the assistant's tokens for a training mask; a no-op here."""
+    A text of several lines that is pasted into a terminal is one message (bracketed paste of GNU readline).
+    """
+    with suppress(ImportError):  # not on Windows
+        import readline  # gives input() line editing and history
 
-        tags = {"generation"}  # noqa: RUF012
+        readline.parse_and_bind("set enable-bracketed-paste on")  # Python switches it off
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="replace")
+    in_terminal = sys.stdin.isatty()
+    while True:
+        try:
+            text = input("> " if in_terminal else "")
+        except EOFError:
+            if in_terminal:
+                print()
+            return
+        except KeyboardInterrupt:
+            if not in_terminal:
+                raise
+            print("\nCtrl-D or /quit leaves", file=sys.stderr)
+            continue
+        command = COMMAND.fullmatch(text.rstrip())
+        if command is None:
+            if text.strip():
+                yield text
+        elif command[1] == "quit":
+            return
+        else:
+            try:
+                print(run_command(talk, command[1], command[2] or ""), file=sys.stderr)
+            except (UserError, RunError) as e:
+                print(f"error: {e}", file=sys.stderr)
 
-        def parse(self, parser: Any) -> list[nodes.Node]:
-            next(parser.stream)
-            return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
-    def raise_exception(message: str) -> NoReturn:
-        raise ValueError(message)
-
-    def tojson(value: Any, ensure_ascii: bool = False, **options: Any) -> str:
-        text = json.dumps(value, ensure_ascii=False, **options)  # Jinja's own filter escapes HTML
-        others = f"[^\x00-\x7e{MARK}]"  # an escaped MARK would be text
-        return re.sub(others, lambda match: json.dumps(match[0])[1:-1], text) if ensure_ascii else text
-
-    made = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, Generation])
-    made.filters["tojson"] = tojson
-    made.globals["raise_exception"] = raise_exception
-    made.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
-    return made
-
-
-if __name__ == "__main__":
-    main()
+def run_command(talk: Conversation, name: str, argument: str) -> str:
+    """Run a command. Return what to tell the user."""
+    if name == "help":
+        return HELP
+    if name == "reset":
+        talk.reset(talk.system)
+        return "a new conversation"
+    if name == "system":
+        if not talk.chat:
+            raise UserError("/system works only with --chat")
+        if not argument:
+            raise UserError("/system needs a text")
+        talk.reset(argument)
+        return "a new conversation, with this system message"
+    if name == "save":
+        if not argument:
+            raise UserError("/save needs a file")
+        path = os.path.expanduser(argument)
+        talk.save(path)
+        return f"wrote {path}"
+    raise UserError(f"no command /{name}: /help lists them; a space before the slash makes it a message")

@@ -1,6 +1,6 @@
 """The training loss in less memory and time, attached to a model from outside.
 
-model.loss = chunked_cross_entropy  # in place of gpt.cross_entropy, which it equals up to rounding
+model.loss = chunked_cross_entropy  # equals gpt.cross_entropy, up to rounding
 """
 
 from typing import Any
@@ -9,10 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gpt import GPT, in_float32
+from gpt import GPT, cross_entropy, in_float32
 
-LOGITS_PER_CHUNK = 2**24  # computed at a time, unless that makes too many chunks
-MAX_CHUNKS = 16  # each reads and writes the whole gradient of the head
+LOGITS_PER_CHUNK = 2**24  # logits computed at a time, unless that takes too many chunks
+MAX_CHUNKS = 16  # each chunk reads and writes the whole gradient of the head
 
 
 def rows_per_chunk(rows: int, vocab_size: int) -> int:
@@ -20,35 +20,42 @@ def rows_per_chunk(rows: int, vocab_size: int) -> int:
 
 
 def chunked_cross_entropy(model: GPT, x: Tensor, targets: Tensor, reduction: str) -> Tensor:
-    """`gpt.cross_entropy` for a chunk of rows at a time: the logits of all rows never exist at once."""
+    """`gpt.cross_entropy`, a chunk of rows at a time: the logits of all rows never exist at once."""
     wants_grad = torch.is_grad_enabled() and (x.requires_grad or model.head_weight.requires_grad)
     if reduction == "mean" and wants_grad:
         return MeanCrossEntropy.apply(x, model.head_weight, targets, model.config.softcap)
     rows = rows_per_chunk(len(x), model.config.vocab_size)
     chunks = zip(x.split(rows), targets.split(rows), strict=True)  # (R, C), (R,)
-    losses = torch.cat([F.cross_entropy(model.logits(h), t, ignore_index=-1, reduction="none") for h, t in chunks])
+    losses = torch.cat([cross_entropy(model, h, t, "none") for h, t in chunks])  # (N,)
     return losses if reduction == "none" else losses.sum() / (targets != -1).sum()
 
 
 class MeanCrossEntropy(torch.autograd.Function):
-    """Mean cross entropy of hidden states x (N, C) under a head (V, C) for targets (N,), where -1 is ignored.
+    """Mean cross entropy of hidden states x (N, C) with a head (V, C) for targets (N,), with -1 ignored.
 
-    Logits (N, V) and their gradient would be the largest tensors of training, so the forward pass computes both for a
-    chunk of rows at a time: s = cap * tanh(z / cap), ds/dz = 1 - (s / cap)^2, dloss/ds = softmax(s) - onehot(target).
+    The logits (N, V) and their gradient would be the largest tensors of training, so the forward pass
+    computes both a chunk of rows at a time: s = cap * tanh(z / cap), ds/dz = 1 - (s / cap)^2, and
+    dloss/ds = softmax(s) - onehot(target).
     """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, head: Tensor, targets: Tensor, softcap: float) -> Tensor:
-        dx, dhead, losses = torch.empty_like(x), torch.zeros_like(head), []
-        rows, counted = rows_per_chunk(len(x), len(head)), targets != -1  # (N,)
+        dx, dhead = torch.empty_like(x), torch.zeros_like(head)
+        losses = []
+        counted = targets != -1  # (N,)
         weights = in_float32(counted.to(x.dtype))[:, None] / counted.sum()  # (N, 1)
+        rows = rows_per_chunk(len(x), len(head))
         for i in range(0, len(x), rows):
-            chunk, target, w = x[i : i + rows], targets[i : i + rows], weights[i : i + rows]  # (R, C), (R,), (R, 1)
+            chunk = x[i : i + rows]  # (R, C)
+            target = targets[i : i + rows]  # (R,)
+            w = weights[i : i + rows]  # (R, 1)
             logits = in_float32(F.linear(chunk, head))  # (R, C) @ (C, V) -> (R, V)
-            logits = torch.tanh(logits / softcap) * softcap if softcap else logits
+            if softcap:
+                logits = torch.tanh(logits / softcap) * softcap
             logp = logits.log_softmax(dim=-1)
             losses.append(F.nll_loss(logp, target, ignore_index=-1, reduction="none"))  # (R,)
-            d = logp.exp_().scatter_add_(1, target.clamp(min=0)[:, None], torch.full_like(w, -1)).mul_(w)  # (R, V)
+            d = logp.exp_()  # (R, V)
+            d.scatter_add_(1, target.clamp(min=0)[:, None], torch.full_like(w, -1)).mul_(w)
             if softcap:
                 d = torch.addcmul(d, d, logits.div_(softcap).square_(), value=-1)
             dx[i : i + rows] = d.to(x.dtype) @ head  # (R, V) @ (V, C) -> (R, C)
@@ -59,6 +66,6 @@ class MeanCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         if torch.is_grad_enabled():
-            raise RuntimeError("the loss has no second derivative: create_graph=True cannot be used with it")
+            raise RuntimeError("the loss has no second derivative: it cannot be used with create_graph=True")
         dx, dhead = ctx.saved_tensors
         return dx * grad, dhead * grad, None, None

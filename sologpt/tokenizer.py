@@ -3,9 +3,9 @@
     tokenizer = Tokenizer.from_spec("bytes")  # or "bpe:4096", trained on documents, or tiktoken's "gpt2"
     tokenizer.decode(tokenizer.encode("Hello"))
 
-A Tokenizer wraps a `tiktoken.Encoding`. A PretrainedTokenizer wraps a Hugging Face model's tokenizer.json, special
-tokens and chat template. Both convert to a dict of JSON types that holds the whole vocabulary. The dict is saved in
-every checkpoint: sampling needs neither the dataset nor a network.
+A Tokenizer wraps a `tiktoken.Encoding`. A PretrainedTokenizer wraps a Hugging Face model's tokenizer.json,
+special tokens and chat template. Both convert to a dict of JSON types that holds the whole vocabulary. Every
+checkpoint holds this dict, so sampling needs neither the dataset nor a network.
 """
 
 import base64
@@ -21,13 +21,14 @@ from typing import Any
 
 import tiktoken
 
-from sologpt import chat
+from sologpt.chat_template import SpecialTokens, render
+from sologpt.errors import RunError, UserError
 
 EOT = "<|endoftext|>"  # separates documents
 
-# Pre-tokenization: merges do not cross the borders of these pieces. An English contraction, a word with the space or
-# sign before it, a digit, punctuation with the line breaks after it, line breaks with the whitespace before them,
-# whitespace without the last space before a word. It is Qwen2's, which llama.cpp knows (sologpt/gguf.py).
+# Pre-tokenization, as in Qwen2: llama.cpp knows it (see sologpt/gguf.py). Merges stay within these pieces:
+# an English contraction, a word with the space or sign before it, a digit, punctuation with the line breaks
+# after it, line breaks with the whitespace before them, whitespace without the last space before a word.
 BPE_PATTERN = (
     r"(?:'[sS]|'[tT]|'[rR][eE]|'[vV][eE]|'[mM]|'[lL][lL]|'[dD])|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}|"
     r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -39,20 +40,19 @@ BYTES = [bytes([i]) for i in range(256)]
 
 @contextmanager
 def refused(what: str) -> Iterator[None]:
-    """A ValueError for what the Rust libraries raise: a plain Exception, or a PanicException, which is none at all."""
+    """Raise UserError for what Rust libraries raise: an Exception, or a PanicException (a BaseException)."""
     try:
         yield
     except BaseException as e:
         if type(e) is not Exception and type(e).__name__ != "PanicException":
             raise
-        raise ValueError(f"{what}: {e}") from e
+        raise UserError(f"{what}: {e}") from e
 
 
 class Tokenizer:
     """Text to token ids and back, by a `tiktoken.Encoding`.
 
-    `ids` is the set of ids in the vocabulary, `eot` the id that separates documents, `eos_tokens` the ids that end a
-    text.
+    `ids` are the ids in the vocabulary, `eot` is the id that separates documents, `eos_tokens` end a text.
     """
 
     def __init__(self, encoding: tiktoken.Encoding) -> None:
@@ -64,32 +64,32 @@ class Tokenizer:
 
     @classmethod
     def from_spec(cls, spec: str, documents: Iterable[str] = ()) -> "Tokenizer":
-        """Make a tokenizer: 'bytes', 'bpe:N' (trained on documents, N ids), or a tiktoken encoding such as 'gpt2'.
+        """Return 'bytes', 'bpe:N' (N ids, trained on documents), or a tiktoken encoding such as 'gpt2'.
 
-        ValueError for an unknown spec, OSError for an encoding that cannot be downloaded, ImportError if training
-        needs a missing extra.
+        UserError for an unknown spec, RunError if a download fails, ImportError if training needs an extra.
         """
         if spec == "bytes":
             return cls._from_tokens("bytes", r"[\s\S]{1,32}", BYTES)
         if spec.startswith("bpe:"):
             size = spec.removeprefix("bpe:")
             if not size.isdecimal() or len(size) > 7 or int(size) < 257:
-                raise ValueError(
-                    f"tokenizer {spec!r}: N in bpe:N is the vocabulary size, from 257 (256 bytes and {EOT}) to 9999999"
-                )
+                sizes = f"from 257 (256 bytes and {EOT}) to 9999999"
+                raise UserError(f"tokenizer {spec!r}: N in bpe:N is the vocabulary size, {sizes}")
             return cls._from_tokens(spec, BPE_PATTERN, train_bpe(documents, int(size) - 1))
         if spec not in tiktoken.list_encoding_names():
             known = ", ".join(tiktoken.list_encoding_names())
-            raise ValueError(f"unknown tokenizer {spec!r}: choose one of bytes, bpe:N, {known}")
+            raise UserError(f"unknown tokenizer {spec!r}: choose one of bytes, bpe:N, {known}")
         try:
             return cls(tiktoken.get_encoding(spec))
         except OSError as e:  # the base class of requests' errors
-            raise OSError(f"tokenizer {spec!r} cannot be downloaded; 'bytes' and 'bpe:N' need no network") from e
+            hint = "'bytes' and 'bpe:N' need no network"
+            raise RunError(f"tokenizer {spec!r} cannot be downloaded; {hint}") from e
 
     @classmethod
     def from_merges(cls, name: str, merges: str) -> "Tokenizer":
-        """The byte-level BPE of a merges.txt as GPT-2's: a header line, then a merge, two tokens, on each line."""
-        tokens = [bytes(map(BYTE_LEVEL.__getitem__, line.replace(" ", ""))) for line in merges.splitlines()[1:]]
+        """Return the byte-level BPE of a merges.txt like GPT-2's: a header, then two tokens per line."""
+        merged = [line.replace(" ", "") for line in merges.splitlines()[1:]]
+        tokens = [bytes(BYTE_LEVEL[character] for character in text) for text in merged]
         return cls._from_tokens(name, BPE_PATTERN, BYTES + tokens)
 
     @classmethod
@@ -99,7 +99,7 @@ class Tokenizer:
         return cls(tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=special))
 
     def to_dict(self) -> dict[str, Any]:
-        """The tokenizer as JSON types, for `from_dict`. "tokens" are in base64, by id; None is an unused id."""
+        """Return the tokenizer as JSON types, for `from_dict`. "tokens" are base64 by id, or None."""
         encoding = self.encoding
         tokens: list[str | None] = [None] * (max(encoding._mergeable_ranks.values()) + 1)
         for token, rank in encoding._mergeable_ranks.items():
@@ -114,27 +114,24 @@ class Tokenizer:
 
     @classmethod
     def from_dict(cls, d: dict[str, Any]) -> "Tokenizer":
-        """The tokenizer of a dict from `to_dict`. ValueError for any other dict."""
+        """Return the tokenizer of a dict from `to_dict`. UserError for any other dict."""
         try:
             if d["kind"] == "tokenizers":
                 return PretrainedTokenizer(**{key: value for key, value in d.items() if key != "kind"})
             if d["kind"] != "tiktoken":
                 raise ValueError(d["kind"])
-            ranks = {base64.b64decode(token): i for i, token in enumerate(d["tokens"]) if token is not None}
-            if len({*ranks.values(), *d["special_tokens"].values()}) < len(d["special_tokens"]) + sum(
-                token is not None for token in d["tokens"]
-            ):
+            tokens = [(i, token) for i, token in enumerate(d["tokens"]) if token is not None]
+            special = d["special_tokens"]
+            ranks = {base64.b64decode(token): i for i, token in tokens}
+            if len({*ranks.values(), *special.values()}) < len(special) + len(tokens):
                 raise ValueError("an id or a token occurs twice")
             if not ranks.keys() >= {*BYTES}:
                 raise ValueError("a byte has no token")
+            options = dict(pat_str=d["pattern"], mergeable_ranks=ranks, special_tokens=special)
             with refused("tiktoken"):
-                return cls(
-                    tiktoken.Encoding(
-                        d["name"], pat_str=d["pattern"], mergeable_ranks=ranks, special_tokens=d["special_tokens"]
-                    )
-                )
+                return cls(tiktoken.Encoding(d["name"], **options))
         except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as e:
-            raise ValueError("this is not the dict of a tokenizer") from e
+            raise UserError("this is not the dict of a tokenizer") from e
 
     def __repr__(self) -> str:
         ends = {i: self.decode([i]) for i in self.eos_tokens}
@@ -145,13 +142,13 @@ class Tokenizer:
         return max(self.ids) + 1
 
     def gaps(self, vocab_size: int) -> list[int]:
-        """The ids below vocab_size that are no token: a model's vocabulary may be padded, or have unused ids."""
+        """Return the ids below vocab_size that are not tokens: a model's vocabulary may be padded."""
         return [i for i in range(vocab_size) if i not in self.ids]
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of text. The text of a special token is encoded as text. ValueError if the pattern fails on it.
+        """Return the token ids of text. A special token in it is plain text. UserError if the pattern fails.
 
-        A longer run of whitespace than MAX_SPACE may be cut, and its parts encoded one by one.
+        A run of whitespace longer than MAX_SPACE may be cut, and its parts encoded one by one.
         """
         cuts = [i for i in range(0, len(text), MAX_SPACE) if text[i : i + MAX_SPACE].isspace()]
         parts = [text[a:b] for a, b in pairwise([0, *cuts, len(text)])]
@@ -159,53 +156,52 @@ class Tokenizer:
             return list(chain.from_iterable(map(self.encoding.encode_ordinary, parts)))
 
     def encode_prompt(self, text: str) -> list[int]:
-        """Token ids of a prompt: like `encode`, with the special tokens (BOS) that a pretrained tokenizer adds."""
+        """Return the token ids of a prompt: as `encode`, with the BOS that a pretrained tokenizer may add."""
         return self.encode(text)
 
     def encode_chat(self, messages: Sequence[dict[str, str]]) -> list[int]:
-        """Token ids of a conversation by the chat template, with the generation prompt at the end.
+        """Return the token ids of a conversation by the chat template, with the generation prompt at the end.
 
-        messages are {"role": "system", "user" or "assistant", "content": text}. Only the template makes special
-        tokens: in a message, the text of one is encoded as text. ValueError if there is no template, or if it rejects
-        the messages.
+        messages are {"role": "system", "user" or "assistant", "content": text}. A special token in a message
+        is plain text. UserError if there is no template, or if it rejects the messages.
         """
-        raise ValueError(f"the tokenizer {self.name} has no chat template")
+        raise UserError(f"the tokenizer {self.name} has no chat template")
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Text of ids, special tokens included; invalid UTF-8 becomes U+FFFD. ValueError for an unknown id."""
+        """Return the text of ids. Invalid UTF-8 becomes U+FFFD. UserError for an unknown id."""
         decoder = self.decoder()
         return "".join([*map(decoder.decode, ids), decoder.flush()])
 
     def token_bytes(self, token: int) -> bytes:
-        """The bytes of a token within a text. ValueError for an unknown id."""
+        """Return the bytes of a token within a text. UserError for an unknown id."""
         try:
             return self.encoding.decode_single_token_bytes(token)
         except (KeyError, OverflowError) as e:
-            raise ValueError(f"token id {token} is not in the vocabulary of {self.vocab_size}") from e
+            raise UserError(f"token id {token} is not in the vocabulary of {self.vocab_size}") from e
 
     def decoder(self, continues: bool = False) -> "StreamDecoder":
-        """A streaming decoder. continues: the ids continue a text, so a leading space of the first is kept."""
+        """Return a streaming decoder. continues: the ids continue a text, so a leading space is kept."""
         return StreamDecoder(self)
 
 
 class StreamDecoder:
-    """Streaming decode, one id at a time. The parts joined are what `Tokenizer.decode` gives for all ids at once."""
+    """Streaming decode, one id at a time. The joined parts are what `Tokenizer.decode` makes of all ids."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self.tokenizer = tokenizer
         self.utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
 
     def decode(self, token: int) -> str:
-        """The text that this id completes: a character is returned with its last byte."""
+        """Return the text that this id completes: a character comes with its last byte."""
         return self.utf8.decode(self.tokenizer.token_bytes(token))
 
     def flush(self) -> str:
-        """The rest of the text at the end of the ids: U+FFFD for an incomplete character."""
+        """Return the rest at the end of the ids: U+FFFD for an incomplete character."""
         return self.utf8.decode(b"", final=True)
 
 
 def train_bpe(documents: Iterable[str], size: int) -> list[bytes]:
-    """The `size` tokens of a byte-level BPE trained on documents: the 256 bytes, then the merges in rank order."""
+    """Train a byte-level BPE on documents. Return its tokens by rank: the 256 bytes, then the merges."""
     try:
         import rustbpe
     except ImportError as e:
@@ -219,13 +215,13 @@ def train_bpe(documents: Iterable[str], size: int) -> list[bytes]:
 # -----------------------------------------------------------------------------
 # Pretrained tokenizers
 
-# Byte-level BPE writes each byte as a printable character, in tokenizer.json as in GPT-2: a printable byte as itself,
-# the others as the characters from 256 on.
-_printable = {*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)}
-_others = iter(range(256, 512))
-BYTE_LEVEL = {chr(byte if byte in _printable else next(_others)): byte for byte in range(256)}
+# Byte-level BPE writes each byte as a printable character, in tokenizer.json as in GPT-2: a printable byte as
+# itself, the others as the characters from 256 on.
+PRINTABLE = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+OTHERS = [byte for byte in range(256) if byte not in PRINTABLE]
+BYTE_LEVEL = {chr(byte): byte for byte in PRINTABLE} | {chr(256 + i): byte for i, byte in enumerate(OTHERS)}
 
-# The decoder of SentencePiece BPE: ▁ is a space, and a character outside the vocabulary is byte-fallback tokens, <0xE2>
+# The decoder of SentencePiece BPE. ▁ is a space; an unknown character is byte-fallback tokens, like <0xE2>
 SENTENCEPIECE = [
     {"type": "Replace", "pattern": {"String": "▁"}, "content": " "},
     {"type": "ByteFallback"},
@@ -238,9 +234,10 @@ BYTE_TOKEN = re.compile("<0x([0-9A-Fa-f]{2})>")
 class PretrainedTokenizer(Tokenizer):
     """The tokenizer of a Hugging Face model: its tokenizer.json, run by the `tokenizers` library.
 
-    special_tokens are texts by name, {"bos_token": "<s>", ...}. eos_tokens are ids that end a text besides that of
-    eos_token. chat_template is Jinja, or empty. ValueError for a damaged tokenizer.json, a special token outside the
-    vocabulary, or a decoder that is neither byte-level nor SentencePiece's. ImportError without the extra.
+    special_tokens are texts by name, {"bos_token": "<s>", ...}. eos_tokens are ids that end a text, besides
+    that of eos_token. chat_template is Jinja, or empty. UserError for a damaged tokenizer.json, a special
+    token outside the vocabulary, or a decoder that is neither byte-level nor SentencePiece's. ImportError
+    without the extra.
     """
 
     def __init__(
@@ -260,32 +257,37 @@ class PretrainedTokenizer(Tokenizer):
         self.backend.no_truncation()
         self.backend.no_padding()
         self.backend.encode_special_tokens = True  # as text
-        self.name, self.tokenizer_json, self.chat_template = name, tokenizer_json, chat_template
+        self.name = name
+        self.tokenizer_json = tokenizer_json
         self.special_tokens = special_tokens
+        self.chat_template = chat_template
 
         vocabulary = self.backend.get_vocab(with_added_tokens=True)
         self.tokens = {i: text for text, i in vocabulary.items()}
         self.ids = set(self.tokens)
-        bos, eos = (special_tokens.get(key, "") for key in ("bos_token", "eos_token"))
-        for text in filter(None, (bos, eos)):
-            if text not in vocabulary:
-                raise ValueError(f"the special token {text!r} is not in the tokenizer's vocabulary")
-        self.eos_tokens = [
-            i for i in dict.fromkeys([vocabulary.get(eos), *eos_tokens]) if type(i) is int and i in self.ids
-        ]
-        separators = [*self.eos_tokens, *([vocabulary[bos]] if bos else [])]
-        if not separators:
-            raise ValueError("the tokenizer has neither an eos_token nor a bos_token to separate documents")
-        self.eot = separators[0]
+        bos = special_tokens.get("bos_token", "")
+        eos = special_tokens.get("eos_token", "")
+        for text in (bos, eos):
+            if text and text not in vocabulary:
+                raise UserError(f"the special token {text!r} is not in the tokenizer's vocabulary")
+        ends = dict.fromkeys([vocabulary.get(eos), *eos_tokens])  # each once, in this order
+        self.eos_tokens = [i for i in ends if type(i) is int and i in self.ids]
+        if not self.eos_tokens and not bos:
+            raise UserError("the tokenizer has neither an eos_token nor a bos_token to separate documents")
+        self.eot = self.eos_tokens[0] if self.eos_tokens else vocabulary[bos]
 
         decoder = json.loads(tokenizer_json).get("decoder") or {}
         steps = decoder.get("decoders", [decoder])
         self.byte_level = [step.get("type") for step in steps] == ["ByteLevel"]
         if not self.byte_level and steps not in (SENTENCEPIECE, [*SENTENCEPIECE, STRIP]):
-            raise ValueError(f"the tokenizer's decoder is neither ByteLevel nor SentencePiece's: {json.dumps(decoder)}")
+            shown = json.dumps(decoder)
+            raise UserError(f"the tokenizer's decoder is neither ByteLevel nor SentencePiece's: {shown}")
         self.strips = STRIP in steps
-        bytes_of = {} if self.byte_level else {i: BYTE_TOKEN.fullmatch(text) for i, text in self.tokens.items()}
-        self.byte_tokens = {i: bytes.fromhex(match[1]) for i, match in bytes_of.items() if match}
+        self.byte_tokens: dict[int, bytes] = {}
+        if not self.byte_level:
+            for i, text in self.tokens.items():
+                if match := BYTE_TOKEN.fullmatch(text):
+                    self.byte_tokens[i] = bytes.fromhex(match[1])
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -304,58 +306,64 @@ class PretrainedTokenizer(Tokenizer):
         return self._encode(self.backend, text, add_special_tokens=True)
 
     def _encode(self, backend: Any, text: str, add_special_tokens: bool = False) -> list[int]:
-        """add_special_tokens: BOS and the like around the text."""
-        text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")  # a lone surrogate has no UTF-8
+        # A lone surrogate has no UTF-8
+        text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
         with refused(f"the tokenizer {self.name} cannot encode this text"):
             return backend.encode(text, add_special_tokens=add_special_tokens).ids
 
     @cached_property
     def chat_backend(self) -> Any:
-        """The backend that reads special tokens in a text: an object of its own, since threads share them."""
+        """A backend that recognizes special tokens in a text. A copy, since threads share the other one."""
         backend = copy.deepcopy(self.backend)
         backend.encode_special_tokens = False
         return backend
 
     @cached_property
-    def chat_tokens(self) -> chat.SpecialTokens:
+    def chat_tokens(self) -> SpecialTokens:
         added = self.backend.get_added_tokens_decoder().values()
-        return chat.SpecialTokens([token.content for token in added if token.special])
+        return SpecialTokens([token.content for token in added if token.special])
 
     def encode_chat(self, messages: Sequence[dict[str, str]]) -> list[int]:
         if not self.chat_template:
             return super().encode_chat(messages)
         mark = self.chat_tokens.mark
         marked = [{key: mark(text) for key, text in message.items()} for message in messages]
-        pieces = self.chat_tokens.split(self.render_chat(marked))
-        backends = ((self.chat_backend if templates_own else self.backend, text) for text, templates_own in pieces)
-        return list(chain.from_iterable(self._encode(backend, text) for backend, text in backends))
+        ids: list[int] = []
+        for text, from_template in self.chat_tokens.split(self.render_chat(marked)):
+            ids += self._encode(self.chat_backend if from_template else self.backend, text)
+        return ids
 
     def render_chat(self, messages: Sequence[dict[str, str]]) -> str:
-        """The conversation as text, by the chat template, with the generation prompt. ValueError if it fails."""
+        """Return the text of a conversation, with the generation prompt. UserError if the template fails."""
         values = dict(messages=messages, tools=None, documents=None, add_generation_prompt=True)
-        return chat.render(self.chat_template, self.special_tokens | values)
+        return render(self.chat_template, self.special_tokens | values)
 
     def token_bytes(self, token: int) -> bytes:
         if token not in self.tokens:
-            raise ValueError(f"token id {token} is not in the vocabulary of {self.vocab_size}")
+            raise UserError(f"token id {token} is not in the vocabulary of {self.vocab_size}")
         text = self.tokens[token]
         if self.byte_level:
-            return bytes(map(BYTE_LEVEL.__getitem__, text)) if BYTE_LEVEL.keys() >= set(text) else text.encode()
+            is_token = BYTE_LEVEL.keys() >= set(text)  # an added token is plain text
+            return bytes(BYTE_LEVEL[character] for character in text) if is_token else text.encode()
         return self.byte_tokens.get(token) or text.replace("▁", " ").encode()
 
     def decoder(self, continues: bool = False) -> StreamDecoder:
-        return StreamDecoder(self) if self.byte_level else SentencePieceDecoder(self, self.strips and not continues)
+        if self.byte_level:
+            return StreamDecoder(self)
+        return SentencePieceDecoder(self, strip=self.strips and not continues)
 
 
 class SentencePieceDecoder(StreamDecoder):
     """StreamDecoder for a vocabulary with byte-fallback tokens.
 
-    As in the `tokenizers` library, a run of byte tokens is text if all of it is valid UTF-8, else U+FFFD for each byte.
-    So a run is returned when it ends. strip: drop a leading space, which encoding has prepended.
+    As in the `tokenizers` library, a run of byte tokens is text if it is valid UTF-8, else U+FFFD for each
+    byte. So a run is returned when it ends. strip: drop a leading space, which encoding has prepended.
     """
 
     def __init__(self, tokenizer: PretrainedTokenizer, strip: bool) -> None:
-        self.tokenizer, self.byte_tokens, self.strip = tokenizer, tokenizer.byte_tokens, strip
+        self.tokenizer = tokenizer
+        self.byte_tokens = tokenizer.byte_tokens
+        self.strip = strip
         self.run = b""
 
     def decode(self, token: int) -> str:
@@ -374,5 +382,6 @@ class SentencePieceDecoder(StreamDecoder):
             text = "\ufffd" * len(self.run) + text
         self.run = b""
         if text and self.strip:
-            text, self.strip = text.removeprefix(" "), False
+            text = text.removeprefix(" ")
+            self.strip = False
         return text

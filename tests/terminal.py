@@ -10,7 +10,7 @@ from conftest import ROOT
 
 
 class Terminal:
-    """`python *args` in a terminal of its own, where \\x03 is Ctrl-C. output: what is shown and not waited for yet."""
+    """`python *args` in a terminal of its own. output: what it has shown since the last `wait_for`."""
 
     def __init__(self, *args, term: str = "dumb"):
         self.output = ""
@@ -20,17 +20,17 @@ class Terminal:
             os.execve(sys.executable, [sys.executable, *map(str, args)], os.environ | {"TERM": term})
 
     def read(self) -> bool:
-        """Wait for more output; whether there is more to come."""
+        """Wait for more output. Return whether more can come."""
         assert select.select([self.fd], [], [], 120)[0], self.output
         try:
             new = os.read(self.fd, 65536)
-        except OSError:  # it has ended
+        except OSError:  # the script has ended
             new = b""
         self.output += new.decode("utf-8", "replace")
         return bool(new)
 
     def wait_for(self, pattern: str) -> str:
-        """What is shown up to the first match of pattern."""
+        """Return what is shown, up to the first match of pattern."""
         while not (match := re.search(pattern, self.output)):
             assert self.read(), f"no {pattern!r} in {self.output!r}"
         seen, self.output = self.output[: match.end()], self.output[match.end() :]
@@ -40,7 +40,7 @@ class Terminal:
         os.write(self.fd, keys.encode())
 
     def status(self) -> int:
-        """The exit status, once it has ended; -N for signal N. The rest of what it showed is in output."""
+        """Wait for the end. Return the exit status, -N for signal N; output has the rest."""
         while self.read():
             pass
         return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])

@@ -183,13 +183,15 @@ def test_limits_count_what_a_forward_reads_and_multiplies(tie_embd):
     config = GPTConfig(sequence_len=64, vocab_size=50, n_layer=2, n_head=2, n_embd=16, tie_embd=tie_embd)
     model, embedding, T = GPT(config), 50 * 16, 40
     assert measures.weights_read(model) == 4 * (model.num_params() - (0 if tie_embd else embedding))
-    kv_cache = 4 * 2 * 2 * 2 * 8 * (16 + 5)  # bytes, keys and values, layers, heads, head_dim, mean length of 10 tokens
+    # bytes, keys and values, layers, heads, head_dim, mean length of 10 tokens
+    kv_cache = 4 * 2 * 2 * 2 * 8 * (16 + 5)
     limit = 3 * 1e6 / (measures.weights_read(model) + 3 * kv_cache)
     assert measures.decode_limit(model, rows=3, tokens=10, bandwidth=1e6) == pytest.approx(limit)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model.prefill([[1] * T], KVCache(config, 1, T))
     products = sum(n for op, n in counter.get_flop_counts()["Global"].items() if "attention" not in str(op))
-    attention = 2 * 2 * 2 * 2 * 8 * T * T / 2  # two products, FLOPs, layers, heads, head_dim; half of them is masked
+    # two products, FLOPs, layers, heads, head_dim; half of them is masked
+    attention = 2 * 2 * 2 * 2 * 8 * T * T / 2
     assert measures.prefill_flops(model, T) * T == products - 2 * embedding + attention  # without the head
 
 

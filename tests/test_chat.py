@@ -14,15 +14,17 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 import configurator
 import sample
 from gpt import GPT
-from sologpt import hf
+from sologpt import errors, hf
 from sologpt.tokenizer import Tokenizer
 
 # Drops the start of earlier answers, as Qwen 3's template drops their thoughts
-FORGETFUL = CHATML.replace("message['content']", "(message['content'] if loop.last else message['content'][3:])")
+FORGETFUL = CHATML.replace(
+    "message['content']", "(message['content'] if loop.last else message['content'][3:])"
+)
 
 
 def checkpoint(path: Path, family: str = "smollm2", sequence_len: int = 512, **said) -> Path:
-    """A checkpoint of a random model with that family's tokenizer; in float64, so that no argmax is a near tie."""
+    """A checkpoint of a random model with that family's tokenizer, in float64: no argmax is a near tie."""
     tokenizer = hf.load_tokenizer(write_folder(path.parent / family, family, **said))
     model = make_model(vocab_size=tokenizer.vocab_size, sequence_len=sequence_len)
     model.save(path, tokenizer=tokenizer.to_dict(), step=0)
@@ -50,7 +52,7 @@ def here(monkeypatch, capsys):
         monkeypatch.setattr("builtins.input", read_line)
         capsys.readouterr()
         with pytest.raises(SystemExit) as e:
-            configurator.run(sample.main)
+            errors.run(sample.main)
         return e.value.code, *capsys.readouterr()
 
     return here
@@ -59,7 +61,9 @@ def here(monkeypatch, capsys):
 def answer(model: GPT, tokenizer: Tokenizer, messages: list[dict[str, str]], max_tokens: int) -> str:
     """The greedy answer to the whole conversation, without a cache from earlier turns."""
     ids = list(
-        model.generate(tokenizer.encode_chat(messages), max_tokens, temperature=0, stop_tokens=tokenizer.eos_tokens)
+        model.generate(
+            tokenizer.encode_chat(messages), max_tokens, temperature=0, stop_tokens=tokenizer.eos_tokens
+        )
     )
     return tokenizer.decode([i for i in ids if i not in tokenizer.eos_tokens])
 
@@ -83,13 +87,17 @@ def test_a_turn_answers_as_without_a_cache_and_prefills_only_what_is_new(
 
     read = []
     hidden = GPT.hidden
-    monkeypatch.setattr(GPT, "hidden", lambda self, idx, *rest: read.append(idx.numel()) or hidden(self, idx, *rest))
+    monkeypatch.setattr(
+        GPT, "hidden", lambda self, idx, *rest: read.append(idx.numel()) or hidden(self, idx, *rest)
+    )
     flags = ["--interactive", "--chat", f"--system={system}", "--temperature=0", "--max_tokens=10"]
     status, out, err = here(f"--ckpt={path}", *flags, lines=turns)
     assert status == 0 and out == said
     if sequence_len == 512:
         generated = sum(len(tokenizer.encode(message["content"])) for message in messages[2::2])
-        assert sum(read) <= longest + 2 * (generated + 30), "an answer is read at most twice: generated, then rendered"
+        assert sum(read) <= longest + 2 * (generated + 30), (
+            "an answer is read at most twice: generated, then rendered"
+        )
     else:
         assert longest > sequence_len and f"the model reads the last {sequence_len}" in err
 
@@ -129,7 +137,10 @@ def test_the_space_between_prompt_and_sample_is_kept(tmp_path, here):
     model.save(path, **extra)
     text = tokenizer.decode([*tokenizer.encode_prompt("some"), word])
     assert text.startswith("<s> some ")
-    assert "<s> " + here(f"--ckpt={path}", "--prompt=some", "--temperature=0", "--max_tokens=1")[1] == text + "\n"
+    assert (
+        "<s> " + here(f"--ckpt={path}", "--prompt=some", "--temperature=0", "--max_tokens=1")[1]
+        == text + "\n"
+    )
 
 
 @pytest.fixture(scope="module")
@@ -138,26 +149,39 @@ def folder(tmp_path_factory) -> Path:
     path = write_folder(tmp_path_factory.mktemp("llama"), "smollm2", chat_template=CHATML)
     torch.manual_seed(0)
     n = hf.load_tokenizer(path).vocab_size
-    sizes = dict(vocab_size=n, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)
-    config = LlamaConfig(**sizes, num_key_value_heads=2, bos_token_id=1, eos_token_id=2, initializer_range=0.3)
+    sizes = dict(
+        vocab_size=n, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4
+    )
+    config = LlamaConfig(
+        **sizes, num_key_value_heads=2, bos_token_id=1, eos_token_id=2, initializer_range=0.3
+    )
     LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(path)
     return path
 
 
 def test_an_open_model_answers_as_in_transformers(folder, here):
-    auto, theirs = AutoTokenizer.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(folder).float().eval()
+    auto, theirs = (
+        AutoTokenizer.from_pretrained(folder),
+        AutoModelForCausalLM.from_pretrained(folder).float().eval(),
+    )
     messages = [{"role": "user", "content": "Hello there"}]
-    ids = auto.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=False)
+    ids = auto.apply_chat_template(
+        messages, add_generation_prompt=True, return_tensors="pt", return_dict=False
+    )
     out = theirs.generate(ids, max_new_tokens=20, do_sample=False, pad_token_id=0)[0, ids.size(1) :].tolist()
     flags = [f"--init_from=hf:{folder}", "--dtype=float32", "--temperature=0", "--max_tokens=20"]
     said = hf.load_tokenizer(folder).decode(i for i in out if i != 2)
     assert here(*flags, "--chat", "--prompt=Hello there")[1] == said + "\n"
 
 
-@pytest.mark.parametrize("dtype, expected", [("auto", "bfloat16"), ("float32", "float32"), ("bfloat16", "bfloat16")])
+@pytest.mark.parametrize(
+    "dtype, expected", [("auto", "bfloat16"), ("float32", "float32"), ("bfloat16", "bfloat16")]
+)
 def test_dtype(folder, chatty, here, monkeypatch, dtype, expected):
     used, stream_text = [], sample.stream_text
-    monkeypatch.setattr(sample, "stream_text", lambda m, *args, **kw: used.append(m) or stream_text(m, *args, **kw))
+    monkeypatch.setattr(
+        sample, "stream_text", lambda m, *args, **kw: used.append(m) or stream_text(m, *args, **kw)
+    )
     flags = ["--prompt=a", "--max_tokens=1", f"--dtype={dtype}"]
     assert str(folder) in here(f"--init_from=hf:{folder}", *flags)[2]
     assert here(f"--ckpt={chatty}", *flags)[0] == 0
@@ -203,8 +227,8 @@ assert not {{"sologpt.hf", "tokenizers", "jinja2", "safetensors"}} & set(sys.mod
     run("-c", code, cwd=tmp_path)  # in a fresh process
 
 
-def test_the_help_is_sentences_in_groups():
+def test_the_help_has_a_line_for_each_key_in_groups():
     keys = configurator.keys(sample.Config).values()
     assert list(dict.fromkeys(key.group for key in keys)) == ["prompt", "sampling", "output", "model"]
     for key in keys:
-        assert re.fullmatch(r"([A-Z]|torch).*\.", key.comment), key
+        assert re.fullmatch(r"[a-z].*[^.]", key.comment), key

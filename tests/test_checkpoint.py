@@ -3,6 +3,7 @@ import random
 import subprocess
 import sys
 import warnings
+import zipfile
 from dataclasses import asdict
 
 import pytest
@@ -11,6 +12,8 @@ from conftest import GPT2, LLAMA, QWEN, ROOT, WINDOWS, make_model
 
 import gpt
 from gpt import GPT
+from sologpt.errors import RunError, UserError
+from sologpt.load import load_checkpoint
 from sologpt.optim import configure_optimizers
 
 
@@ -69,9 +72,32 @@ def test_a_failed_save_leaves_the_old_one(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["m.pt"]
 
 
-def test_a_missing_checkpoint_is_a_file_not_found(tmp_path):
+@pytest.mark.parametrize("load", [GPT.load, load_checkpoint])
+def test_a_missing_checkpoint_is_a_file_not_found(load, tmp_path):
     with pytest.raises(FileNotFoundError):
-        GPT.load(tmp_path / "no.pt")
+        load(tmp_path / "no.pt")
+
+
+@pytest.mark.parametrize("load", [GPT.load, load_checkpoint])
+def test_an_unknown_config_field_is_named(load, tmp_path):
+    model = make_model(torch.float32)
+    config = asdict(model.config) | {"n_expert": 8}
+    torch.save({"model": model.state_dict(), "config": config}, tmp_path / "m.pt")
+    with pytest.raises((ValueError, TypeError), match="n_expert") as e:
+        load(tmp_path / "m.pt")
+    assert "damaged" not in str(e.value)
+
+
+# ---- files of strangers: sologpt.load.load_checkpoint
+
+
+def test_a_good_checkpoint_passes(tmp_path):
+    model = make_model(torch.float32)
+    model.save(tmp_path / "m.pt", step=3)
+    loaded, extra = load_checkpoint(tmp_path / "m.pt", "cpu", torch.bfloat16)
+    assert extra == {"step": 3} and loaded.config == model.config and not loaded.training
+    for name, x in model.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], x.bfloat16())
 
 
 def test_a_damaged_checkpoint_is_a_runtime_error(tmp_path):
@@ -81,8 +107,8 @@ def test_a_damaged_checkpoint_is_a_runtime_error(tmp_path):
     rng = random.Random(0)
     for _ in range(60):
         path.write_bytes(whole[: rng.randrange(len(whole))])
-        with pytest.raises(RuntimeError, match=r"m\.pt"):
-            GPT.load(path)
+        with pytest.raises(RunError, match=r"m\.pt is damaged"):
+            load_checkpoint(path)
 
 
 def test_a_flipped_bit_is_a_runtime_error_or_changes_nothing(tmp_path):
@@ -95,24 +121,27 @@ def test_a_flipped_bit_is_a_runtime_error_or_changes_nothing(tmp_path):
         damaged[at] ^= 1 << rng.randrange(8)
         path.write_bytes(damaged)
         try:
-            loaded = GPT.load(path)
-        except RuntimeError as e:
+            loaded, _ = load_checkpoint(path)
+        except RunError as e:
             assert "damaged" in str(e)
             refused += 1
         else:
             assert loaded.config == model.config
-            assert all(torch.equal(a, b) for a, b in zip(loaded.parameters(), model.parameters(), strict=True))
+            pairs = zip(loaded.parameters(), model.parameters(), strict=True)
+            assert all(torch.equal(a, b) for a, b in pairs)
     assert refused > 80
 
 
-@pytest.mark.parametrize("lie", [dict(n_layer=5_000), dict(n_layer=10**9), dict(n_embd=10**9), dict(vocab_size=10**30)])
+@pytest.mark.parametrize(
+    "lie", [dict(n_layer=5_000), dict(n_layer=10**9), dict(n_embd=10**9), dict(vocab_size=10**30)]
+)
 def test_sizes_that_the_tensors_do_not_have_are_refused_before_a_model_is_built(lie, tmp_path, monkeypatch):
     model = make_model(torch.float32)
     torch.save({"model": model.state_dict(), "config": asdict(model.config) | lie}, tmp_path / "m.pt")
     built: list = []
     monkeypatch.setattr(gpt, "Block", lambda config, make=gpt.Block: built.append(config) or make(config))
-    with pytest.raises(RuntimeError, match="damaged"):
-        GPT.load(tmp_path / "m.pt")
+    with pytest.raises(RunError, match="damaged"):
+        load_checkpoint(tmp_path / "m.pt")
     assert len(built) <= model.config.n_layer
 
 
@@ -120,16 +149,25 @@ def test_other_files_are_runtime_errors(tmp_path):
     path = tmp_path / "m.pt"
     for content in (b"", b"hello", pickle.dumps({"a": 1})):
         path.write_bytes(content)
-        with (
-            pytest.raises(RuntimeError),
-            warnings.catch_warnings(record=True) as warned,
-        ):  # torch.load has one for pickles
-            GPT.load(path)
+        with pytest.raises(RunError, match="damaged"), warnings.catch_warnings(record=True) as warned:
+            load_checkpoint(path)  # torch.load warns of pickles
         assert not warned
-    for state in ({}, [1], {"model": {}, "config": {}}, {"model": {}, "config": {"n_layers": 3}}):
+    models = ({"model": {}, "config": {}}, {"model": {}, "config": [3]}, {"model": 3, "config": {}})
+    for state in ({}, [1], *models):
         torch.save(state, path)
-        with pytest.raises(RuntimeError):
-            GPT.load(path)
+        with pytest.raises(RunError, match=r"m\.pt"):
+            load_checkpoint(path)
+
+
+def test_a_compressed_record_is_damage(tmp_path):
+    """torch.save compresses nothing. A few kilobytes may become gigabytes."""
+    make_model(torch.float32).save(tmp_path / "m.pt")
+    good = zipfile.ZipFile(tmp_path / "m.pt")
+    with zipfile.ZipFile(tmp_path / "bomb.pt", "w", zipfile.ZIP_DEFLATED) as bomb:
+        for name in good.namelist():
+            bomb.writestr(name, good.read(name))
+    with pytest.raises(RunError, match=r"bomb\.pt is damaged"):
+        load_checkpoint(tmp_path / "bomb.pt")
 
 
 def test_no_code_is_run_from_a_checkpoint(tmp_path):
@@ -138,8 +176,10 @@ def test_no_code_is_run_from_a_checkpoint(tmp_path):
             return (open, (str(tmp_path / "ran"), "w"))
 
     torch.save({"model": Evil(), "config": {}}, tmp_path / "m.pt")
-    with pytest.raises(RuntimeError):
+    with pytest.raises(pickle.UnpicklingError):
         GPT.load(tmp_path / "m.pt")
+    with pytest.raises(RunError):
+        load_checkpoint(tmp_path / "m.pt")
     assert not (tmp_path / "ran").exists()
 
 
@@ -147,7 +187,7 @@ def test_too_little_memory_and_a_missing_device_are_not_damage(tmp_path, monkeyp
     """What goes wrong beside the file says so itself."""
     make_model(torch.float32).save(tmp_path / "m.pt")
     with pytest.raises((RuntimeError, AssertionError)) as e:
-        GPT.load(tmp_path / "m.pt", device="cuda:99")
+        load_checkpoint(tmp_path / "m.pt", device="cuda:99")
     assert "damaged" not in str(e.value)
 
     for error in (
@@ -161,16 +201,16 @@ def test_too_little_memory_and_a_missing_device_are_not_damage(tmp_path, monkeyp
 
         with monkeypatch.context() as patch, pytest.raises(type(error)) as e:
             patch.setattr(torch, "load", fail)
-            GPT.load(tmp_path / "m.pt")
+            load_checkpoint(tmp_path / "m.pt")
         assert e.value is error
 
 
 def test_a_folder_and_a_plain_state_dict_are_named(tmp_path):
-    with pytest.raises(ValueError, match=r"is a folder: .*best\.pt\?"):
-        GPT.load(tmp_path)
+    with pytest.raises(UserError, match=r"is a folder: .*best\.pt\?"):
+        load_checkpoint(tmp_path)
     torch.save(make_model().state_dict(), tmp_path / "weights.pt")
-    with pytest.raises(RuntimeError, match="state_dict"):
-        GPT.load(tmp_path / "weights.pt")
+    with pytest.raises(RunError, match="state_dict"):
+        load_checkpoint(tmp_path / "weights.pt")
 
 
 def test_a_checkpoint_loads_without_the_compiler(tmp_path):

@@ -11,9 +11,9 @@ from conftest import GPT2, QWEN, ROOT, WINDOWS, make_model
 from torch._dynamo.utils import counters
 
 from gpt import KVCache
-from sologpt import fast, parallel
+from sologpt import fast, graphs, parallel
 from sologpt.loss import chunked_cross_entropy
-from sologpt.weights import Int8Linear
+from sologpt.quantize import Int8Linear
 
 
 @pytest.fixture(params=[{}, QWEN, GPT2, WINDOWS], ids=["nanochat", "qwen", "gpt2", "windows"])
@@ -31,7 +31,7 @@ def test_compiled_decode_gives_the_same_tokens_and_is_compiled_once(kind, packed
     plain, model = (make_model(torch.float32, sequence_len=64, **kind) for _ in range(2))
     if packed:
         fast.pack(model)
-    decode = fast.Compiled(model)
+    decode = graphs.Compiled(model)
     for again in (False, True):
         before = counters["stats"]["unique_graphs"]
         for prompt, n in (([1, 2, 3], 90), ([5] * 20, 30), ([7], 70), (list(range(60)), 9)):
@@ -74,7 +74,7 @@ def test_compiled_decode_is_exact(kind):
     exact = make_model(torch.float64, sequence_len=64, **kind)
     model = make_model(torch.bfloat16, sequence_len=64, **kind)
     logits = []
-    for of, decode in ((exact, exact.step), (model, model.step), (model, fast.Compiled(model))):
+    for of, decode in ((exact, exact.step), (model, model.step), (model, graphs.Compiled(model))):
         cache = KVCache(of.config, 1, 64, dtype=of.dtype)
         with torch.inference_mode():
             of.prefill([range(9)], cache)
@@ -116,7 +116,7 @@ def test_the_arithmetic_that_is_compiled_is_that_of_the_model(kind, rows, monkey
     """Without the compiler, to float64's rounding: the loops in place of products, the slots and masks of the cache."""
     monkeypatch.setattr(torch, "compile", lambda function, dynamic: function)
     model = make_model(sequence_len=48, **kind)
-    decode = fast.Compiled(model)
+    decode = graphs.Compiled(model)
     for prompts in ([list(range(1, 9))] * rows, [[b + 1] * (4 * b + 2) for b in range(rows)]):
         caches = [KVCache(model.config, rows, 48, dtype=model.dtype) for _ in range(2)]
         with torch.inference_mode():
@@ -147,11 +147,13 @@ def test_wrap_model_compiles_the_training_step(kind):
 
 
 def test_compiled_training_needs_no_complex_numbers():
-    """torch.compile generates no code for them, and says so in a warning: fast.rotate takes the place of gpt.rotate."""
+    """torch.compile generates no code for them, and says so in a warning: graphs.rotate takes the place of gpt.rotate."""
     torch._dynamo.reset()
-    fast.compile_rotate()
+    graphs.compile_rotate()
     model = make_model(torch.float32, n_layer=1)
-    explained = torch._dynamo.explain(model)(torch.zeros(1, 4, dtype=torch.long), torch.ones(1, 4, dtype=torch.long))
+    explained = torch._dynamo.explain(model)(
+        torch.zeros(1, 4, dtype=torch.long), torch.ones(1, 4, dtype=torch.long)
+    )
     targets = [str(node.target) for graph in explained.graphs for node in graph.graph.nodes]
     assert explained.graph_break_count == 0 and targets
     assert not any("complex" in target for target in targets)
@@ -167,7 +169,7 @@ def test_nothing_imports_the_compiler_before_it_is_asked_for():
 def test_a_target_that_is_no_token_is_an_error_in_compiled_training_too(target):
     """Compiled code takes a small negative index for one from the end."""
     torch._dynamo.reset()
-    fast.compile_rotate()
+    graphs.compile_rotate()
     model = make_model(torch.float32, n_layer=1)
     model.loss = chunked_cross_entropy
     targets = torch.full((1, 4), target)

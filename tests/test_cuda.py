@@ -1,6 +1,6 @@
 """What differs on a GPU, against the CPU and the plain decoder. Skipped where there is none.
 
-TEST_DEVICE=cpu runs the same tests on the CPU, as far as that goes: it shows that they are right, and nothing else.
+TEST_DEVICE=cpu runs the same tests on the CPU, as far as that goes, which tests the tests.
 """
 
 import json
@@ -17,10 +17,12 @@ from conftest import GPUS, QWEN, ROOT, SMALL, make_model
 from test_graphs import cuda_graph
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-import gpt
-from data import common
 from gpt import GPT, KVCache
-from sologpt import fast, parallel
+from sologpt import data, graphs, parallel
+from sologpt.device import autocast_dtype, make_autocast, multiplies_bfloat16
+from sologpt.graphs import Compiled, CudaGraphs
+from sologpt.lookup import Lookup
+from sologpt.loss import chunked_cross_entropy
 from sologpt.optim import Muon, configure_optimizers
 from sologpt.tokenizer import Tokenizer
 
@@ -36,7 +38,7 @@ PROMPTS = [[1, 2, 3], [4], [5] * 20, [6, 7] * 24]  # ragged; the last fills the 
 def auto_is_cpu(monkeypatch):
     """Not here. Without a GPU, CUDA graphs are recorded as in test_graphs.py."""
     if not ON_GPU:
-        monkeypatch.setattr(fast, "cuda_graph", cuda_graph)
+        monkeypatch.setattr(graphs, "cuda_graph", cuda_graph)
 
 
 def make(dtype: torch.dtype, **config) -> GPT:
@@ -58,7 +60,10 @@ def test_greedy_tokens_and_logits_are_those_of_the_cpu(kind, dtype):
     idx = torch.randint(61, (3, 40))
     torch.testing.assert_close(there(idx.to(DEVICE)).cpu(), model(idx), atol=1e-4, rtol=1e-4)
     assert greedy(there) == greedy(model)
-    for settings in (dict(temperature=0, repetition_penalty=1.3), dict(temperature=0, suppress_tokens=[3, 5])):
+    for settings in (
+        dict(temperature=0, repetition_penalty=1.3),
+        dict(temperature=0, suppress_tokens=[3, 5]),
+    ):
         out = list(there.generate([1, 2, 3], 60, **settings))
         assert out == list(model.generate([1, 2, 3], 60, **settings))
 
@@ -107,10 +112,10 @@ def test_grouped_heads_under_a_mask_never_need_the_kernel_that_writes_out_all_sc
 @KINDS
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "decoder", [fast.Compiled, lambda model: fast.CudaGraphs(model, 8)], ids=["compiled", "graphs"]
+    "decoder", [Compiled, lambda model: CudaGraphs(model, 8)], ids=["compiled", "graphs"]
 )
 def test_a_decoder_gives_the_tokens_of_the_plain_one(kind, decoder):
-    """Ragged rows, past a full window, twice with the same decoder, in the caller's cache; and one row alone."""
+    """Ragged rows, past a full window, twice with the same decoder, in the caller's cache; single rows."""
     model = make(torch.float32, **kind)
     decode, plain = decoder(model), greedy(model)
     cache = KVCache(model.config, len(PROMPTS), 48, DEVICE)
@@ -120,19 +125,21 @@ def test_a_decoder_gives_the_tokens_of_the_plain_one(kind, decoder):
     for prompt in PROMPTS:
         alone = list(model.generate(prompt, 70, temperature=0))
         assert list(model.generate(prompt, 70, temperature=0, decode=decode)) == alone
-        assert list(model.generate(prompt, 70, temperature=0, decode=fast.Lookup(model, 5, decode))) == alone
+        assert list(model.generate(prompt, 70, temperature=0, decode=Lookup(model, 5, decode))) == alone
 
 
 @KINDS
 @pytest.mark.slow
-@pytest.mark.parametrize("decoder", [fast.Compiled, fast.CudaGraphs], ids=["compiled", "graphs"])
+@pytest.mark.parametrize("decoder", [Compiled, CudaGraphs], ids=["compiled", "graphs"])
 def test_a_decoder_in_bfloat16_is_as_near_to_the_exact_logits_as_the_plain_one(kind, decoder):
     exact, model, logits = make_model(sequence_len=48, **kind).eval(), make(torch.bfloat16, **kind), []
     for of, decode in ((exact, exact.step), (model, model.step), (model, decoder(model))):
         cache = KVCache(of.config, len(PROMPTS), 48, of.device, of.dtype)
         with torch.inference_mode():
             of.prefill([prompt[:20] for prompt in PROMPTS], cache)
-            steps = [decode(torch.full((len(PROMPTS),), t, device=of.device), cache).clone() for t in range(20)]
+            steps = [
+                decode(torch.full((len(PROMPTS),), t, device=of.device), cache).clone() for t in range(20)
+            ]
         logits.append(torch.stack(steps).double().cpu())
     plain, fused = ((logits[0] - each).norm() / logits[0].norm() for each in logits[1:])
     assert fused <= 1.2 * plain < 0.2
@@ -142,11 +149,12 @@ def test_a_decoder_in_bfloat16_is_as_near_to_the_exact_logits_as_the_plain_one(k
 
 
 def test_the_loss_in_chunks_and_its_gradients_are_those_of_the_cpu(monkeypatch):
-    monkeypatch.setattr(gpt, "LOGITS_PER_CHUNK", 61)
+    monkeypatch.setattr("sologpt.loss.LOGITS_PER_CHUNK", 61)
     idx, targets = torch.randint(61, (2, 3, 40))
     targets[0, :5] = -1
     results = []
     for model in (make_model(sequence_len=48), make(torch.float64).train()):
+        model.loss = chunked_cross_entropy
         loss = model(idx.to(model.device), targets.to(model.device))
         results.append([loss.cpu(), *(g.cpu() for g in torch.autograd.grad(loss, list(model.parameters())))])
     torch.testing.assert_close(results[0], results[1])
@@ -154,6 +162,7 @@ def test_the_loss_in_chunks_and_its_gradients_are_those_of_the_cpu(monkeypatch):
 
 def test_the_loss_under_autocast_is_as_near_to_the_exact_one_as_that_of_all_logits():
     model, idx = make(torch.float32), torch.randint(61, (2, 3, 40), device=DEVICE)
+    model.loss = chunked_cross_entropy
     exact = F.cross_entropy(make(torch.float64)(idx[0]).flatten(0, 1), idx[1].flatten())
     with torch.autocast(DEVICE.type, torch.bfloat16):
         whole, loss = F.cross_entropy(model(idx[0]).flatten(0, 1), idx[1].flatten()), model(idx[0], idx[1])
@@ -164,10 +173,10 @@ def test_the_loss_under_autocast_is_as_near_to_the_exact_one_as_that_of_all_logi
 
 def test_auto_is_what_the_gpu_computes_in():
     expected = torch.bfloat16 if ON_GPU and torch.cuda.get_device_capability()[0] >= 8 else torch.float32
-    assert parallel.autocast_dtype("auto", DEVICE) == expected
+    assert autocast_dtype("auto", DEVICE) == expected
     before = torch.get_float32_matmul_precision()
     try:
-        with parallel.make_autocast("auto", DEVICE):
+        with make_autocast("auto", DEVICE):
             x = torch.ones(8, 8, device=DEVICE)
             assert (x @ x).dtype == expected
     finally:
@@ -179,7 +188,9 @@ def test_optimizers_step_as_on_the_cpu(optimizer):
     """Fused AdamW, and Muon in float64."""
     idx, weights = torch.randint(61, (2, 3, 40)), []
     for model in (make_model(sequence_len=48, **QWEN), make(torch.float64, **QWEN).train()):
-        optimizers = configure_optimizers(model, 0.002, 0.01, 0.01, 0.1, optimizer=optimizer, dtype=torch.float64)
+        optimizers = configure_optimizers(
+            model, 0.002, 0.01, 0.01, 0.1, optimizer=optimizer, dtype=torch.float64
+        )
         for _ in range(3):
             model(*idx.to(model.device)).backward()
             parallel.clip_gradient(model, 1.0)
@@ -192,7 +203,7 @@ def test_optimizers_step_as_on_the_cpu(optimizer):
 
 def test_muon_computes_in_bfloat16_on_a_gpu_that_has_it():
     steps = []
-    for dtype in (None, torch.bfloat16 if parallel.multiplies_bfloat16(DEVICE) else torch.float32):
+    for dtype in (None, torch.bfloat16 if multiplies_bfloat16(DEVICE) else torch.float32):
         p = torch.nn.Parameter(torch.zeros(40, 30, device=DEVICE))
         p.grad = torch.randn(40, 30, generator=torch.Generator().manual_seed(0)).to(DEVICE)
         Muon([p], dtype=dtype).step()
@@ -204,10 +215,11 @@ def test_batches_arrive_whole():
     """They are copied from pinned memory while the CPU goes on."""
     tokens = np.arange(10**6, dtype=np.uint32)
     starts = np.random.default_rng(0).integers(0, 10**6 - 1025, (50, 8))
-    batches = [common.get_batch(tokens, each, 1024, DEVICE) for each in starts]
+    batches = [data.get_batch(tokens, each, 1024, DEVICE) for each in starts]
     for each, (x, y) in zip(starts, batches, strict=True):
         assert x.device == y.device == torch.zeros(0, device=DEVICE).device
-        assert torch.equal(x.cpu(), torch.from_numpy(each)[:, None] + torch.arange(1024)) and torch.equal(y, x + 1)
+        assert torch.equal(x.cpu(), torch.from_numpy(each)[:, None] + torch.arange(1024))
+        assert torch.equal(y, x + 1)
 
 
 # ---- checkpoints and scripts
@@ -231,7 +243,14 @@ def losses(out: Path) -> list[float]:
 @pytest.fixture(scope="module")
 def flags(dataset) -> list[str]:
     steps = ["--max_iters=20", "--eval_interval=10", "--log_interval=1", "--gradient_accumulation_steps=2"]
-    return [*SMALL, *steps, f"--dataset={dataset}", f"--device={DEVICE.type}", "--n_kv_head=1", "--grad_clip=1"]
+    return [
+        *SMALL,
+        *steps,
+        f"--dataset={dataset}",
+        f"--device={DEVICE.type}",
+        "--n_kv_head=1",
+        "--grad_clip=1",
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -263,7 +282,9 @@ def test_training_in_its_own_precision_learns(flags, tmp_path, extra):
     assert losses(tmp_path)[-1] < losses(tmp_path)[0] - 0.5
 
 
-@pytest.mark.parametrize("first, then", [(DEVICE.type, "cpu"), ("cpu", DEVICE.type), (DEVICE.type, DEVICE.type)])
+@pytest.mark.parametrize(
+    "first, then", [(DEVICE.type, "cpu"), ("cpu", DEVICE.type), (DEVICE.type, DEVICE.type)]
+)
 def test_a_run_goes_on_on_another_device(alone, flags, tmp_path, first, then):
     """The state of the optimizers included: the losses are those of the run that was not interrupted."""
     steps = ["--dtype=float32", f"--out_dir={tmp_path}", "--warmdown=0", "--sample_tokens=0"]
@@ -278,7 +299,10 @@ def test_a_checkpoint_of_one_device_is_loaded_on_the_other(tmp_path):
         model.save(tmp_path / "m.pt", more=torch.arange(3, device=model.device))
         loaded, extra = GPT.load_checkpoint(tmp_path / "m.pt", device)
         assert loaded.device.type == torch.device(device).type and extra["more"].tolist() == [0, 1, 2]
-        assert all(torch.equal(a.cpu(), b.cpu()) for a, b in zip(model.parameters(), loaded.parameters(), strict=True))
+        assert all(
+            torch.equal(a.cpu(), b.cpu())
+            for a, b in zip(model.parameters(), loaded.parameters(), strict=True)
+        )
         assert greedy(loaded) == greedy(model)
 
 

@@ -10,11 +10,12 @@ from conftest import ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sologpt import weights
-from sologpt.weights import Int4Linear, Int8Linear
+from sologpt import quantize as weights
+from sologpt.quantize import Int4Linear, Int8Linear
 
 EPS = {torch.float32: 1e-6, torch.bfloat16: 2**-8, torch.float16: 2**-11}
-KINDS = {"plain": 1, "int8": 16, "int4, 32": 32, "int4, 64": 64, "int4, 128": 128}  # and what a width is a multiple of
+# kind of weight, and what a width is a multiple of
+KINDS = {"plain": 1, "int8": 16, "int4, 32": 32, "int4, 64": 64, "int4, 128": 128}
 
 
 def make_weights(kind: str, rows: list[int], K: int, dtype: torch.dtype) -> tuple[list, list, torch.Tensor]:
@@ -35,7 +36,11 @@ def make_weights(kind: str, rows: list[int], K: int, dtype: torch.dtype) -> tupl
 @pytest.mark.parametrize("dtype", EPS)
 @pytest.mark.parametrize("kind", KINDS)
 @settings(max_examples=25, deadline=None)
-@given(rows=st.lists(st.integers(1, 150), min_size=1, max_size=3), width=st.integers(1, 40), seed=st.integers(0, 99))
+@given(
+    rows=st.lists(st.integers(1, 150), min_size=1, max_size=3),
+    width=st.integers(1, 40),
+    seed=st.integers(0, 99),
+)
 def test_it_is_the_product_with_each_weight(dtype, kind, rows, width, seed):
     """Of widths that fill no vector, and more or less rows than a thread takes; to the rounding of dtype."""
     weights.compile_gemv()
@@ -48,7 +53,9 @@ def test_it_is_the_product_with_each_weight(dtype, kind, rows, width, seed):
     scale = exact.abs() @ x.flatten().double().abs()  # of the terms of each sum
     error = (y.flatten().double() - exact @ x.flatten().double()).abs()
     assert (error <= 4 * EPS[dtype] * scale + 1e-30).all()
-    torch.testing.assert_close(weights.gemv(x, w, scales), y, atol=4 * EPS[dtype] * scale.max().item(), rtol=0)
+    torch.testing.assert_close(
+        weights.gemv(x, w, scales), y, atol=4 * EPS[dtype] * scale.max().item(), rtol=0
+    )
 
 
 @pytest.mark.slow
@@ -88,7 +95,8 @@ def test_what_it_cannot_multiply_is_refused():
 def test_other_processors(layout, bits):
     """PyTorch's other layouts of int4, and vectors of another length, as far as this processor has them."""
     config = f"import sys, pytest, torch._inductor.config as config; config.cpp.simdlen = {bits}"
-    args = ["-q", "-m", "slow", "-p", "no:cacheprovider", "-o", "addopts=", "-k", "product", "tests/test_gemv.py"]
+    flags = "-q -m slow -p no:cacheprovider -o addopts= -k product"
+    args = [*flags.split(), "tests/test_gemv.py"]
     env = {**os.environ, "ATEN_CPU_CAPABILITY": layout}
     command = [sys.executable, "-c", f"{config}; sys.exit(pytest.main({args}))"]
     done = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True)

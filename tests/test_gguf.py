@@ -1,4 +1,4 @@
-"""GGUF files: the `gguf` package reads what is written, and llama.cpp runs it, where llama-cpp-python is installed."""
+"""GGUF files: the `gguf` package reads what is written, and llama.cpp runs it if it is installed."""
 
 import importlib.util
 import json
@@ -18,7 +18,7 @@ from test_hf import full_disk
 from test_hf_tokenizer import CHATML, FAMILIES, TEXT, write_folder
 
 from gpt import GPT
-from sologpt import gguf, hf
+from sologpt import errors, gguf, hf
 from sologpt.load import load_model
 from sologpt.tokenizer import BPE_PATTERN, EOT, PretrainedTokenizer, Tokenizer
 
@@ -40,12 +40,15 @@ MODELS = {
     "qwen3": dict(qk_norm=True, head_dim=12),
     "gpt2": dict(GPT2, n_hidden=48),
     "gpt2-untied": dict(GPT2, tie_embd=False, n_head=2, norm_eps=1e-6),
-    "qwen3-tied-linear": dict(qk_norm=True, tie_embd=True, rope_scaling={"rope_type": "linear", "factor": 4.0}),
+    "qwen3-tied-linear": dict(
+        qk_norm=True, tie_embd=True, rope_scaling={"rope_type": "linear", "factor": 4.0}
+    ),
 }
 
 
 def make(name: str = "llama", dtype: torch.dtype = torch.float32, vocab_size: int = 257, **config) -> GPT:
-    return make_model(dtype, vocab_size=vocab_size, **LLAMA | dict(sequence_len=400) | MODELS[name] | config).eval()
+    keys = LLAMA | dict(sequence_len=400) | MODELS[name] | config
+    return make_model(dtype, vocab_size=vocab_size, **keys).eval()
 
 
 def same_weights(a: GPT, b: GPT) -> bool:
@@ -70,21 +73,23 @@ def test_save_then_load_keeps_every_bit(name, dtype, tmp_path):
 
 @pytest.mark.parametrize("name", MODELS)
 def test_the_package_reads_the_layout_of_llama_cpp(name, tmp_path):
-    """Llama's queries and keys as its converter permutes transformers' weights, all else as in transformers."""
+    """Llama's queries and keys are permuted as by its converter. All else is as in transformers."""
     model = make(name)
     gguf.save(model, BYTES, tmp_path / "a.gguf")
     reader = package.GGUFReader(tmp_path / "a.gguf")
     _, weights = hf.export(model)
     architecture = {"mistral": "llama"}.get(name.split("-")[0], name.split("-")[0])
     assert reader.fields["general.architecture"].contents() == architecture
-    names = package.get_tensor_name_map(getattr(package.MODEL_ARCH, architecture.upper()), model.config.n_layer)
+    code = getattr(package.MODEL_ARCH, architecture.upper())
+    names = package.get_tensor_name_map(code, model.config.n_layer)
     read = {tensor.name: tensor for tensor in reader.tensors}
     heads = {"q_proj": model.config.n_head, "k_proj": model.config.n_kv_head}
     for theirs, x in weights.items():
         module = theirs.split(".")[-2]
         expected = x.numpy()
         if architecture == "llama" and module in heads:  # as in convert_hf_to_gguf.py
-            expected = expected.reshape(heads[module], 2, -1, *expected.shape[1:]).swapaxes(1, 2).reshape(x.shape)
+            expected = expected.reshape(heads[module], 2, -1, *expected.shape[1:])
+            expected = expected.swapaxes(1, 2).reshape(x.shape)
         if architecture == "gpt2" and ".c_" in theirs and x.ndim == 2:  # transformers has (in, out)
             expected, x = expected.T, x.T
         tensor = read.pop(names.get_name(theirs, try_suffixes=(".weight", ".bias")))
@@ -118,26 +123,30 @@ def write_quantized(path: Path, kind, model: GPT, seed: int = 0) -> Path:
 
 @pytest.mark.filterwarnings("ignore:.*(overflow|invalid value):RuntimeWarning")  # random scales
 @pytest.mark.parametrize(
-    "kind", ["Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL", "F16", "BF16"]
+    "kind",
+    ["Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL", "F16", "BF16"],
 )
 def test_weights_are_those_that_the_package_dequantizes(kind, tmp_path):
     kind = package.GGMLQuantizationType[kind]
     path = write_quantized(tmp_path / "a.gguf", kind, make(n_embd=256, head_dim=64, n_hidden=256, n_layer=1))
     model, _ = gguf.load(path, dtype=torch.float32)
     expected = {
-        tensor.name: package.dequantize(tensor.data, tensor.tensor_type) for tensor in package.GGUFReader(path).tensors
+        tensor.name: package.dequantize(tensor.data, tensor.tensor_type)
+        for tensor in package.GGUFReader(path).tensors
     }
     for theirs, [ours] in gguf.tensor_names(model, gguf.ARCHITECTURES["llama"]).items():
         x = model.state_dict()[ours].numpy()  # llama's layout is ours
         assert np.array_equal(x, expected[theirs].reshape(x.shape), equal_nan=True)
-    assert gguf.load(path)[0].dtype == {"F16": torch.float16, "BF16": torch.bfloat16}.get(kind.name, torch.float32)
+    dtype = {"F16": torch.float16, "BF16": torch.bfloat16}.get(kind.name, torch.float32)
+    assert gguf.load(path)[0].dtype == dtype
 
 
 def test_q8_0(tmp_path):
-    """Each weight is within half a step of its block of 32; rows that do not divide into blocks are float16."""
+    """Each weight is within half a step of its block of 32. Rows that blocks do not divide are float16."""
     model = make(n_embd=64, n_hidden=40)
     gguf.save(model, BYTES, tmp_path / "a.gguf", "q8_0")
-    kinds = {tensor.name: tensor.tensor_type.name for tensor in package.GGUFReader(tmp_path / "a.gguf").tensors}
+    tensors = package.GGUFReader(tmp_path / "a.gguf").tensors
+    kinds = {tensor.name: tensor.tensor_type.name for tensor in tensors}
     assert kinds["token_embd.weight"] == kinds["blk.0.ffn_up.weight"] == "Q8_0"
     assert kinds["blk.0.ffn_down.weight"] == "F16" and kinds["blk.0.attn_norm.weight"] == "F32"
     again = gguf.load(tmp_path / "a.gguf")[0].state_dict()
@@ -153,7 +162,11 @@ def test_q8_0(tmp_path):
 @pytest.mark.parametrize(
     "config, words",
     [
-        (dict(), r"llama_tiny\.py: --mlp=swiglu --qk_norm=False --embd_norm=False --norm_weight=True --softcap=0\.0$"),
+        (
+            dict(),
+            r"llama_tiny\.py: --mlp=swiglu --qk_norm=False --embd_norm=False --norm_weight=True "
+            r"--softcap=0\.0$",
+        ),
         (LLAMA | dict(softcap=15.0), r"py: --softcap=0\.0$"),
         (LLAMA | dict(embd_norm=True), "--embd_norm=False"),
         (LLAMA | dict(layer_types="S", sliding_window=9), r"py: --layer_types=F$"),
@@ -165,7 +178,8 @@ def test_q8_0(tmp_path):
             r"qwen3.*rope_scaling",
         ),
         (
-            LLAMA | dict(rope_scaling=LLAMA3 | dict(original_max_position_embeddings=64, high_freq_factor=5.0)),
+            LLAMA
+            | dict(rope_scaling=LLAMA3 | dict(original_max_position_embeddings=64, high_freq_factor=5.0)),
             r"rope_freqs\.weight",
         ),
     ],
@@ -188,8 +202,8 @@ def test_a_weight_beyond_float16_is_refused(tmp_path):
         gguf.save(model, BYTES, tmp_path / "a.gguf")
 
 
-def test_a_full_disk_is_an_os_error(tmp_path):
-    with full_disk(50_000), pytest.raises(OSError):
+def test_a_full_disk_is_a_run_error(tmp_path):
+    with full_disk(50_000), pytest.raises(errors.RunError, match="cannot write"):
         gguf.save(make(), BYTES, tmp_path / "a.gguf")
     assert not list(tmp_path.iterdir())
 
@@ -274,7 +288,8 @@ def rewrite(good: bytes, path: Path, changes: dict, drop: str = "", extra: str =
     """The good file with other metadata (None drops a key), without a tensor or with one more."""
     path.with_suffix(".good").write_bytes(good)
     reader = package.GGUFReader(path.with_suffix(".good"))
-    fields = {name: field.contents() for name, field in reader.fields.items() if not name.startswith("GGUF.")} | changes
+    fields = {name: field.contents() for name, field in reader.fields.items() if name[:5] != "GGUF."}
+    fields |= changes
     writer = package.GGUFWriter(path, fields.pop("general.architecture"))
     types = package.GGUFValueType
     kinds = {bool: types.BOOL, int: types.UINT32, float: types.FLOAT32, str: types.STRING, list: types.ARRAY}
@@ -307,7 +322,10 @@ def rewrite(good: bytes, path: Path, changes: dict, drop: str = "", extra: str =
         ({"llama.attention.key_length": 11}, "head_dim 11"),
         ({"llama.attention.value_length": 12}, "value_length is 12"),
         ({"llama.rope.dimension_count": 4}, "dimension_count is 4"),
-        ({"llama.rope.scaling.type": "yarn", "llama.rope.scaling.factor": 2.0}, "rope.scaling.type is 'yarn'"),
+        (
+            {"llama.rope.scaling.type": "yarn", "llama.rope.scaling.factor": 2.0},
+            "rope.scaling.type is 'yarn'",
+        ),
         ({"llama.rope.scaling.factor": -2.0}, "rope_scaling"),
         ({"llama.expert_count": 8}, "llama.expert_count is 8"),
         ({"llama.attention.sliding_window": 4096}, "sliding_window is 4096"),
@@ -339,7 +357,11 @@ def test_what_is_not_supported_is_refused_by_name(changes, words, good, tmp_path
     [
         ("blk.1.ffn_up.weight", "", r"1 tensors are missing: blk\.1\.ffn_up\.weight"),
         ("", "blk.0.attn_q.bias", r"1 tensors are unexpected: blk\.0\.attn_q\.bias"),
-        ("blk.0.attn_norm.weight", "blk.0.attn_norm.weight", r"blk\.0\.attn_norm\.weight is \(5,\), but \(32,\)"),
+        (
+            "blk.0.attn_norm.weight",
+            "blk.0.attn_norm.weight",
+            r"blk\.0\.attn_norm\.weight is \(5,\), but \(32,\)",
+        ),
         ("", "rope_freqs.weight", r"rope_freqs\.weight is a scaling"),
         ("output.weight", "", ""),  # a tied head
     ],
@@ -379,7 +401,7 @@ def with_runs(folder: Path) -> Tokenizer:
 
 
 def crossing(pattern: str) -> Tokenizer:
-    """A BPE trained without pre-tokenization: it has merges across any border that another split would not make."""
+    """A BPE trained without pre-tokenization: its merges cross the borders of any split."""
     trainer = rustbpe.Tokenizer()
     trainer.train_from_iterator(iter([TEXT] * 3), 1500, pattern=r"[\s\S]+")
     tokens = [token for token, _ in sorted(trainer.get_mergeable_ranks(), key=lambda pair: pair[1])]
@@ -404,7 +426,7 @@ def saved(request, tmp_path_factory) -> tuple[Tokenizer, Path]:
 
 
 def differs(tokenizer: Tokenizer, text: str) -> bool:
-    """Whether llama.cpp makes other ids of a text, as `save` notes: it does not normalize, and adds a space always."""
+    """Whether llama.cpp gives other ids, as `save` notes: it does not normalize, and always adds a space."""
     d = json.loads(tokenizer.tokenizer_json) if isinstance(tokenizer, PretrainedTokenizer) else {}
     metaspace = (d.get("pre_tokenizer") or {}).get("type") == "Metaspace"
     return (d.get("normalizer") or {}).get("type") == "NFC" or (metaspace and text.startswith(" "))
@@ -414,7 +436,9 @@ TEXTS = st.just(TEXT) | st.text(" a", max_size=60)
 
 
 @settings(max_examples=150, deadline=None)
-@given(text=st.text() | st.text("aAbsSlLtTvVeE'12 \n\r\t\u00a0é\u0301中.,-/<|>endoftext", max_size=60) | TEXTS)
+@given(
+    text=st.text() | st.text("aAbsSlLtTvVeE'12 \n\r\t\u00a0é\u0301中.,-/<|>endoftext", max_size=60) | TEXTS
+)
 def test_a_tokenizer_gives_the_same_ids_when_read_back(saved, text):
     tokenizer, path = saved
     if differs(tokenizer, text):
@@ -445,15 +469,16 @@ def test_special_tokens_and_the_chat_template_go_along(saved):
 
 OLD_PATTERN = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,2}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s+(?!\S)|\s+"
 CL100K = (
-    r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+| ?[^\s\p{L}\p{N}]++[\r\n]*+|\s++$|\s*[\r\n]|"
-    r"\s+(?!\S)|\s"
+    r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+| ?[^\s\p{L}\p{N}]++[\r\n]*+|\s++$|"
+    r"\s*[\r\n]|\s+(?!\S)|\s"
 )
 
 
 @pytest.mark.parametrize("pattern", [OLD_PATTERN, CL100K])
 def test_a_split_that_llama_cpp_does_not_know_is_refused(pattern, tmp_path):
     tokenizer = crossing(pattern)
-    with pytest.raises(ValueError, match=r"not tokenize like crossing: it has no split by .*; it can tokenize like by"):
+    words = r"not tokenize like crossing: it has no split by .*; it can tokenize like by"
+    with pytest.raises(ValueError, match=words):
         gguf.save(make(vocab_size=tokenizer.vocab_size), tokenizer, tmp_path / "a.gguf")
 
 
@@ -479,7 +504,9 @@ def change(d: dict, path: str, value) -> None:
         ("prepend", "model.ignore_merges", True, "256 bytes"),
     ],
 )
-def test_a_tokenizer_that_llama_cpp_does_not_have_is_refused(family, path, value, words, tmp_path, monkeypatch):
+def test_a_tokenizer_that_llama_cpp_does_not_have_is_refused(
+    family, path, value, words, tmp_path, monkeypatch
+):
     monkeypatch.setattr("test_hf_tokenizer.TEXT", TEXT.replace(NUL, ""))
     folder = write_folder(tmp_path / "hf", family)
     d = json.loads((folder / "tokenizer.json").read_text())
@@ -530,7 +557,8 @@ def test_load_model(good, tmp_path, monkeypatch):
     path = tmp_path / "a.gguf"
     path.write_bytes(good)
     model, tokenizer, about = load_model(f"gguf:{path}", "cpu", torch.bfloat16)
-    assert model.dtype == torch.bfloat16 and tokenizer.encode("a") == [97] and about == {"source": f"gguf:{path}"}
+    assert model.dtype == torch.bfloat16 and tokenizer.encode("a") == [97]
+    assert about == {"source": f"gguf:{path}"}
     with pytest.raises(ValueError, match=f"load it as gguf:{path}"):
         load_model(path)
     with pytest.raises(FileNotFoundError):
@@ -555,8 +583,8 @@ def test_scripts_take_a_file(good, tmp_path):
     flags = ("--max_iters=2", "--eval_iters=1", "--batch_size=2", "--sequence_len=32", "--sample_tokens=4")
     flags += (f"--dataset={tmp_path / 'data'}", f"--out_dir={tmp_path / 'out'}")
     run("train.py", f"--init_from=gguf:{path}", *flags)
-    shown = run("sample.py", f"--init_from=gguf:{path}", "--max_tokens=5", "--prompt=def", "--device=cpu").stdout
-    assert shown.startswith("def")
+    flags = ("--max_tokens=5", "--prompt=def", "--device=cpu")
+    assert run("sample.py", f"--init_from=gguf:{path}", *flags).stdout.startswith("def")
     gguf.main(["export", str(tmp_path / "out"), str(tmp_path / "b.gguf"), "--dtype=q8_0"])
     assert gguf.load(tmp_path / "b.gguf")[0].config == gguf.load(path)[0].config
 
@@ -566,7 +594,8 @@ def test_scripts_report_a_bad_file_in_one_line(dataset, tmp_path):
     path.write_bytes(b"GGUF" + bytes(9))
     assert "a.gguf" in error("sample.py", f"--init_from=gguf:{path}")
     assert "none" in error("sample.py", "--init_from=gguf:none")
-    assert "a.gguf" in error("train.py", f"--init_from=gguf:{path}", f"--dataset={dataset}", f"--out_dir={tmp_path}")
+    flags = (f"--dataset={dataset}", f"--out_dir={tmp_path}")
+    assert "a.gguf" in error("train.py", f"--init_from=gguf:{path}", *flags)
 
 
 @pytest.mark.parametrize(
@@ -590,9 +619,9 @@ def test_errors_of_the_command_are_one_line(args, word, status, tmp_path, monkey
     make_model(torch.float32, vocab_size=257).save("nanochat.pt", tokenizer=BYTES.to_dict())
     before = sorted(tmp_path.rglob("*"))
     with pytest.raises(SystemExit) as e:
-        gguf.main(args)
-    lines = capsys.readouterr().err.splitlines()
-    assert e.value.code == status and len(lines) == 1 and lines[0].startswith("error: ") and word in lines[0], lines
+        errors.run(lambda: gguf.main(args))
+    [line] = capsys.readouterr().err.splitlines()
+    assert e.value.code == status and line.startswith("error: ") and word in line, line
     assert sorted(tmp_path.rglob("*")) == before
 
 
@@ -667,18 +696,24 @@ def test_llama_cpp_opens_every_dtype(dtype, bound, tmp_path, llama_cpp):
 @pytest.fixture(scope="module")
 def tokenize(saved, llama_cpp):
     llama = open_llama(llama_cpp, saved[1], vocab_only=True, logits_all=False)
-    return lambda text, **options: llama.tokenize(text.encode(), **dict(add_bos=False, special=False) | options)
+    return lambda text, **options: llama.tokenize(
+        text.encode(), **dict(add_bos=False, special=False) | options
+    )
 
 
 @settings(max_examples=300, deadline=None)
-@given(text=st.text() | st.text("aAbsSlLtTvVeE'12 \n\r\t\u00a0é\u0301中.,-/<|>endoftext", max_size=60) | TEXTS)
+@given(
+    text=st.text() | st.text("aAbsSlLtTvVeE'12 \n\r\t\u00a0é\u0301中.,-/<|>endoftext", max_size=60) | TEXTS
+)
 def test_llama_cpp_makes_the_same_ids(saved, tokenize, text):
     tokenizer, path = saved
     assert tokenize(text) == read(path).encode(text)
     assert tokenize(text, add_bos=True) == read(path).encode_prompt(text)
     if not differs(tokenizer, text):
         assert tokenize(text) == tokenizer.encode(text)
-    assert tokenize(f"a{EOT}", special=True)[-1:] == [tokenizer.eot] or EOT not in tokenizer.decode([tokenizer.eot])
+    assert tokenize(f"a{EOT}", special=True)[-1:] == [tokenizer.eot] or EOT not in tokenizer.decode(
+        [tokenizer.eot]
+    )
 
 
 def test_llama_cpp_ends_a_text_where_we_do(saved, llama_cpp):
@@ -694,7 +729,14 @@ def test_a_run_of_llama_tiny_goes_to_llama_cpp(spec, tmp_path, llama_cpp):
     (tmp_path / "texts").mkdir()
     for i, path in enumerate(sorted((ROOT / "sologpt").glob("*.py"))):
         (tmp_path / "texts" / f"{i}.txt").write_text(path.read_text() + TEXT)
-    run("data/text/prepare.py", "--input", tmp_path / "texts", "--out_dir", tmp_path / "data", f"--tokenizer={spec}")
+    run(
+        "data/text/prepare.py",
+        "--input",
+        tmp_path / "texts",
+        "--out_dir",
+        tmp_path / "data",
+        f"--tokenizer={spec}",
+    )
     flags = ("--max_iters=40", "--eval_iters=2", "--sample_tokens=0", f"--out_dir={tmp_path / 'out'}")
     run("train.py", "config/llama_tiny.py", f"--dataset={tmp_path / 'data'}", *flags)
     gguf.main(["export", str(tmp_path / "out"), str(tmp_path / "a.gguf")])
@@ -725,7 +767,13 @@ def test_smollm2(tmp_path, llama_cpp):
     gguf.save(model, tokenizer, tmp_path / "f32.gguf")
     exact, quantized = (open_llama(llama_cpp, p) for p in (tmp_path / "f32.gguf", path))
     assert exact.tokenize(TEXT.encode(), add_bos=True, special=False) == tokenizer.encode_prompt(TEXT)
-    for prompt in ("The capital of France is", "Once upon a time", "def fibonacci(n):\n", "Water boils at", "I am"):
+    for prompt in (
+        "The capital of France is",
+        "Once upon a time",
+        "def fibonacci(n):\n",
+        "Water boils at",
+        "I am",
+    ):
         ids = tokenizer.encode_prompt(prompt)
         logits = model(torch.tensor([ids]))[0]
         assert (llama_logits(exact, ids) - logits).abs().max() < 1e-3

@@ -9,8 +9,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from gpt import KVCache
-from sologpt import fast
-from sologpt.fast import CudaGraphs, Lookup
+from sologpt import graphs
+from sologpt.graphs import CudaGraphs
+from sologpt.lookup import Lookup
 
 
 class Recorder(TorchDispatchMode):
@@ -28,12 +29,13 @@ class Recorder(TorchDispatchMode):
     def replay(self):
         for func, args, kwargs, out in self.done:
             for old, new in zip(tree_leaves(out), tree_leaves(func(*args, **kwargs)), strict=True):
-                if isinstance(old, torch.Tensor) and old.data_ptr() != new.data_ptr():  # neither a view nor in place
+                # neither a view nor in place
+                if isinstance(old, torch.Tensor) and old.data_ptr() != new.data_ptr():
                     old.copy_(new)
 
 
 def cuda_graph(step, device):
-    """In place of fast.cuda_graph, which needs a GPU to capture what is launched (tests/test_cuda.py runs it there)."""
+    """In place of graphs.cuda_graph, which needs a GPU to capture what is launched (tests/test_cuda.py runs it there)."""
     assert device.type == "cpu"
     step()
     with Recorder() as graph:
@@ -43,7 +45,7 @@ def cuda_graph(step, device):
 
 @pytest.fixture(autouse=True)
 def recording(monkeypatch):
-    monkeypatch.setattr(fast, "cuda_graph", cuda_graph)
+    monkeypatch.setattr(graphs, "cuda_graph", cuda_graph)
 
 
 class Counted(CudaGraphs):
@@ -51,7 +53,7 @@ class Counted(CudaGraphs):
 
     def __init__(self, model, smallest):
         super().__init__(model, smallest)
-        self.block, self.head = fast.block_of_one_token, fast.head_of_one_token
+        self.block, self.head = graphs.block_of_one_token, graphs.head_of_one_token
         self.sizes = []
 
     def record(self, kv_cache, length):
@@ -98,7 +100,11 @@ def test_rows_that_have_ended_forget_what_they_read():
     free = list(model.generate_batch([[1, 2, 3], [4]], 6, temperature=0))
     stop = free[0][1]
     assert stop not in [row[0] for row in free]
-    list(model.generate_batch([[1, 2, 3], [4]], 6, temperature=0, kv_cache=cache, decode=decode, stop_tokens=[stop]))
+    list(
+        model.generate_batch(
+            [[1, 2, 3], [4]], 6, temperature=0, kv_cache=cache, decode=decode, stop_tokens=[stop]
+        )
+    )
     assert cache.tokens() == [[1, 2, 3, *(row[0] for row in free)], [4, stop]]
 
 

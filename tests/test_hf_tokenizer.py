@@ -19,13 +19,14 @@ from transformers import AutoTokenizer
 
 from gpt import GPT
 from sologpt import hf
-from sologpt.chat import SpecialTokens
+from sologpt.chat_template import SpecialTokens
 from sologpt.tokenizer import EOT, PretrainedTokenizer, Tokenizer
 
 TEXT = (
     TORTURE.replace(EOT, "")
-    + "\nAmharic አማርኛ Tamil தமிழ் Vietnamese Tiếng Việt \U0001d49c\U0001d4c1 ﬁ Å \u212b ½ ٣٤٥ I'll WE'VE it's\r\n\r\n"
-    + "for i in range(10):\n        if x[i] != 0x1F:  # 3.14e-10\n\t\treturn {'a': [1, 22, 333, 4444]}\n   \n \n\n    "
+    + "\nAmharic አማርኛ Tamil தமிழ் Vietnamese Tiếng Việt \U0001d49c\U0001d4c1 ﬁ Å \u212b ½ ٣٤٥ I'll WE'VE it's"
+    + "\r\n\r\nfor i in range(10):\n        if x[i] != 0x1F:  # 3.14e-10\n"
+    + "\t\treturn {'a': [1, 22, 333, 4444]}\n   \n \n\n    "
 )
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 WORDS = r"[^\r\n\p{L}\p{N}]?\p{L}+|%s| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -59,12 +60,14 @@ def byte_level(family: str) -> tokenizers.Tokenizer:
     )
     made.train_from_iterator([TEXT] * 3, trainer)
     if family == "llama3":
-        made.post_processor = processors.TemplateProcessing(single="<|im_start|> $A", special_tokens=[(SPECIAL[1], 1)])
+        made.post_processor = processors.TemplateProcessing(
+            single="<|im_start|> $A", special_tokens=[(SPECIAL[1], 1)]
+        )
     return made
 
 
 def sentencepiece(family: str) -> tokenizers.Tokenizer:
-    """SentencePiece BPE with byte fallback, as in Llama 2. Older files prepend ▁ by a normalizer ("prepend")."""
+    """SentencePiece BPE with byte fallback, as in Llama 2. Older files prepend ▁ by a normalizer."""
     trained = tokenizers.Tokenizer(models.BPE())
     trained.pre_tokenizer = pre_tokenizers.Metaspace(replacement="▁")  # no token spans words
     trained.train_from_iterator(
@@ -241,7 +244,9 @@ def test_the_dict_survives_json_and_a_checkpoint(ours, tmp_path):
 def test_damaged_dicts_and_files_are_value_errors(tmp_path):
     folder = write_folder(tmp_path, "gpt2")
     good = hf.load_tokenizer(folder).to_dict()
-    wordpiece = json.loads(good["tokenizer_json"]) | {"decoder": {"type": "WordPiece", "prefix": "#", "cleanup": True}}
+    wordpiece = json.loads(good["tokenizer_json"]) | {
+        "decoder": {"type": "WordPiece", "prefix": "#", "cleanup": True}
+    }
     for key, value in (
         ("tokenizer_json", "{}"),
         ("tokenizer_json", None),
@@ -315,7 +320,9 @@ def from_pattern(pattern: str, special: dict[str, int] | None = None) -> Tokeniz
     trainer.train_from_iterator(iter([TEXT] * 3), 900, pattern=pattern)
     ranks = dict(trainer.get_mergeable_ranks())
     special = special or {EOT: len(ranks)}
-    return Tokenizer(tiktoken.Encoding("test", pat_str=pattern, mergeable_ranks=ranks, special_tokens=special))
+    return Tokenizer(
+        tiktoken.Encoding("test", pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
+    )
 
 
 @pytest.fixture(scope="module", params=["bytes", "bpe:700", "r50k", "cl100k", "o200k"])
@@ -438,12 +445,18 @@ TURNS = [
 
 @pytest.fixture(scope="module", params=TEMPLATES)
 def chat(request, tmp_path_factory):
-    folder = write_folder(tmp_path_factory.mktemp(request.param), "smollm2", chat_template=TEMPLATES[request.param])
+    folder = write_folder(
+        tmp_path_factory.mktemp(request.param), "smollm2", chat_template=TEMPLATES[request.param]
+    )
     return hf.load_tokenizer(folder), AutoTokenizer.from_pretrained(folder)
 
 
 # They end and begin with parts of special tokens, and hold one in other letters
-PARTS = [{"role": "user", "content": "> <|IM_END|> a < b <|im_"}, {"role": "assistant", "content": "end|> <"}, TURNS[2]]
+PARTS = [
+    {"role": "user", "content": "> <|IM_END|> a < b <|im_"},
+    {"role": "assistant", "content": "end|> <"},
+    TURNS[2],
+]
 
 
 @pytest.mark.parametrize("messages", [TURNS[:1], TURNS, [SYSTEM, *TURNS[:1]], [SYSTEM, *TURNS], PARTS])
@@ -569,7 +582,7 @@ def test_sources_of_the_chat_template(tmp_path):
     ],
 )
 def test_a_failing_chat_template_is_a_value_error(tmp_path, template, words, monkeypatch):
-    monkeypatch.setattr("sologpt.chat.SECONDS", 2)
+    monkeypatch.setattr("sologpt.chat_template.SECONDS", 2)
     tokenizer = hf.load_tokenizer(write_folder(tmp_path, "gpt2", chat_template=template))
     assert isinstance(tokenizer, PretrainedTokenizer)
     with pytest.raises(ValueError, match=words):

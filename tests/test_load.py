@@ -1,7 +1,9 @@
+import math
 import os
 import socket
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -9,9 +11,11 @@ import torch
 from conftest import ROOT, make_model, run
 
 import sample
-from gpt import GPT
-from sologpt import hf
-from sologpt.load import describe_run, find_checkpoint, load_model, pick_device
+from gpt import GPT, GPTConfig
+from sologpt import hf, load
+from sologpt.device import pick_device
+from sologpt.errors import UserError
+from sologpt.load import check_config, describe_run, find_checkpoint, load_model, make_config
 from sologpt.tokenizer import Tokenizer
 
 BYTES = Tokenizer.from_spec("bytes")
@@ -47,7 +51,11 @@ def test_auto_is_an_accelerator_that_is_available(available, monkeypatch):
 @pytest.mark.parametrize("name", ["abacus", "meta", "cuda:99", "mps:99"])
 def test_a_missing_device_is_a_value_error_of_one_line(name, tmp_path):
     path = save(tmp_path / "best.pt")
-    for call in (lambda: pick_device(name), lambda: load_model(path, name), lambda: load_model("hf:none", name)):
+    for call in (
+        lambda: pick_device(name),
+        lambda: load_model(path, name),
+        lambda: load_model("hf:none", name),
+    ):
         with pytest.raises(ValueError, match=name) as e:
             call()
         assert "\n" not in str(e.value) and "damaged" not in str(e.value)
@@ -62,7 +70,12 @@ def test_a_checkpoint_file(kind, tmp_path):
     model, tokenizer, about = load_model(kind(path))
     assert same_weights(model, GPT.load(path)) and model.dtype == torch.float32 and not model.training
     assert tokenizer.to_dict() == BYTES.to_dict()
-    assert about == {"source": str(path), "step": 3, "train_config": {"seed": 1}, "optimizers": [{"state": {}}]}
+    assert about == {
+        "source": str(path),
+        "step": 3,
+        "train_config": {"seed": 1},
+        "optimizers": [{"state": {}}],
+    }
 
 
 def test_device_and_dtype(tmp_path):
@@ -89,7 +102,8 @@ def test_an_out_dir_is_its_newest_best_checkpoint(tmp_path):
 
 def test_an_out_dir_without_best_is_its_last_checkpoint(tmp_path):
     path = save(tmp_path / "ckpt.pt", step=0)
-    assert find_checkpoint(str(tmp_path)) == path and load_model(str(tmp_path))[2] == {"source": str(path), "step": 0}
+    assert find_checkpoint(str(tmp_path)) == path
+    assert load_model(str(tmp_path))[2] == {"source": str(path), "step": 0}
 
 
 def test_without_any_best_it_is_the_newest_last_checkpoint_below(tmp_path):
@@ -97,7 +111,8 @@ def test_without_any_best_it_is_the_newest_last_checkpoint_below(tmp_path):
     for age, path in zip((2, 1, 3), paths, strict=True):
         os.utime(path, (now, now - 100 * age))
     assert find_checkpoint(tmp_path) == paths[1]
-    assert describe_run(paths[1]) == f"the last state of the run in {tmp_path / 'b'}, which has no best.pt yet"
+    said = describe_run(paths[1])
+    assert said == f"the last state of the run in {tmp_path / 'b'}, which has no best.pt yet"
     best = save(tmp_path / "c" / "best.pt")
     os.utime(best, (now, now - 900))
     assert find_checkpoint(tmp_path) == best and describe_run(best) == ""
@@ -113,8 +128,79 @@ def test_the_first_folder_that_exists_is_searched(tmp_path):
 
 def test_a_checkpoint_that_was_moved_aside_is_named(tmp_path):
     old = save(tmp_path / "old-2" / "best.pt")
-    with pytest.raises(FileNotFoundError, match=f"no checkpoint {tmp_path / 'best.pt'}, but an earlier run's {old}"):
-        load_model(tmp_path / "best.pt")
+    path = tmp_path / "best.pt"
+    with pytest.raises(FileNotFoundError, match=f"no checkpoint {path}, but an earlier run's {old}"):
+        load_model(path)
+
+
+# ---- configs of strangers
+
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+
+
+@pytest.mark.parametrize("scaling", [None, {"rope_type": "linear", "factor": 2}, LLAMA3])
+def test_a_good_config_passes(scaling):
+    config = GPTConfig(rope_scaling=scaling, n_kv_head=None, sliding_window=None, softcap=0, dropout=0)
+    check_config(asdict(config))
+    assert make_config(asdict(config)) == config and make_config({}) == GPTConfig()
+
+
+@pytest.mark.parametrize(
+    "values, words",
+    [
+        (dict(n_layer=True), ("n_layer", "True")),
+        (dict(n_layer=2.0), ("n_layer", "2.0")),
+        (dict(n_layer=10_001), ("n_layer", "10001")),
+        (dict(n_layer=10**12), ("n_layer", str(10**12))),
+        (dict(n_embd=10**30), ("n_embd", str(10**30))),
+        (dict(vocab_size=2**31), ("vocab_size", str(2**31))),
+        (dict(vocab_size=None), ("vocab_size", "None")),
+        (dict(head_dim="64"), ("head_dim", "'64'")),
+        (dict(sliding_window=True), ("sliding_window", "True")),
+        (dict(qk_norm=1), ("qk_norm", "1")),
+        (dict(mlp=["relu2"]), ("mlp", "['relu2']")),
+        (dict(softcap=math.nan), ("softcap", "nan")),
+        (dict(norm_eps=math.inf), ("norm_eps", "inf")),
+        (dict(norm_eps=True), ("norm_eps", "True")),
+        (dict(norm_eps=-1e-6), ("norm_eps", "-1e-06")),
+        (dict(vocab_size=0), ("vocab_size", "0")),
+        (dict(sequence_len=-1), ("sequence_len", "-1")),
+        (dict(rope_base=0.0), ("rope_base", "0.0")),
+        (dict(rope_base=10**400), ("rope_base", "000")),
+        (dict(rope_scaling="linear"), ("rope_scaling", "'linear'")),
+        (dict(rope_scaling={}), ("linear", "llama3", "None")),
+        (dict(rope_scaling={"rope_type": ["linear"]}), ("linear", "llama3", "['linear']")),
+        (dict(rope_scaling={"rope_type": "yarn", "factor": 2.0}), ("linear", "llama3", "'yarn'")),
+        (dict(rope_scaling={"rope_type": "linear"}), ("factor", "nothing")),
+        (dict(rope_scaling={"rope_type": "linear", "factor": 2.0, "beta": 1}), ("factor", "beta")),
+        (dict(rope_scaling={"rope_type": "linear", "factor": 0}), ("factor", "0")),
+        (dict(rope_scaling={"rope_type": "linear", "factor": True}), ("factor", "True")),
+        (dict(rope_scaling={"rope_type": "linear", "factor": "2"}), ("factor", "'2'")),
+        (dict(rope_scaling={"rope_type": "linear", "factor": math.inf}), ("factor", "inf")),
+        (dict(rope_scaling={"rope_type": "linear", "factor": 10**400}), ("factor", "000")),
+        (dict(rope_scaling={"rope_type": "llama3", "factor": 2.0}), ("low_freq_factor",)),
+        (
+            dict(rope_scaling=LLAMA3 | {"low_freq_factor": 4.0}),
+            ("low_freq_factor 4.0", "high_freq_factor 4.0"),
+        ),
+    ],
+)
+def test_what_only_strangers_get_wrong_in_a_config_is_refused(values, words):
+    for check in (check_config, make_config):
+        with pytest.raises(UserError) as e:
+            check(values)
+        assert all(word in str(e.value) for word in words), str(e.value)
+
+
+def test_an_impossible_shape_is_a_user_error():
+    with pytest.raises(UserError, match=r"n_head 4 .*n_kv_head 3"):
+        make_config(dict(n_head=4, n_kv_head=3))
 
 
 # ---- Hugging Face models
@@ -158,7 +244,8 @@ assert not {{"sologpt.hf", "tokenizers", "safetensors", "configurator"}} & set(s
 
 
 @pytest.mark.parametrize(
-    "source, words", [("none.pt", r"none\.pt.*hf:NAME"), ("empty", r"no best\.pt or ckpt\.pt in /\S*empty.*train\.py")]
+    "source, words",
+    [("none.pt", r"none\.pt.*hf:NAME"), ("empty", r"no best\.pt or ckpt\.pt in /\S*empty.*train\.py")],
 )
 def test_what_is_missing_is_a_file_not_found_error(source, words, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -204,12 +291,12 @@ def test_a_missing_extra_is_an_import_error(folder, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), MemoryError()])
 def test_out_of_memory_is_not_reported_as_damage(error, tmp_path, monkeypatch):
-    """The error of GPT.load_checkpoint passes through as it is."""
+    """The error of load_checkpoint passes through as it is."""
 
     def fail(*_):
         raise error
 
-    monkeypatch.setattr(GPT, "load_checkpoint", fail)
+    monkeypatch.setattr(load, "load_checkpoint", fail)
     with pytest.raises(type(error)) as e:
         load_model(save(tmp_path / "best.pt"))
     assert e.value is error

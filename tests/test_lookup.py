@@ -7,7 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gpt import KVCache
-from sologpt.fast import Lookup
+from sologpt.errors import UserError
+from sologpt.lookup import Lookup
 
 
 @settings(max_examples=40, deadline=None)
@@ -28,7 +29,9 @@ def test_looking_ahead_changes_nothing(turns, n, temperature, spoken, max_len, s
         cache = KVCache(model.config, 1, max_len, dtype=model.dtype)
         said.append([])
         for turn in turns:
-            steps = model.generate(turn, 50, temperature, seed=seed, stop_tokens=[9], kv_cache=cache, decode=decode)
+            steps = model.generate(
+                turn, 50, temperature, seed=seed, stop_tokens=[9], kv_cache=cache, decode=decode
+            )
             said[-1].append([token for token, _ in zip(steps, range(spoken), strict=False)])
             steps.close()
             said[-1].append(cache.tokens())
@@ -37,7 +40,8 @@ def test_looking_ahead_changes_nothing(turns, n, temperature, spoken, max_len, s
 
 def test_looking_ahead_reads_what_repeats_at_once():
     model = make_model(sequence_len=200, n_layer=1)
-    torch.nn.init.zeros_(model.h[0].attn.c_proj.weight)  # the next token is a function of the last: it soon repeats
+    # the next token is a function of the last: it soon repeats
+    torch.nn.init.zeros_(model.h[0].attn.c_proj.weight)
     forwards = []
     model.norm.register_forward_hook(lambda *_: forwards.append(1))
     counts, texts = [], []
@@ -54,7 +58,7 @@ def test_lookup_is_for_one_row_and_drafts_at_least_one_token():
     with pytest.raises(ValueError, match="one row"):
         list(model.generate_batch([[1], [2]], 5, decode=Lookup(model, 3)))
     for n in (0, -1, 33, 10**9):  # no draft is longer than the context
-        with pytest.raises(ValueError, match=f"at least 1 token and at most 32, not {n}"):
+        with pytest.raises(UserError, match=f"at least 1 token and at most 32, not {n}"):
             Lookup(model, n)
 
 

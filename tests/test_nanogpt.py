@@ -1,4 +1,4 @@
-"""Checkpoints of nanoGPT's train.py: GPT-2 of `transformers`, whose weights are the same transposed, is the oracle."""
+"""Checkpoints of nanoGPT. The oracle is GPT-2 of `transformers`, whose weights are the same transposed."""
 
 import pytest
 import torch
@@ -7,13 +7,16 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from sologpt import hf
 from sologpt.load import load_model
+from sologpt.nanogpt import load_nanogpt
 
+MAIN = ("-c", "from sologpt import errors, hf; errors.run(hf.main)")
 SIZES = dict(vocab_size=300, n_layer=2, n_head=4, n_embd=32)
 
 
 def make_theirs(bias: bool) -> GPT2LMHeadModel:
     torch.manual_seed(4)
-    config = GPT2Config(n_positions=40, activation_function="gelu", bos_token_id=None, eos_token_id=None, **SIZES)
+    keys = dict(n_positions=40, activation_function="gelu", bos_token_id=None, eos_token_id=None)
+    config = GPT2Config(**keys, **SIZES)
     theirs = GPT2LMHeadModel(config).eval()
     for name, parameter in theirs.named_parameters():
         parameter.data.normal_(1.0 if parameter.ndim == 1 and name.endswith("weight") else 0.0, 0.3)
@@ -35,8 +38,8 @@ def checkpoint(path, biased: bool, prefix: str = "", **changes):
     args = dict(block_size=40, bias=biased, dropout=0.1, **SIZES) | changes
     config = dict(out_dir="out", eval_interval=5, compile=True)
     optimizer = {"state": {}, "param_groups": []}
-    saved = dict(model=state, optimizer=optimizer, model_args=args, iter_num=7, best_val_loss=torch.tensor(2.5))
-    torch.save(saved | {"config": config}, path)
+    saved = dict(model=state, optimizer=optimizer, model_args=args, config=config)
+    torch.save(saved | dict(iter_num=7, best_val_loss=torch.tensor(2.5)), path)
     return theirs
 
 
@@ -45,7 +48,7 @@ def checkpoint(path, biased: bool, prefix: str = "", **changes):
 def test_an_imported_checkpoint_computes_the_same(bias, prefix, tmp_path):
     theirs = checkpoint(tmp_path / "ckpt.pt", bias, prefix)
     out = tmp_path / "mine"
-    command = ("-c", "from sologpt import hf; hf.main()", "import", f"nanogpt:{tmp_path / 'ckpt.pt'}", out)
+    command = (*MAIN, "import", f"nanogpt:{tmp_path / 'ckpt.pt'}", out)
     assert "wrote" in run(*command, "--tokenizer=bytes").stdout
     ours, tokenizer, about = load_model(out)
     assert tokenizer.name == "bytes" and about["step"] == 0 and ours.config.bias == bias
@@ -55,7 +58,8 @@ def test_an_imported_checkpoint_computes_the_same(bias, prefix, tmp_path):
         expected = theirs(idx).logits
         assert expected.std() > 0.5
         assert (ours(idx) - expected).abs().max() < 1e-4
-        greedy = theirs.generate(idx[:1, :9], max_new_tokens=31, do_sample=False, pad_token_id=0)[0, 9:].tolist()
+        [tokens] = theirs.generate(idx[:1, :9], max_new_tokens=31, do_sample=False, pad_token_id=0).tolist()
+        greedy = tokens[9:]
     assert len(set(greedy)) > 3 and list(ours.generate(idx[0, :9].tolist(), 31, temperature=0)) == greedy
     if bias:  # transformers has no GPT-2 without biases
         hf.save(ours, tokenizer, tmp_path / "theirs")
@@ -69,14 +73,18 @@ def test_an_imported_checkpoint_computes_the_same(bias, prefix, tmp_path):
 def test_a_checkpoint_that_lies_is_one_line(changes, tmp_path):
     checkpoint(tmp_path / "ckpt.pt", True, **changes)
     with pytest.raises(ValueError, match=r"ckpt\.pt is not a checkpoint of nanoGPT"):
-        hf.load_nanogpt(tmp_path / "ckpt.pt", "bytes")
+        load_nanogpt(tmp_path / "ckpt.pt", "bytes")
 
 
 def test_other_mistakes_are_one_line(tmp_path, trained):
-    command = ("-c", "from sologpt import hf; hf.main()", "import")
-    assert "none.pt" in error(*command, f"nanogpt:{tmp_path / 'none.pt'}", tmp_path / "out")
-    assert "not a checkpoint of nanoGPT" in error(*command, f"nanogpt:{trained / 'best.pt'}", tmp_path / "out")
-    checkpoint(tmp_path / "ckpt.pt", True)
-    assert "unknown tokenizer" in error(*command, f"nanogpt:{tmp_path / 'ckpt.pt'}", tmp_path / "out", "--tokenizer=x")
-    checkpoint(tmp_path / "small.pt", True, vocab_size=300)
+    def import_error(path, *flags, status=2):
+        return error(*MAIN, "import", f"nanogpt:{path}", tmp_path / "out", *flags, status=status)
+
+    assert "none.pt" in import_error(tmp_path / "none.pt")
+    assert "not a checkpoint of nanoGPT" in import_error(trained / "best.pt")
+    path = tmp_path / "ckpt.pt"
+    checkpoint(path, True)
+    assert "unknown tokenizer" in import_error(path, "--tokenizer=x")
+    path.write_bytes(path.read_bytes()[:-99])
+    assert "ckpt.pt is damaged" in import_error(path, status=1)
     assert not (tmp_path / "out").exists()

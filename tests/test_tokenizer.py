@@ -6,6 +6,7 @@ import tiktoken
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from sologpt.errors import RunError
 from sologpt.tokenizer import EOT, Tokenizer
 
 TORTURE = (
@@ -17,7 +18,9 @@ TORTURE = (
 
 @pytest.fixture(scope="module", params=["bytes", "bpe:400"])
 def tokenizer(request) -> Tokenizer:
-    return Tokenizer.from_spec(request.param, [TORTURE * 3, "the quick brown fox jumps over the lazy dog " * 20])
+    return Tokenizer.from_spec(
+        request.param, [TORTURE * 3, "the quick brown fox jumps over the lazy dog " * 20]
+    )
 
 
 def test_decode_inverts_encode(tokenizer):
@@ -51,7 +54,10 @@ def test_vocab_size_and_eot():
 
 
 def test_it_shows_its_kind_its_size_and_what_ends_a_text():
-    assert repr(Tokenizer.from_spec("bytes")) == f"Tokenizer('bytes', vocab_size=257, eos_tokens={{256: {EOT!r}}})"
+    assert (
+        repr(Tokenizer.from_spec("bytes"))
+        == f"Tokenizer('bytes', vocab_size=257, eos_tokens={{256: {EOT!r}}})"
+    )
 
 
 def test_bpe_makes_text_shorter():
@@ -151,7 +157,7 @@ def test_a_failed_download_suggests_other_tokenizers(monkeypatch):
         raise OSError("no route to host")
 
     monkeypatch.setattr(tiktoken, "get_encoding", refuse)
-    with pytest.raises(OSError, match=r"gpt2.*cannot be downloaded.*bytes"):
+    with pytest.raises(RunError, match=r"gpt2.*cannot be downloaded.*bytes"):
         Tokenizer.from_spec("gpt2")
 
 

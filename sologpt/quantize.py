@@ -1,17 +1,14 @@
-"""Packed and quantized weights: modules in place of a model's Linears. Such a model is for inference only.
+"""Packed and quantized weights: modules in place of a model's Linears. The model is then for inference only.
 
-fast.pack(model)              # the same numbers in oneDNN's layout: faster
-fast.quantize(model, "int4")  # numbers of four bits: a third of bfloat16's memory, and faster still
+    fast.pack(model)              # the same numbers in oneDNN's layout: faster
+    fast.quantize(model, "int4")  # four bits per weight: a third of bfloat16's memory, and faster still
 
-gemv, at the end, multiplies one row by weights of any kind but packed ones. Compiled decode uses it.
+gemv, at the end, multiplies one row by plain or quantized weights, for compiled decode.
 """
 
-import ctypes
-import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import Any, cast
@@ -22,16 +19,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gpt import GPT, in_float32
+from sologpt.device import return_freed_memory
+from sologpt.errors import RunError, UserError
 
 # -----------------------------------------------------------------------------
-# What such a model cannot do
-
+# For inference only
 
 BEFORE = "do it before fast.pack, fast.quantize or fast.prepare"
 
 
 class InferenceOnly(nn.Module):
-    """Refuses to be saved, copied, moved or cast."""
+    """A module that refuses to be saved, copied, moved or cast."""
 
     def __reduce_ex__(self, protocol: Any) -> Any:  # of deepcopy, pickle and torch.save
         raise RuntimeError(f"a packed or quantized model cannot be copied or pickled: {BEFORE}")
@@ -44,7 +42,7 @@ class InferenceOnly(nn.Module):
 
 
 class InferenceEmbedding(InferenceOnly, nn.Embedding):
-    """The embedding as it was. It is the model's first module: what it refuses has changed nothing yet."""
+    """The embedding, unchanged. As the model's first module, it refuses before anything has changed."""
 
     def forward(self, idx: Tensor) -> Tensor:
         if self.training and torch.is_grad_enabled():
@@ -64,36 +62,38 @@ def for_inference_only(model: GPT) -> None:
 
 
 # -----------------------------------------------------------------------------
-# Packed weights: oneDNN multiplies by a matrix in a blocked layout, into which it reorders a plain one at every product
+# Packed weights. oneDNN multiplies by a matrix in a blocked layout: a plain one is reordered at every product
 
 
 def packs(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether oneDNN multiplies this dtype on this device."""
     if device.type != "cpu" or not torch.backends.mkldnn.is_available():
         return False
-    return dtype == torch.float32 or (dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    if dtype == torch.bfloat16:
+        return torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return dtype == torch.float32
 
 
 def pack(model: GPT) -> None:
-    """Replace the model's Linears by ones with packed weights, in place; nothing happens where oneDNN cannot multiply.
+    """Replace the model's Linears by ones with packed weights, in place.
 
-    Everything gets faster but compiled decode of one row. It takes no more memory, except that a tied head becomes a
-    second copy of the embedding. A packed model is for inference only: it refuses to be saved, copied, moved, trained.
-    Of a quantized model, nothing is packed.
+    Everything gets faster but compiled decode of one row. The memory stays the same, except that a tied
+    head becomes a second copy of the embedding. A packed model is for inference only: it refuses to be saved,
+    copied, moved or trained. A quantized model stays as it is, as does one that oneDNN cannot multiply.
     """
     if not packs(model.device, model.dtype) or isinstance(model.wte, InferenceEmbedding):
         return
     if model.lm_head is None:
         model.lm_head = cast(nn.Linear, PackedLinear(model.wte.weight, None, tied=True))
     names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-    for name in names:  # a list of the Linears themselves would keep their plain weights in memory
+    for name in names:  # a list of the Linears would keep their plain weights in memory
         linear = cast(nn.Linear, model.get_submodule(name))
         model.set_submodule(name, PackedLinear(linear.weight, linear.bias))
     for_inference_only(model)
 
 
 class PackedLinear(InferenceOnly):
-    """A Linear whose weight is in oneDNN's layout; tied: the weight is another parameter's copy, and no parameter."""
+    """A Linear with a weight in oneDNN's layout. tied: a copy of another parameter, so it is a buffer."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None, tied: bool = False) -> None:
         super().__init__()
@@ -115,39 +115,43 @@ def packed_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tens
     return torch.ops.mkldnn._linear_pointwise(x.to(weight.dtype), weight, bias, "none", [], "")
 
 
-# torch.compile cannot look into a packed weight: to it, the product is an operator of its own
+# torch.compile cannot trace a packed weight: it gets the product as an operator
 opaque_packed_linear = torch.library.custom_op("sologpt::packed_linear", packed_linear, mutates_args=())
-opaque_packed_linear.register_fake(lambda x, weight, bias=None: weight.new_empty(*x.shape[:-1], weight.size(0)))
+opaque_packed_linear.register_fake(lambda x, weight, bias=None: weight.new_empty(*x.shape[:-1], len(weight)))
 
 
 # -----------------------------------------------------------------------------
-# Quantized weights: decoding is limited by the bytes of the weights that each token reads
+# Quantized weights. Each token reads all weights, so their bytes limit the speed of decoding
 
 KINDS = ("int8", "int4")
 GROUP_SIZES = (128, 64, 32)  # of int4: weights of a row that share a scale and a zero point
-BLOCK = 64  # the int4 kernel reads rows in blocks; the last one is filled with zeros
+BLOCK = 64  # rows that the int4 kernel reads at once; the last block is padded with zeros
 CHUNK = 2**20  # weights that are quantized, or widened, at a time
-INT8_ROWS, INT4_ROWS = 16, 64  # up to so many rows, the quantized kernel is faster than widening (docs/figures.md)
+INT8_ROWS = 16  # up to this many rows of x, PyTorch's int8 kernel is faster than widening (docs/notes.md)
+INT4_ROWS = 64
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def quantize(model: GPT, kind: str, group_size: int = 32, weights: Iterable[tuple[str, Tensor]] | None = None) -> None:
+def quantize(
+    model: GPT, kind: str, group_size: int = 32, weights: Iterable[tuple[str, Tensor]] | None = None
+) -> None:
     """Quantize the weights of the model's Linears and of its head to "int8" or "int4", in place, on the CPU.
 
-    int8: weight = q * scale, one scale per row. int4: weight = (q - 8) * scale + zero, both per group of 32, 64 or 128
-    weights of a row. The head is always int8, since four bits cost it dearly (docs/figures.md), and so is an embedding
-    that is tied to it; an untied one stays. A row that no group divides is int8, one that 16 does not divide stays as
-    it is; then there is a warning. Quantized weights are buffers, which `num_params` does not count. The model is for
-    inference only: it refuses to be saved, copied, moved, trained.
+    int8: weight = q * scale, one scale per row. int4: weight = (q - 8) * scale + zero, a scale and a zero
+    for each group of 32, 64 or 128 weights of a row. The head is always int8, since four bits would cost it
+    dearly (docs/notes.md), and so is an embedding that is tied to it; any other embedding stays as it is.
+    A row that no group size divides becomes int8, and one that 16 does not divide stays as it is; then there
+    is a warning. Quantized weights are buffers, which `num_params` does not count. The model is then for
+    inference only: it refuses to be saved, copied, moved or trained.
 
-    weights: the name and tensor of each parameter, for a model on the meta device. Each is quantized, or copied, before
-    the next one is taken from the iterator, so the whole model is never in memory.
+    weights: the name and tensor of each parameter, for a model on the meta device. Each is quantized, or
+    copied, before the next is read, so the whole model is never in memory.
 
-    ValueError for another kind, device or dtype, RuntimeError for weights that are not finite and for a model that is
-    packed or quantized already.
+    UserError for another kind, device or dtype, RunError for weights that are not finite, RuntimeError for a
+    model that is packed or quantized already.
     """
     if kind not in KINDS:
-        raise ValueError(f"quantize takes int8 or int4, not {kind!r}")
+        raise UserError(f"quantize must be {' or '.join(KINDS)}, not {kind!r}")
     if group_size not in GROUP_SIZES:
         raise ValueError(f"group_size must be 32, 64 or 128, not {group_size!r}")
     if isinstance(model.wte, InferenceEmbedding):
@@ -155,22 +159,34 @@ def quantize(model: GPT, kind: str, group_size: int = 32, weights: Iterable[tupl
     names = [name for name, _ in model.named_parameters()]
     for name, x in weights or ((name, model.get_parameter(name).detach()) for name in names):
         if x.device.type != "cpu" or x.dtype not in DTYPES:
-            raise ValueError(f"quantize takes float32, bfloat16 or float16 on the CPU, not {x.dtype} on {x.device}")
-        path, _, leaf = name.rpartition(".")
-        module = model.get_submodule(path)
-        if name == "wte.weight" and model.config.tie_embd and (head := quantized(x, None, "int8")):
-            model.lm_head, model.wte = cast(nn.Linear, head), Int8Embedding(head)
-        elif (
-            isinstance(module, nn.Linear)
-            and leaf == "weight"
-            and (new := quantized(x, module.bias, "int8" if path == "lm_head" else kind, group_size))
-        ):
-            model.set_submodule(path, new)
-        else:
-            setattr(module, leaf, nn.Parameter(x.clone() if weights else x, requires_grad=False))
-        del x, module  # before the next one is read
+            wanted = "float32, bfloat16 or float16 on the CPU"
+            raise UserError(f"quantize takes weights in {wanted}, not {x.dtype} on {x.device}")
+        set_weight(model, name, x, kind, group_size, is_copied=weights is not None)
+        del x  # before the next one is read
         return_freed_memory()
     for_inference_only(model)
+    warn_of_other_widths(model, kind)
+
+
+def set_weight(model: GPT, name: str, x: Tensor, kind: str, group_size: int, is_copied: bool) -> None:
+    """Give the model a parameter: in a quantized module if a kernel takes it, else as it is."""
+    path, _, leaf = name.rpartition(".")
+    module = model.get_submodule(path)
+    if name == "wte.weight" and model.config.tie_embd:
+        head = make_quantized(x, None, "int8")
+        if head:
+            model.lm_head, model.wte = cast(nn.Linear, head), Int8Embedding(head)
+            return
+    elif isinstance(module, nn.Linear) and leaf == "weight":
+        linear = make_quantized(x, module.bias, "int8" if path == "lm_head" else kind, group_size)
+        if linear:
+            model.set_submodule(path, linear)
+            return
+    setattr(module, leaf, nn.Parameter(x.clone() if is_copied else x, requires_grad=False))
+
+
+def warn_of_other_widths(model: GPT, kind: str) -> None:
+    """Warn of matrices that could not be quantized to kind."""
     others = {}
     if not isinstance(model.lm_head, Int8Linear):
         others[model.config.n_embd] = "as they were"
@@ -181,37 +197,36 @@ def quantize(model: GPT, kind: str, group_size: int = 32, weights: Iterable[tupl
             others[linear.in_features] = "int8"
     if others:
         widths = ", ".join(f"{width} ({what})" for width, what in sorted(others.items()))
-        warnings.warn(f"matrices of these widths cannot be {kind}: {widths}", stacklevel=2)
+        warnings.warn(f"matrices of these widths cannot be {kind}: {widths}", stacklevel=3)
 
 
 def fill(model: GPT, weights: Iterable[tuple[str, Tensor]], kind: str | None) -> None:
-    """Give a model on the meta device its weights, by name: as they are, or quantized to kind."""
+    """Give a model on the meta device its weights, by name: quantized to kind, or as they are."""
     if kind:
         quantize(model, kind, weights=weights)
     else:
         model.load_state_dict(dict(weights), assign=True)
 
 
-def return_freed_memory() -> None:
-    """Make glibc return freed memory to the system: between weights that stay, it would keep what they were made of."""
-    if sys.platform == "linux":
-        with suppress(AttributeError):  # musl has no malloc_trim
-            ctypes.CDLL(None).malloc_trim(0)
-
-
-def quantized(weight: Tensor, bias: Tensor | None, kind: str, group_size: int = 32) -> "QuantizedLinear | None":
-    """The module in place of a Linear with weight (N, K), None where no kernel takes it."""
+def make_quantized(
+    weight: Tensor, bias: Tensor | None, kind: str, group_size: int = 32
+) -> "QuantizedLinear | None":
+    """Return the module that replaces a Linear with weight (N, K), or None if no kernel takes it."""
     K = weight.size(1)
-    if kind == "int4" and (sizes := [n for n in GROUP_SIZES if n <= group_size and K % n == 0]):
-        return Int4Linear(weight, bias, sizes[0])
-    return Int8Linear(weight, bias) if K % 16 == 0 else None  # of other widths, PyTorch's kernel reads past the end
+    if kind == "int4":
+        for size in GROUP_SIZES:
+            if size <= group_size and K % size == 0:
+                return Int4Linear(weight, bias, size)
+    if K % 16:  # PyTorch's kernel would read past the end
+        return None
+    return Int8Linear(weight, bias)
 
 
 class QuantizedLinear(InferenceOnly):
-    """A Linear whose weight is quantized."""
+    """A Linear with a quantized weight."""
 
-    q: Tensor  # int8: (N, K); int4: (N, K/2) uint8, packed by PyTorch, with N filled up to whole blocks
-    scale: Tensor  # int8: (N,); int4: and zero, (K/g, N, 2)
+    q: Tensor  # int8: (N, K); int4: (N, K/2) uint8, packed by PyTorch, with N padded to whole blocks
+    scale: Tensor  # int8: (N,); int4: scale and zero, (K/g, N, 2)
 
     def __init__(self, weight: Tensor, bias: Tensor | None, q: Tensor, scale: Tensor) -> None:
         super().__init__()
@@ -221,8 +236,8 @@ class QuantizedLinear(InferenceOnly):
         self.register_buffer("scale", scale)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.product(x.to(self.scale.dtype).reshape(-1, self.in_features))[:, : self.out_features]  # (M, N)
-        y = y.view(*x.shape[:-1], self.out_features)
+        y = self.product(x.to(self.scale.dtype).reshape(-1, self.in_features))  # (M, N)
+        y = y[:, : self.out_features].view(*x.shape[:-1], self.out_features)
         return y if self.bias is None else y + self.bias
 
     def product(self, x: Tensor) -> Tensor:
@@ -273,18 +288,18 @@ class Int4Linear(QuantizedLinear):
 
 
 def row_chunks(N: int, K: int) -> Iterator[slice]:
-    """The rows of a weight (N, K) in whole blocks, about CHUNK weights at a time."""
+    """Slices of the rows of a weight (N, K): whole blocks, about CHUNK weights each."""
     step = max(CHUNK // K // BLOCK, 1) * BLOCK
     return (slice(i, min(i + step, N)) for i in range(0, N, step))
 
 
 def check_finite(scale: Tensor) -> None:
     if not scale.isfinite().all():
-        raise RuntimeError("the weights are not finite, or too large for their dtype: they cannot be quantized")
+        raise RunError("cannot quantize: the weights are not finite, or too large for their dtype")
 
 
 def quantize_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """q (N, K) int8 and the scale of each row (N,), for a weight (N, K)."""
+    """Return q (N, K) int8 and the scale of each row (N,), for a weight (N, K)."""
     q, scale = torch.empty(weight.shape, dtype=torch.int8), weight.new_empty(len(weight))
     for rows in row_chunks(*weight.shape):
         w = in_float32(weight[rows])
@@ -295,27 +310,28 @@ def quantize_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def quantize_int4(weight: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
-    """q packed by PyTorch, (N, K/2), and scale and zero of each group, (K/g, N, 2), for a weight (N, K)."""
-    (N, K), filled = weight.shape, -(-len(weight) // BLOCK) * BLOCK
-    packed = torch.empty(filled, K // 2, dtype=torch.uint8)
-    scale_zero = weight.new_zeros(K // group_size, filled, 2)
+    """Return q packed by PyTorch, (N, K/2), and scale and zero, (K/g, N, 2), for a weight (N, K)."""
+    N, K = weight.shape
+    padded = -(-N // BLOCK) * BLOCK  # rows of whole blocks
+    packed = torch.empty(padded, K // 2, dtype=torch.uint8)
+    scale_zero = weight.new_zeros(K // group_size, padded, 2)
     for rows in row_chunks(N, K):
         w = in_float32(weight[rows]).unflatten(1, (-1, group_size))  # (n, K/g, g)
         scale, zero = (x.to(weight.dtype) for x in fit_groups(w))  # (n, K/g, 1)
         check_finite(scale)
         scale.clamp_(min=torch.finfo(weight.dtype).tiny)
         scale_zero[:, rows] = torch.cat((scale, zero), -1).transpose(0, 1)
-        q = ((w - in_float32(zero)) / in_float32(scale)).round_().add_(8).clamp_(0, 15).flatten(1).int()  # (n, K)
-        q = F.pad(q, (0, 0, 0, -len(q) % BLOCK))
+        q = ((w - in_float32(zero)) / in_float32(scale)).round_().add_(8).clamp_(0, 15)  # (n, K/g, g)
+        q = F.pad(q.flatten(1).int(), (0, 0, 0, -len(q) % BLOCK))  # (n, K)
         packed[rows.start : rows.start + len(q)] = torch.ops.aten._convert_weight_to_int4pack_for_cpu(q, 1)
     return packed, scale_zero
 
 
 def fit_groups(w: Tensor) -> tuple[Tensor, Tensor]:
-    """Scale and zero of groups (..., g): (..., 1) each.
+    """Return scale and zero of groups (..., g): (..., 1) each.
 
-    The 16 levels from a group's minimum to its maximum round each weight to a level. To those, the least-squares line
-    fits better. It is taken where no weight ends up further than half a step from its level.
+    Each weight is rounded to one of 16 levels from its group's minimum to its maximum. A least-squares fit
+    improves the levels. It counts where no weight ends up further than half a step from its level.
     """
     low, high = w.aminmax(dim=-1, keepdim=True)
     step = (high - low) / 15
@@ -330,7 +346,7 @@ def fit_groups(w: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class Scratch(threading.local):
-    """Memory for one chunk in each thread, used again and again: fresh memory costs a page fault for every 4 KiB."""
+    """Memory for one chunk in each thread, reused: fresh memory costs a page fault for every 4 KiB."""
 
     def __init__(self) -> None:
         self.memory: dict[torch.dtype, Tensor] = {}
@@ -351,7 +367,7 @@ def widen_int8(q: Tensor, dtype: torch.dtype) -> Tensor:
 
 @cache
 def int4_layout() -> tuple[int, slice, slice]:
-    """How this CPU's kernel packs rows: their number in a block, and which are the low and the high half of a byte."""
+    """Return how this CPU's int4 kernel packs rows: rows per block, those in low half-bytes, in high ones."""
     q = torch.zeros(BLOCK, 2, dtype=torch.int32)
     q[1], q[32] = 1, 2
     match torch.ops.aten._convert_weight_to_int4pack_for_cpu(q, 1).flatten()[0] >> 4:
@@ -363,15 +379,16 @@ def int4_layout() -> tuple[int, slice, slice]:
 
 
 def widen_int4(packed: Tensor, scale_zero: Tensor) -> Tensor:
-    """The weights (K, N) of packed ones (N, K/2)."""
+    """Return the weights (K, N) of packed ones (N, K/2)."""
     n, low, high = int4_layout()
-    (G, N, _), K, dtype = scale_zero.shape, 2 * packed.size(1), scale_zero.dtype
-    pairs, half, q = SCRATCH.take(2 * K * N, torch.uint8).split((K * N // 2, K * N // 2, K * N))
-    pairs, half, q = (x.view(K, N // n, -1) for x in (pairs, half, q))  # (K, N/n, n/2), (K, N/n, n/2), (K, N/n, n)
+    G, N, _ = scale_zero.shape
+    K = 2 * packed.size(1)
+    parts = SCRATCH.take(2 * K * N, torch.uint8).split((K * N // 2, K * N // 2, K * N))
+    pairs, half, q = (x.view(K, N // n, -1) for x in parts)  # (K, N/n, n/2) twice, (K, N/n, n)
     pairs.copy_(packed.view(N // n, K, -1).transpose(0, 1))
     q[..., low] = torch.bitwise_and(pairs, 15, out=half)
     q[..., high] = torch.bitwise_right_shift(pairs, 4, out=half)
-    wide = SCRATCH.take(K * N, dtype).copy_(q.sub_(8).view(torch.int8).flatten())
+    wide = SCRATCH.take(K * N, scale_zero.dtype).copy_(q.sub_(8).view(torch.int8).flatten())
     scale, zero = scale_zero.permute(2, 0, 1).contiguous()[:, :, None]  # (K/g, 1, N)
     groups = wide.view(G, -1, N)  # (K/g, g, N)
     return torch.addcmul(zero, groups, scale, out=groups).view(K, N)
@@ -391,7 +408,9 @@ def quantized_linear(x: Tensor, q: Tensor, scale: Tensor) -> Tensor:
     return torch.cat(parts, 1) if len(parts) > 1 else parts[0]
 
 
-opaque_quantized_linear = torch.library.custom_op("sologpt::quantized_linear", quantized_linear, mutates_args=())
+opaque_quantized_linear = torch.library.custom_op(
+    "sologpt::quantized_linear", quantized_linear, mutates_args=()
+)
 opaque_quantized_linear.register_fake(lambda x, q, scale: x.new_empty(len(x), len(q)))
 
 
@@ -400,9 +419,9 @@ opaque_quantized_linear.register_fake(lambda x, q, scale: x.new_empty(len(x), le
 
 
 def gemv(x: Tensor, weights: Sequence[Tensor], scales: Sequence[Tensor]) -> Tensor:
-    """One row x (..., K) times plain weights (N, K), or int8 or int4 ones with their scales: (1, N of all).
+    """One row x (..., K) times each weight (N, K), plain or quantized with its scale: (1, sum of N).
 
-    Compiled code calls gemv.cpp instead.
+    `compile_gemv` puts gemv.cpp in its place.
     """
     x = x.reshape(1, -1)
     if not scales:
@@ -416,7 +435,7 @@ opaque_gemv.register_fake(lambda x, weights, scales: x.new_empty(1, sum(map(len,
 
 @cache
 def compile_gemv() -> None:
-    """Compile gemv.cpp as torch.compile compiles its own code (seconds, the first time), in place of `gemv`."""
+    """Compile gemv.cpp, in place of `gemv`. The first time takes seconds; then torch's cache has it."""
     from torch._inductor.codecache import CppCodeCache
 
     n, low, _ = int4_layout()

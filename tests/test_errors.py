@@ -1,0 +1,76 @@
+"""How a script ends: one line and an exit status, or the traceback of a bug."""
+
+import errno
+import os
+
+import pytest
+import torch
+
+from sologpt import errors
+from sologpt.errors import RunError, UserError
+
+OUT_OF_MEMORY = "error: out of memory: try a smaller batch\n"
+
+
+@pytest.mark.parametrize(
+    "raised, status, line",
+    [
+        (UserError("what"), 2, "error: what\n"),
+        (RunError("what"), 1, "error: what\n"),
+        (RunError("two\nlines"), 1, "error: two lines\n"),
+        (UserError("a\x1b[2Jb\rc"), 2, "error: a\\x1b[2Jb\\rc\n"),
+        (ImportError("needs the extra 'hf'"), 2, "error: needs the extra 'hf'\n"),
+        (FileNotFoundError("no best.pt in out"), 2, "error: no best.pt in out\n"),
+        (FileNotFoundError(errno.ENOENT, "No such file", "a.pt"), 2, "error: a.pt: No such file\n"),
+        (OSError(errno.ENOSPC, "No space left", "a.pt"), 1, "error: a.pt: No space left\n"),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate"), 1, OUT_OF_MEMORY),
+        (RuntimeError("[enforce fail] can't allocate memory: 4 bytes"), 1, OUT_OF_MEMORY),
+        (MemoryError(), 1, OUT_OF_MEMORY),
+        (KeyboardInterrupt(), 130, ""),
+        (None, 0, ""),
+    ],
+)
+def test_exit_statuses(capsys, raised, status, line):
+    def main():
+        if raised:
+            raise raised
+
+    with pytest.raises(SystemExit) as e:
+        errors.run(main, "a smaller batch")
+    assert e.value.code == status and capsys.readouterr().err == line
+
+
+@pytest.mark.parametrize("bug", [ValueError("a bug"), RuntimeError("a bug"), KeyError("a bug")])
+def test_a_bug_keeps_its_traceback(bug):
+    def main():
+        raise bug
+
+    with pytest.raises(type(bug)):
+        errors.run(main)
+
+
+def test_mistakes_and_failures_stay_what_they_are_to_a_notebook():
+    assert issubclass(UserError, ValueError) and issubclass(RunError, RuntimeError)
+
+
+@pytest.mark.parametrize(
+    "raised, line",
+    [
+        (
+            OSError(errno.ENOSPC, "No space left on device"),
+            "cannot write out/ckpt.pt: No space left on device",
+        ),
+        (RuntimeError("unexpected pos 64"), "cannot write out/ckpt.pt: unexpected pos 64"),
+    ],
+)
+def test_writing(raised, line):
+    with pytest.raises(RunError) as e, errors.writing("out/ckpt.pt"):
+        raise raised
+    assert str(e.value) == line
+
+
+def test_writing_to_a_missing_folder(tmp_path):
+    path = tmp_path / "none" / "x"
+    reason = os.strerror(errno.ENOENT)
+    with pytest.raises(RunError, match=f"cannot write {path}: {reason}"), errors.writing(path):
+        path.write_text("x")
