@@ -18,9 +18,9 @@ import math
 import operator
 import os
 from collections.abc import Callable, Generator, Iterable, Sequence
-from contextlib import suppress
 from copy import copy
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
@@ -44,8 +44,8 @@ class GPTConfig:
     head_dim: int = DERIVED  # channels of a head; None means n_embd // n_head
     n_hidden: int = DERIVED  # width of the MLP; None means 4 * n_embd
     mlp: str = "relu2"  # relu2, gelu, gelu_tanh (two matrices) or swiglu (three, one of them the gate)
-    qk_norm: bool = True  # a norm of queries and keys
-    embd_norm: bool = True  # a norm of the embedding
+    qk_norm: bool = True  # normalize queries and keys
+    embd_norm: bool = True  # normalize the embedding
     norm: str = "rms"  # rms (RMSNorm) or layer (LayerNorm)
     norm_weight: bool = False  # learned gains in every norm
     bias: bool = False  # biases in all linear layers but the head, and in every LayerNorm
@@ -73,9 +73,7 @@ class GPTConfig:
         if self.n_head % self.n_kv_head:
             raise ValueError(f"n_head {self.n_head} must be divisible by n_kv_head {self.n_kv_head}")
         if self.positions == "rotary" and self.head_dim % 2:
-            raise ValueError(
-                f"head_dim {self.head_dim} is not even: n_embd {self.n_embd}, n_head {self.n_head}"
-            )
+            raise ValueError(f"head_dim {self.head_dim} is odd: n_embd {self.n_embd}, n_head {self.n_head}")
         for name, choices in CHOICES.items():
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} must be one of {', '.join(choices)}, not {getattr(self, name)!r}")
@@ -229,7 +227,7 @@ class Transformer(nn.Module):
         V, T, C = config.vocab_size, config.sequence_len, config.n_embd
         self.config = config
         self.loss: Callable[..., Tensor] = cross_entropy  # sologpt/loss.py has one that takes less memory
-        self.wte = nn.Embedding.from_pretrained(torch.empty(V, C), freeze=False)
+        self.wte = nn.Embedding.from_pretrained(torch.empty(V, C), freeze=False)  # draws no numbers
         self.wpe = None
         if config.positions == "learned":
             self.wpe = nn.Embedding.from_pretrained(torch.empty(T, C), freeze=False)
@@ -271,8 +269,8 @@ class Transformer(nn.Module):
         window = self.config.sliding_window
         recent = causal_mask(positions, S, window) if window and window < S else mask
         rotary = rope(positions, self.config, self.dtype) if self.wpe is None else None
-        full, sliding = dict(rotary=rotary, mask=mask), dict(rotary=rotary, mask=recent)
-        return {"F": full, "S": sliding, "N": dict(rotary=None, mask=mask)}
+        full = dict(rotary=rotary, mask=mask)
+        return {"F": full, "S": full | {"mask": recent}, "N": full | {"rotary": None}}
 
     def hidden(self, idx: Tensor, kv_cache: KVCache | None = None) -> Tensor:
         """All layers but the head: idx (B, T) int64 to (B, T, C)."""
@@ -308,7 +306,7 @@ class Transformer(nn.Module):
         """Logits (B, T, V) of idx (B, T) int64, after what the cache holds; with targets (B, T), the loss.
 
         The loss is in nats, with -1 ignored: a scalar, or (B*T,) with loss_reduction="none". ValueError if
-        sequence_len or the cache has no room, IndexError for a target that is no token id.
+        sequence_len or the cache has no room, IndexError for a target that is not a token id.
         """
         x = self.hidden(idx, kv_cache)  # (B, T, C)
         if targets is None:
@@ -322,7 +320,7 @@ class Transformer(nn.Module):
 class KVCache:
     """Keys and values of all layers, allocated once and written in place. Row b holds `lengths[b]` tokens.
 
-    The caller owns it, a forward appends to it, and no gradient flows through it.
+    A forward appends to it, and no gradient flows through it.
     """
 
     def __init__(
@@ -458,8 +456,9 @@ PREFILL_CHUNK = 1024  # tokens of each row in one forward of a prefill; bounds t
 
 class GPT(Transformer):
     def token_ids(self, tokens: Iterable[int]) -> list[int]:
-        """tokens as a list, also from an array, or a tensor (1, T). ValueError if one is no token id."""
-        tokens = tokens.squeeze(0) if isinstance(tokens, Tensor) else tokens
+        """tokens as a list, also from an array, or a tensor (1, T). ValueError if one is not a token id."""
+        if isinstance(tokens, Tensor) and tokens.ndim > 1:
+            tokens = tokens.squeeze(0)
         try:
             ids = [operator.index(token) for token in tokens]
         except TypeError as e:
@@ -470,8 +469,11 @@ class GPT(Transformer):
 
     def prefill(self, prompts: Sequence[Sequence[int]], kv_cache: KVCache) -> Tensor:
         """Read prompts of any lengths into the cache, after what it holds. Return the last logits, (B, V)."""
-        window, past = self.config.sequence_len, int(kv_cache.lengths.max())
-        if past + max(map(len, prompts)) > window:  # restart with the last tokens
+        window = self.config.sequence_len
+        end = int(kv_cache.lengths.max()) + max(map(len, prompts))
+        if min(end, window) > kv_cache.max_len:
+            raise ValueError(f"{min(end, window)} tokens do not fit into {kv_cache}")
+        if end > window:  # restart with the last tokens
             prompts = [[*old, *new][-window:] for old, new in zip(kv_cache.tokens(), prompts, strict=True)]
             kv_cache.reset()
         sizes = torch.tensor([len(prompt) for prompt in prompts])  # (B,)
@@ -509,7 +511,7 @@ class GPT(Transformer):
 
     @torch.inference_mode()
     def in_eval_mode(self, compute: Callable, *args: Any) -> Tensor:
-        """compute(*args) without gradients, in eval mode. Then the model is again in its caller's mode."""
+        """compute(*args) without gradients, in eval mode. Then the caller's mode is restored."""
         if not self.training:
             return compute(*args)
         self.eval()
@@ -526,10 +528,9 @@ class GPT(Transformer):
     ) -> Generator[int, None, str]:  # fmt: skip
         """Continue tokens: yield one token id after the other. Return why it ended, "length" or "stop".
 
-        `Sampling` has the filters. A token of stop_tokens is yielded and is the last, suppress_tokens are not
-        drawn. The same seed gives the same tokens, None others each time. A full window is cut to its last
-        half. tokens follow what kv_cache holds, and all stays there. decode takes the place of `GPT.step`.
-        Bad arguments are a ValueError at the first token.
+        `Sampling` has the filters. A token of stop_tokens is yielded last; suppress_tokens are never drawn. A
+        seed of None draws anew each time. A full window is cut to its last half. tokens follow what kv_cache
+        holds, and all stay there. decode replaces `GPT.step`. Bad arguments: ValueError at the first token.
         """
         sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty)
         generator = torch.Generator(self.device)
@@ -589,7 +590,7 @@ class GPT(Transformer):
             for row, past in zip(seen, cache.tokens(), strict=True):
                 row[past] = True
         rows = range(len(logits))
-        running, ended = {*rows}, list[int]()  # the rows; those that have ended and are read to their end
+        running, ended = {*rows}, list[int]()  # rows still running; rows whose last token is in the cache
         for n in range(1, max_tokens + 1):
             # 2. Draw a token of each row
             logits = logits.index_fill(1, never, -math.inf)
@@ -620,8 +621,7 @@ class GPT(Transformer):
                 os.fsync(f.fileno())
             os.replace(temporary, path)
         finally:
-            with suppress(FileNotFoundError):  # it is still there if something failed
-                os.remove(temporary)
+            Path(temporary).unlink(missing_ok=True)  # it is still there if something failed
 
     @classmethod
     def load(cls, path: str | os.PathLike, device: Device = None, dtype: Dtype = None) -> GPT:

@@ -84,7 +84,7 @@ def read_prompt(prompt: str) -> str:
 
 
 def sample_once(stream: TextStream, prompt: str, config: Config) -> None:
-    """Print the first sample as it comes, then the others, which are drawn with it."""
+    """Print the first sample as it comes, then the rest of the batch."""
     if config.json:
         list(stream)  # generate all
         for row in stream.rows:

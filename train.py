@@ -80,7 +80,7 @@ class Config:
     tensorboard: bool = False  # write the metrics to out_dir/tensorboard too (extra 'tensorboard')
 
     def __post_init__(self) -> None:
-        if self.init_from == "scratch":  # otherwise the shape comes from elsewhere
+        if self.init_from == "scratch":  # otherwise the checkpoint gives the shape
             make_config(self.model | {"vocab_size": self.vocab_size or 1})
         for names, least, below in (
             ("batch_size gradient_accumulation_steps eval_interval eval_iters log_interval", 1, math.inf),
@@ -103,7 +103,7 @@ class Config:
 
 @dataclass
 class Trainer:
-    """What computes the steps. Nothing of it is in a checkpoint: for that, see `State`."""
+    """What a step needs that is not saved. For what is saved, see `State`."""
 
     config: Config
     world: World
@@ -127,13 +127,13 @@ def lr_at(config: Config, step: int) -> float:
 
 
 def forward_backward(trainer: Trainer, state: State) -> Tensor:
-    """Compute the mean gradient of the micro-batches of all processes. Return this one's part of the loss."""
+    """Accumulate the mean gradient over all processes. Return this process's part of the mean loss."""
     config, world, T = trainer.config, trainer.world, state.sequence_len
     tokens = trainer.dataset.train
     shape = (config.gradient_accumulation_steps, config.batch_size)
     starts, seeds = data.draw_batches(config.seed, state.step, len(tokens), T, shape)
     mine = range(world.rank, config.gradient_accumulation_steps, world.size)
-    share = torch.zeros((), device=world.device)
+    loss_sum = torch.zeros((), device=world.device)
     for i in mine:
         torch.manual_seed(int(seeds[i]))  # dropout
         x, y = data.get_batch(tokens, starts[i], T, world.device)  # (B, T), (B, T)
@@ -141,8 +141,8 @@ def forward_backward(trainer: Trainer, state: State) -> Tensor:
             with trainer.autocast:
                 loss = trainer.forward(x, y) / len(mine)
             loss.backward()
-        share += loss.detach() / world.size
-    return share
+        loss_sum += loss.detach() / world.size
+    return loss_sum
 
 
 @torch.no_grad()
@@ -186,7 +186,7 @@ def loop(trainer: Trainer, state: State) -> None:
 
             # 1. Evaluate, save, maybe leave
             if saves:
-                world.synchronize()  # what was launched before is training, and counts as that
+                world.synchronize()  # count kernels already launched as training time
             with clock.paused():
                 if evaluates:
                     record |= evaluate(trainer, state, received)

@@ -310,7 +310,7 @@ def test_a_row_that_has_ended_leaves_nothing_unsaid_in_the_cache():
 @pytest.mark.parametrize(
     "make, words",
     [
-        (lambda m: new_cache(m, 5), "1 x 6 tokens .* 5 tokens"),
+        (lambda m: new_cache(m, 5), "6 tokens .* 5 tokens"),
         (lambda m: KVCache(m.config, 2, 32, dtype=m.dtype), r"1 x 6 tokens .*\[0, 0\]"),
         (lambda m: new_cache(make_model(n_layer=2)), "out of bounds"),
         (lambda m: KVCache(m.config, 1, 32), "dtype"),
@@ -334,6 +334,17 @@ def test_a_cache_that_gets_full_is_an_error_and_keeps_what_it_holds():
         next(steps)  # the fifth token has no room
     assert cache.tokens() == [[1] * 6 + said[:4]]
     assert list(model.generate([1] * 6, 5, temperature=0)) == said
+
+
+def test_a_prompt_that_does_not_fit_leaves_the_cache_as_it_was():
+    """Also where the window would be restarted with it."""
+    model = make_model(sequence_len=16)
+    for new in (3, 7, 20):
+        cache = new_cache(model, 12)
+        model.prefill([range(10)], cache)
+        with pytest.raises(ValueError, match=r"tokens do not fit .*\[10\] of 12"):
+            next(model.generate([1] * new, 5, kv_cache=cache))
+        assert cache.tokens() == [[*range(10)]]
 
 
 def test_samples_from_a_callers_cache_come_one_at_a_time():
@@ -558,6 +569,7 @@ def test_prompts_and_stop_tokens_may_be_iterators():
 
 def test_a_prompt_may_be_a_tensor_of_one_row():
     model = make_model()
+    assert list(model.generate(torch.tensor([3]), 8)) == list(model.generate([3], 8))
     expected = list(model.generate([3, 1, 4], 8))
     for prompt in (torch.tensor([3, 1, 4]), torch.tensor([[3, 1, 4]])):
         assert list(model.generate(prompt, 8)) == expected

@@ -146,7 +146,7 @@ def test_stretched_positions_keep_the_fast_pairs_and_slow_the_others_down():
         (dict(n_layer=0), ("n_layer", "0")),
         (dict(dropout=1.0), ("dropout", "1.0")),
         (dict(softcap=-1.0), ("softcap", "-1.0")),
-        (dict(head_dim=7), ("7", "even")),
+        (dict(head_dim=7), ("7", "odd")),
         (dict(head_dim=0), ("head_dim", "0")),
         (dict(n_hidden=0), ("n_hidden", "0")),
         (dict(norm="batch"), ("rms", "layer", "'batch'")),
