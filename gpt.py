@@ -499,7 +499,7 @@ class GPT(Transformer):
             ids[b] = kv_cache.ids[b, lengths[b]]
         for b in (lengths == window).nonzero().flatten().tolist():
             row = kv_cache.rows(slice(b, b + 1))
-            tail = row.ids[:, window - max(1, window // 2) + 1 : window].clone()  # ids has the newest token
+            tail = row.ids[:, window - window // 2 + 1 : window].clone()  # ids has the newest token
             row.reset()
             if tail.numel():
                 self.hidden(tail, row)
@@ -546,7 +546,7 @@ class GPT(Transformer):
             seen[0, cache.tokens()[0]] = True
         for n in range(1, max_tokens + 1):
             # 2. Draw a token
-            logits = logits.index_fill(1, never, -math.inf)
+            logits = logits.index_fill(1, never, -math.inf) if len(never) else logits
             ids = sampling.draw(logits, generator, seen)  # (1,)
             seen.scatter_(1, ids[:, None], True)
             token = int(ids)
@@ -593,7 +593,7 @@ class GPT(Transformer):
         running, ended = {*rows}, list[int]()  # rows still running; rows whose last token is in the cache
         for n in range(1, max_tokens + 1):
             # 2. Draw a token of each row
-            logits = logits.index_fill(1, never, -math.inf)
+            logits = logits.index_fill(1, never, -math.inf) if len(never) else logits
             ids = sampling.draw(logits, generator, seen)  # (B,)
             seen.scatter_(1, ids[:, None], True)
             tokens = ids.tolist()

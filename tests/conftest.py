@@ -46,6 +46,13 @@ QWEN = LLAMA | dict(
 GPT2 = dict(norm="layer", norm_weight=True, bias=True, positions="learned", mlp="gelu_tanh", qk_norm=False)
 GPT2 |= dict(embd_norm=False, softcap=0.0, tie_embd=True, head_dim=9)
 WINDOWS = dict(layer_types="SFN", sliding_window=5)
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
 
 
 # Each script runs in a process of its own, forked from one that has imported PyTorch: that takes longest.

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, make_model, run
+from conftest import LLAMA3, ROOT, make_model, run
 
 import sample
 from gpt import GPT, GPTConfig
@@ -134,14 +134,6 @@ def test_a_checkpoint_that_was_moved_aside_is_named(tmp_path):
 
 
 # ---- configs of strangers
-
-LLAMA3 = {
-    "rope_type": "llama3",
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 64,
-}
 
 
 @pytest.mark.parametrize("scaling", [None, {"rope_type": "linear", "factor": 2}, LLAMA3])

@@ -5,19 +5,11 @@ import sys
 
 import pytest
 import torch
-from conftest import GPT2, LLAMA, QWEN, ROOT, WINDOWS, make_model
+from conftest import GPT2, LLAMA, LLAMA3, QWEN, ROOT, WINDOWS, make_model
 
 from bench.peers import as_transformers
 from gpt import GPT, GPTConfig, rope, rotate
 from sologpt import parallel
-
-LLAMA3 = {
-    "rope_type": "llama3",
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 64,
-}
 
 
 @pytest.mark.parametrize("n_kv_head", [None, 1, 2, 4])
