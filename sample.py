@@ -49,7 +49,7 @@ class Config:
     device: str = "auto"  # cuda, mps, cpu, ...; auto is an accelerator if there is one, else the CPU
     dtype: str = "auto"  # float32, bfloat16 or float16 for the weights; auto keeps the dtype of the file
     quantize: str = ""  # int8 or int4 for the weights: less memory and faster decoding, on the CPU
-    compile: bool = False  # use torch.compile: faster decoding, after a slow start
+    compile: bool = False  # faster after a slow start: torch.compile on a GPU, C++ for a small model on a CPU
     lookup: int = 0  # draft up to N tokens by prompt lookup: faster where text repeats itself; 0 is off
 
     def __post_init__(self) -> None:

@@ -34,7 +34,7 @@ from sologpt.loss import chunked_cross_entropy
 from sologpt.optim import configure_optimizers
 
 BENCHMARKS = ("train", "prefill", "decode", "generate", "position")
-DECODE_ROWS = (1, 16)
+DECODE_ROWS = (1, 4, 8, 16)
 DECODE_PROMPT, PREFILL_PROMPT = 16, 512  # tokens
 TRAIN_BATCH = (4, 256)  # rows and tokens of a training step
 POSITIONS = (100, 1000)  # tokens in the KV cache
@@ -227,9 +227,10 @@ def train_solo(
     return training_call(forward, optimizers, config.vocab_size, device, autocast)
 
 
-def train_nanogpt(config: GPTConfig, device: torch.device, path: str) -> Call:
+def train_nanogpt(config: GPTConfig, device: torch.device, path: str, compile: bool = False) -> Call:
     model = peers.make_nanogpt(path, config, device)
     optimizers = [model.configure_optimizers(0.1, 6e-4, (0.9, 0.95), device.type)]
+    model = torch.compile(model) if compile else model
     autocast = torch.autocast(device.type, torch.bfloat16) if device.type == "cuda" else nullcontext()
     return training_call(model, optimizers, config.vocab_size, device, autocast)
 
@@ -247,9 +248,12 @@ def training_calls(
         "soloGPT AdamW": partial(train_solo, config, device, dtype, "adamw"),
     }
     if compile:
+        makers["soloGPT compiled"] = partial(train_solo, config, device, dtype, compile=True)
         makers["soloGPT AdamW compiled"] = partial(train_solo, config, device, dtype, "adamw", compile=True)
     if "nanogpt" in paths:
         makers["nanoGPT"] = partial(train_nanogpt, config, device, paths["nanogpt"])
+    if "nanogpt" in paths and compile:
+        makers["nanoGPT compiled"] = partial(train_nanogpt, config, device, paths["nanogpt"], compile=True)
     if "nanochat" in paths:
         makers["nanochat"] = partial(train_nanochat, config, device, dtype, paths["nanochat"])
     return {name: Subprocess(maker, device) for name, maker in makers.items()}
@@ -263,11 +267,14 @@ def make_candidates(
     model: GPT, shape: str, device: torch.device, dtype: torch.dtype, paths: dict[str, str],
     compile: bool, quantize: tuple[str, ...],
 ) -> list[Candidate]:  # fmt: skip
-    """Return soloGPT and the peers that have this shape: nanoGPT and nanochat read no open weights."""
+    """Return soloGPT and the peers that have this shape: nanoGPT and nanochat read no open weights.
+
+    On a CPU, "compiled" is decode.cpp, which a large model has without being asked for.
+    """
     candidates: list[Candidate] = []
     for kind in (None, *quantize):
         candidates.append(SoloGPT(model, quantize=kind))
-        if compile:
+        if compile and (device.type != "cpu" or shape == "tiny"):
             candidates.append(SoloGPT(model, compile=True, quantize=kind))
     if "transformers" in paths:
         candidates.append(peers.Transformers(model))

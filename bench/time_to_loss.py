@@ -12,6 +12,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ CHARACTERS = 65  # different ones in the text
 SHAPE: dict[str, Any] = dict(n_layer=4, n_embd=128)
 HEADS: dict[str, Any] = dict(n_head=2, n_kv_head=1)  # soloGPT's and nanochat's; nanoGPT's own run has 4
 SOLO = "--learning_rate=0.03 --momentum=0.8 --embd_lr=0.15 --head_lr=0.012 --warmdown=0.5"
-NANOGPT = "--max_iters=2000 --lr_decay_iters=2000 --dropout=0.0 --device=cpu --compile=False --eval_iters=20"
+NANOGPT = "--max_iters=2000 --lr_decay_iters=2000 --dropout=0.0 --device=cpu --eval_iters=20"
 
 # (the peer's folder, a temporary folder) -> a function that computes the trained model's validation loss
 Run = Callable[[str, Path], Callable[[], float]]
@@ -85,7 +86,7 @@ def run_solo(path: str, folder: Path) -> Callable[[], float]:
     return lambda: mean_loss(GPT.load(folder / "best.pt"), read_bytes("val"))
 
 
-def run_nanogpt(path: str, folder: Path) -> Callable[[], float]:
+def run_nanogpt(path: str, folder: Path, compile: bool = False) -> Callable[[], float]:
     """nanoGPT's train.py with its own config, in a folder that holds the data as it expects them."""
     for name in ("train.py", "model.py", "configurator.py", "config"):
         (folder / name).symlink_to(Path(path).resolve() / name)
@@ -94,7 +95,7 @@ def run_nanogpt(path: str, folder: Path) -> Callable[[], float]:
     for split in ("train", "val"):
         read_characters(split).astype("<u2").tofile(data / f"{split}.bin")
     (data / "meta.pkl").write_bytes(pickle.dumps({"vocab_size": CHARACTERS}))
-    values = SHAPE | dict(n_head=4, block_size=CONTEXT, batch_size=BATCH_SIZE, out_dir="out")
+    values = SHAPE | dict(n_head=4, block_size=CONTEXT, batch_size=BATCH_SIZE, out_dir="out", compile=compile)
     run_script(["train.py", "config/train_shakespeare_char.py"], values, NANOGPT, folder)
 
     def loss() -> float:
@@ -136,15 +137,19 @@ def time_to_loss(paths: dict[str, str], rounds: int) -> Iterator[str]:
     if not (DATA / "meta.json").exists():
         command = "python data/shakespeare/prepare.py --tokenizer=bytes"
         raise FileNotFoundError(f"no data in {DATA}: run {command}")
-    runs: dict[str, Run] = {"soloGPT": run_solo, "nanogpt": run_nanogpt, "nanochat": run_nanochat}
-    seconds: dict[str, list[float]] = {name: [] for name in runs if name == "soloGPT" or name in paths}
+    runs: dict[str, Run] = {"soloGPT": run_solo, "nanogpt": run_nanogpt}
+    runs |= {"nanogpt compiled": partial(run_nanogpt, compile=True), "nanochat": run_nanochat}
+    paths = {"soloGPT": ""} | paths
+    if "nanogpt" in paths:
+        paths["nanogpt compiled"] = paths["nanogpt"]
+    seconds: dict[str, list[float]] = {name: [] for name in runs if name in paths}
     for _ in range(rounds):
         for name, times in seconds.items():
             with tempfile.TemporaryDirectory() as folder:
                 started = time.perf_counter()
-                loss = runs[name](paths.get(name, ""), Path(folder))
+                loss = runs[name](paths[name], Path(folder))
                 times.append(time.perf_counter() - started)
-                yield f"{name:9} {times[-1]:6.1f} s to a validation loss of {loss():.4f}"
+                yield f"{name:16} {times[-1]:6.1f} s to a validation loss of {loss():.4f}"
     medians = {name: statistics.median(times) for name, times in seconds.items()}
     for name, median in medians.items():
-        yield f"{name:9} {median:6.1f} s, soloGPT is {median / medians['soloGPT']:.2f} x as fast"
+        yield f"{name:16} {median:6.1f} s, soloGPT is {median / medians['soloGPT']:.2f} x as fast"

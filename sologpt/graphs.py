@@ -1,11 +1,9 @@
-"""Compiled decoders: `Compiled` runs blocks compiled by torch.compile, `CudaGraphs` replays them on a GPU."""
+"""Decoders for GPUs: `Compiled` runs blocks compiled by torch.compile, `CudaGraphs` replays them on CUDA."""
 
-import operator
 from collections.abc import Callable
 from copy import copy
 from functools import cache
-from typing import Any, ClassVar, NamedTuple, cast
-from warnings import catch_warnings
+from typing import Any, ClassVar, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
@@ -15,8 +13,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 import gpt
-from gpt import GPT, Block, KVCache, causal_mask, in_float32
-from sologpt import quantize
+from gpt import GPT, KVCache, causal_mask, in_float32
 
 # -----------------------------------------------------------------------------
 # The model's products and attention, in forms that compile well
@@ -53,15 +50,10 @@ class LayerCache(NamedTuple):
 
 
 def linear_of_one_token(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """F.linear. A single token is limited by reading the weights: gemv on the CPU, a fused loop elsewhere."""
+    """F.linear. A single token is limited by reading the weights: the compiler fuses this into one loop."""
     if x.numel() != x.size(-1):
         return F.linear(x, weight, bias)
-    if weight.device.type == "cpu" and weight.dtype in quantize.DTYPES and weight.is_contiguous():
-        y = quantize.opaque_gemv(x, [weight], [])
-    else:
-        # the compiler fuses this into one loop
-        y = (in_float32(weight) * in_float32(x).flatten()).sum(-1).to(x.dtype)
-    y = y.view(*x.shape[:-1], -1)
+    y = (in_float32(weight) * in_float32(x).flatten()).sum(-1).to(x.dtype).view(*x.shape[:-1], -1)
     return y if bias is None else y + bias
 
 
@@ -98,100 +90,6 @@ def block_of_one_token(
         return block(x, cache, rotary, mask)
 
 
-class ExportedBlock:
-    """`block_of_one_token` for one row, without torch.compile's guards, up to a third of a token's time.
-
-    torch.export traces a block, and Inductor compiles the graph with a C++ wrapper. All blocks share the
-    graph, since weights are inputs of it.
-    """
-
-    def __init__(self) -> None:
-        self.graphs: dict[tuple, tuple[list[str], Callable]] = {}  # by kind: names of its weights, the graph
-        self.weights: WeakKeyDictionary[Block, dict[tuple, list]] = WeakKeyDictionary()  # where a graph's are
-        self.slots = torch.empty(0, 0)
-
-    def __call__(
-        self, block: Block, x: Tensor, cache: LayerCache, rotary: Tensor | None, mask: Tensor | None
-    ) -> Tensor:
-        keys, values, (row, position), end = cache
-        if len(self.slots) != end:  # a graph takes a number only as the size of a tensor
-            self.slots = torch.empty(end, 0)
-        inputs = dict(x=x, keys=keys, values=values, row=row, position=position, slots=self.slots)
-        if rotary is not None:
-            inputs["rotary"] = rotary
-        if mask is not None:
-            inputs["mask"] = mask
-        kind = (x.dtype, block.training, type(block.mlp.c_fc), *inputs)  # what guards would check
-        if kind not in self.graphs:
-            self.graphs[kind] = self.compile(block, inputs)
-        names, graph = self.graphs[kind]
-        places = self.weights.setdefault(block, {})
-        if kind not in places:
-            places[kind] = [find_weight(block, name) for name in names]
-        return graph(*[tensors[name] for tensors, name in places[kind]], *inputs.values())[0]
-
-    def compile(self, block: nn.Module, inputs: dict[str, Tensor]) -> tuple[list[str], Callable]:
-        """Return the names of the weights that the graph takes, in its order, and the graph."""
-        quantize.compile_gemv()
-        length, size = (torch.export.Dim(name, min=2) for name in ("length", "size"))
-        sizes: dict[str, dict] = {name: {} for name in inputs} | {"keys": {1: length}, "values": {1: length}}
-        sizes |= {name: {dim: size} for name, dim in (("slots", 0), ("mask", 3)) if name in inputs}
-        with torch.inference_mode(False), torch.no_grad(), catch_warnings(action="ignore"):
-            module = BlockOfOneToken(block)
-            exported = torch.export.export(module, (), inputs, dynamic_shapes=sizes, strict=True)
-            join_products(exported.graph_module.graph)
-            names = [spec.target for spec in exported.graph_signature.input_specs if spec.target]
-            graph = torch._inductor.standalone_compile(
-                exported.graph_module,
-                [*(exported.state_dict[name] for name in names), *inputs.values()],
-                dynamic_shapes="from_graph",
-                options={"config_patches": {"cpp_wrapper": True}},
-            )
-        return [name.removeprefix("block.") for name in names], graph
-
-
-def join_products(graph: torch.fx.Graph) -> None:
-    """Join the products of each x into one: q, k and v, and the two that an MLP with a gate begins with."""
-    gemv, aten = torch.ops.sologpt.gemv.default, torch.ops.aten
-    products: dict[Any, list[Any]] = {}
-    for node in graph.find_nodes(op="call_function", target=gemv):
-        x, [weight], _ = cast(Any, node.args)
-        while x.target in (aten.to.dtype, aten.reshape.default):
-            x = x.args[0]
-        products.setdefault((x, weight.meta["val"].dtype), []).append(node)
-    for nodes in products.values():
-        with graph.inserting_before(nodes[0]):
-            weights, scales = ([each for node in nodes for each in node.args[i]] for i in (1, 2))
-            y = graph.call_function(gemv, (nodes[0].args[0], weights, scales))
-            rows = [node.meta["val"].size(1) for node in nodes]
-            parts = graph.call_function(aten.split_with_sizes.default, (y, rows, 1))
-            for i, node in enumerate(nodes):
-                node.replace_all_uses_with(graph.call_function(operator.getitem, (parts, i)))
-                graph.erase_node(node)
-
-
-def find_weight(block: nn.Module, name: str) -> tuple[dict[str, Any], str]:
-    """Return the dict that holds a parameter or buffer, and its key there."""
-    path, _, leaf = name.rpartition(".")
-    owner = block.get_submodule(path)
-    return owner._parameters if leaf in owner._parameters else owner._buffers, leaf
-
-
-class BlockOfOneToken(nn.Module):
-    """`block_of_one_token` as a module, which torch.export wants."""
-
-    def __init__(self, block: nn.Module) -> None:
-        super().__init__()
-        self.block = block
-
-    def forward(
-        self, x: Tensor, keys: Tensor, values: Tensor, row: Tensor, position: Tensor, slots: Tensor,
-        rotary: Tensor | None = None, mask: Tensor | None = None,
-    ) -> Tensor:  # fmt: skip
-        cache = LayerCache(keys, values, (row, position), len(slots))
-        return block_of_one_token(self.block, x, cache, rotary, mask)
-
-
 def head_of_one_token(model: GPT, x: Tensor) -> Tensor:
     with OneToken():
         return model.logits(model.norm(x)[:, -1])
@@ -220,7 +118,6 @@ class Compiled:
         self.model = model
         compile_rotate()
         self.block = torch.compile(block_of_one_token, dynamic=True)
-        self.block_of_one_row = ExportedBlock() if model.device.type == "cpu" else self.block
         self.head = torch.compile(head_of_one_token, dynamic=True)
 
     @torch.inference_mode()
@@ -249,15 +146,12 @@ class Compiled:
         slots = (torch.arange(len(ids), device=ids.device)[:, None], positions)
         kv_cache.ids[slots] = ids[:, None]
         inputs = model.attention_inputs(positions, mask, end)
-        blocks: Any = model.h
-        packed = isinstance(blocks[0].mlp.c_fc, quantize.PackedLinear)  # cannot be exported
-        run = self.block if packed or len(ids) > 1 else self.block_of_one_row
         x = model.wte(ids[:, None])  # (B, 1, C)
         x = model.embd_norm(x + model.wpe(positions) if model.wpe else x)
         keys, values = kv_cache.k.transpose(2, 3), kv_cache.v.transpose(2, 3)  # (n_layer, B, max_len, G, D)
-        for block, k, v, kind in zip(blocks, keys, values, model.config.layer_types, strict=True):
+        for block, k, v, kind in zip(model.h, keys, values, model.config.layer_types, strict=True):
             # .data is no view, whose guards would also compare n_layer with B
-            x = run(block, x, LayerCache(k.data, v.data, slots, end), **inputs[kind])
+            x = self.block(block, x, LayerCache(k.data, v.data, slots, end), **inputs[kind])
         return self.head(model, x)
 
 
@@ -288,7 +182,6 @@ class CudaGraphs(Compiled):
 
     def __init__(self, model: GPT, smallest: int = 256) -> None:
         super().__init__(model)
-        self.block_of_one_row = self.block  # a replay checks no guards
         self.smallest = smallest
         self.graphs: WeakKeyDictionary[KVCache, tuple[int, Callable]] = WeakKeyDictionary()
 

@@ -5,6 +5,7 @@ from torch import Tensor
 
 from gpt import GPT, Decoder, KVCache
 from sologpt.errors import UserError
+from sologpt.native import Native
 
 
 class Lookup:
@@ -39,11 +40,17 @@ class Lookup:
         if not len(draft):
             self.logits = []
             return self.decode(ids, kv_cache)
-        x = self.model.hidden(torch.cat((ids, draft))[None], kv_cache)  # (1, 1 + n, C)
+        logits = self.read(torch.cat((ids, draft))[None], kv_cache)  # (1, 1 + n, V)
         kv_cache.truncate(length + 1)  # the draft's keys and values stay in their slots
-        logits, *self.logits = self.model.logits(x[0]).split(1)
+        first, *self.logits = logits[0].split(1)
         self.ids = torch.cat((seen, draft))
-        return logits
+        return first
+
+    def read(self, idx: Tensor, kv_cache: KVCache) -> Tensor:
+        """One forward: idx (1, T) to logits (1, T, V)."""
+        if isinstance(self.decode, Native):
+            return self.decode.read(idx, kv_cache)
+        return self.model(idx, kv_cache=kv_cache)
 
     def drafted(self, ids: Tensor, cached: Tensor, length: int) -> bool:
         """Whether ids is the next draft token and the cache still holds the draft."""

@@ -1,21 +1,16 @@
 """Packed and quantized weights: modules in place of a model's Linears. The model is then for inference only.
 
-    fast.pack(model)              # the same numbers in oneDNN's layout: faster
-    fast.quantize(model, "int4")  # four bits per weight: a third of bfloat16's memory, and faster still
-
-gemv, at the end, multiplies one row by plain or quantized weights, for compiled decode.
+fast.pack(model)              # the same numbers in oneDNN's layout: faster
+fast.quantize(model, "int4")  # four bits per weight: a third of bfloat16's memory, and faster still
 """
 
 import threading
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import cache
-from pathlib import Path
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, cast
 
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 from torch import Tensor
 
 from gpt import GPT, in_float32
@@ -77,8 +72,7 @@ def packs(device: torch.device, dtype: torch.dtype) -> bool:
 def pack(model: GPT) -> None:
     """Replace the model's Linears by ones with packed weights, in place.
 
-    Everything gets faster but compiled decode of one row. The memory stays the same, except that a tied
-    head becomes a second copy of the embedding. A packed model is for inference only: it refuses to be saved,
+    The memory stays the same, except that a tied head becomes a second copy of the embedding. A packed model is for inference only: it refuses to be saved,
     copied, moved or trained. A quantized model stays as it is, as does one that oneDNN cannot multiply.
     """
     if not packs(model.device, model.dtype) or isinstance(model.wte, InferenceEmbedding):
@@ -106,8 +100,7 @@ class PackedLinear(InferenceOnly):
         self.bias = bias
 
     def forward(self, x: Tensor) -> Tensor:
-        product = opaque_packed_linear if torch.compiler.is_compiling() else packed_linear
-        return product(x, self.weight, self.bias)
+        return packed_linear(x, self.weight, self.bias)
 
 
 def packed_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -115,20 +108,14 @@ def packed_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tens
     return torch.ops.mkldnn._linear_pointwise(x.to(weight.dtype), weight, bias, "none", [], "")
 
 
-# torch.compile cannot trace a packed weight: it gets the product as an operator
-opaque_packed_linear = torch.library.custom_op("sologpt::packed_linear", packed_linear, mutates_args=())
-opaque_packed_linear.register_fake(lambda x, weight, bias=None: weight.new_empty(*x.shape[:-1], len(weight)))
-
-
 # -----------------------------------------------------------------------------
 # Quantized weights. Each token reads all weights, so their bytes limit the speed of decoding
 
 KINDS = ("int8", "int4")
 GROUP_SIZES = (128, 64, 32)  # of int4: weights of a row that share a scale and a zero point
-BLOCK = 64  # rows that the int4 kernel reads at once; the last block is padded with zeros
+PAIRED = 32  # int4 packs so many weights into half as many bytes: the first half of them is in the low bits
 CHUNK = 2**20  # weights that are quantized, or widened, at a time
 INT8_ROWS = 16  # up to this many rows of x, PyTorch's int8 kernel is faster than widening (docs/notes.md)
-INT4_ROWS = 64
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -225,8 +212,8 @@ def make_quantized(
 class QuantizedLinear(InferenceOnly):
     """A Linear with a quantized weight."""
 
-    q: Tensor  # int8: (N, K); int4: (N, K/2) uint8, packed by PyTorch, with N padded to whole blocks
-    scale: Tensor  # int8: (N,); int4: scale and zero, (K/g, N, 2)
+    q: Tensor  # int8: (N, K); int4: (N, K/2) uint8
+    scale: Tensor  # int8: (N,); int4: scale and zero, (N, 2, K/g)
 
     def __init__(self, weight: Tensor, bias: Tensor | None, q: Tensor, scale: Tensor) -> None:
         super().__init__()
@@ -236,16 +223,9 @@ class QuantizedLinear(InferenceOnly):
         self.register_buffer("scale", scale)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.product(x.to(self.scale.dtype).reshape(-1, self.in_features))  # (M, N)
-        y = y[:, : self.out_features].view(*x.shape[:-1], self.out_features)
+        y = quantized_linear(x.to(self.scale.dtype).reshape(-1, self.in_features), self.q, self.scale)
+        y = y.view(*x.shape[:-1], self.out_features)
         return y if self.bias is None else y + self.bias
-
-    def product(self, x: Tensor) -> Tensor:
-        if not torch.compiler.is_compiling():
-            return quantized_linear(x, self.q, self.scale)
-        if len(x) > 1:
-            return opaque_quantized_linear(x, self.q, self.scale)
-        return opaque_gemv(x, [self.q], [self.scale])
 
 
 class Int8Linear(QuantizedLinear):
@@ -283,14 +263,13 @@ class Int4Linear(QuantizedLinear):
     def weight(self) -> Tensor:
         """The dequantized weight, (N, K)."""
         chunks = row_chunks(len(self.q), self.in_features)
-        parts = [widen_int4(self.q[rows], self.scale[:, rows]).T.contiguous() for rows in chunks]
-        return torch.cat(parts)[: self.out_features]
+        return torch.cat([widen_int4(self.q[rows], self.scale[rows]).clone() for rows in chunks])
 
 
 def row_chunks(N: int, K: int) -> Iterator[slice]:
-    """Slices of the rows of a weight (N, K): whole blocks, about CHUNK weights each."""
-    step = max(CHUNK // K // BLOCK, 1) * BLOCK
-    return (slice(i, min(i + step, N)) for i in range(0, N, step))
+    """Slices of the rows of a weight (N, K), about CHUNK weights each."""
+    step = max(CHUNK // K, 1)
+    return (slice(i, i + step) for i in range(0, N, step))
 
 
 def check_finite(scale: Tensor) -> None:
@@ -310,20 +289,19 @@ def quantize_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def quantize_int4(weight: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
-    """Return q packed by PyTorch, (N, K/2), and scale and zero, (K/g, N, 2), for a weight (N, K)."""
+    """Return q (N, K/2) and scale and zero, (N, 2, K/g), for a weight (N, K)."""
     N, K = weight.shape
-    padded = -(-N // BLOCK) * BLOCK  # rows of whole blocks
-    packed = torch.empty(padded, K // 2, dtype=torch.uint8)
-    scale_zero = weight.new_zeros(K // group_size, padded, 2)
+    packed = torch.empty(N, K // 2, dtype=torch.uint8)
+    scale_zero = weight.new_empty(N, 2, K // group_size)
     for rows in row_chunks(N, K):
         w = in_float32(weight[rows]).unflatten(1, (-1, group_size))  # (n, K/g, g)
         scale, zero = (x.to(weight.dtype) for x in fit_groups(w))  # (n, K/g, 1)
         check_finite(scale)
         scale.clamp_(min=torch.finfo(weight.dtype).tiny)
-        scale_zero[:, rows] = torch.cat((scale, zero), -1).transpose(0, 1)
+        scale_zero[rows] = torch.cat((scale, zero), -1).transpose(1, 2)
         q = ((w - in_float32(zero)) / in_float32(scale)).round_().add_(8).clamp_(0, 15)  # (n, K/g, g)
-        q = F.pad(q.flatten(1).int(), (0, 0, 0, -len(q) % BLOCK))  # (n, K)
-        packed[rows.start : rows.start + len(q)] = torch.ops.aten._convert_weight_to_int4pack_for_cpu(q, 1)
+        low, high = q.to(torch.uint8).view(-1, K // PAIRED, PAIRED).chunk(2, -1)  # (n, K/32, 16) each
+        packed[rows] = low.add(high, alpha=16).flatten(1)
     return packed, scale_zero
 
 
@@ -362,82 +340,30 @@ SCRATCH = Scratch()
 
 
 def widen_int8(q: Tensor, dtype: torch.dtype) -> Tensor:
-    return SCRATCH.take(q.numel(), dtype).view(q.shape).copy_(q)
-
-
-@cache
-def int4_layout() -> tuple[int, slice, slice]:
-    """Return how this CPU's int4 kernel packs rows: rows per block, those in low half-bytes, in high ones."""
-    q = torch.zeros(BLOCK, 2, dtype=torch.int32)
-    q[1], q[32] = 1, 2
-    match torch.ops.aten._convert_weight_to_int4pack_for_cpu(q, 1).flatten()[0] >> 4:
-        case 1:
-            return 32, slice(0, None, 2), slice(1, None, 2)
-        case 2:
-            return 64, slice(0, 32), slice(32, 64)
-    return 32, slice(0, 16), slice(16, 32)
+    """q / 128, with which sums stay in the range of float16."""
+    return SCRATCH.take(q.numel(), dtype).view(q.shape).copy_(q).mul_(2**-7)
 
 
 def widen_int4(packed: Tensor, scale_zero: Tensor) -> Tensor:
-    """Return the weights (K, N) of packed ones (N, K/2)."""
-    n, low, high = int4_layout()
-    G, N, _ = scale_zero.shape
-    K = 2 * packed.size(1)
-    parts = SCRATCH.take(2 * K * N, torch.uint8).split((K * N // 2, K * N // 2, K * N))
-    pairs, half, q = (x.view(K, N // n, -1) for x in parts)  # (K, N/n, n/2) twice, (K, N/n, n)
-    pairs.copy_(packed.view(N // n, K, -1).transpose(0, 1))
-    q[..., low] = torch.bitwise_and(pairs, 15, out=half)
-    q[..., high] = torch.bitwise_right_shift(pairs, 4, out=half)
-    wide = SCRATCH.take(K * N, scale_zero.dtype).copy_(q.sub_(8).view(torch.int8).flatten())
-    scale, zero = scale_zero.permute(2, 0, 1).contiguous()[:, :, None]  # (K/g, 1, N)
-    groups = wide.view(G, -1, N)  # (K/g, g, N)
-    return torch.addcmul(zero, groups, scale, out=groups).view(K, N)
+    """Return the weights (N, K) of packed ones (N, K/2)."""
+    N, _, groups = scale_zero.shape
+    pairs = packed.view(N, -1, 1, PAIRED // 2)  # (N, K/32, 1, 16)
+    q = SCRATCH.take(2 * packed.numel(), torch.uint8).view(N, -1, 2, PAIRED // 2)  # (N, K/32, 2, 16)
+    torch.bitwise_and(pairs, 15, out=q[:, :, :1])
+    torch.bitwise_right_shift(pairs, 4, out=q[:, :, 1:])
+    wide = SCRATCH.take(q.numel(), scale_zero.dtype).copy_(q.sub_(8).view(torch.int8).flatten())
+    scale, zero = scale_zero[..., None].unbind(1)  # (N, K/g, 1) each
+    weights = wide.view(N, groups, -1)  # (N, K/g, g)
+    return torch.addcmul(zero, weights, scale, out=weights).flatten(1)  # (N, K)
 
 
 def quantized_linear(x: Tensor, q: Tensor, scale: Tensor) -> Tensor:
     """x (M, K) times an int8 weight (N, K) or an int4 one (N, K/2): (M, N)."""
     M, K = x.shape
-    if q.dtype == torch.int8:
-        if M <= INT8_ROWS:
-            return torch.ops.aten._weight_int8pack_mm(x, q, scale)
-        parts = [x @ widen_int8(q[rows], x.dtype).T * scale[rows] for rows in row_chunks(len(q), K)]
+    if q.dtype == torch.uint8:
+        parts = [x @ widen_int4(q[rows], scale[rows]).T for rows in row_chunks(len(q), K)]
+    elif M > INT8_ROWS:
+        parts = [x @ widen_int8(q[rows], x.dtype).T * (128 * scale[rows]) for rows in row_chunks(len(q), K)]
     else:
-        if M <= INT4_ROWS:
-            return torch.ops.aten._weight_int4pack_mm_for_cpu(x, q, K // len(scale), scale)
-        parts = [x @ widen_int4(q[rows], scale[:, rows]) for rows in row_chunks(len(q), K)]
+        return torch.ops.aten._weight_int8pack_mm(x, q, scale)
     return torch.cat(parts, 1) if len(parts) > 1 else parts[0]
-
-
-opaque_quantized_linear = torch.library.custom_op(
-    "sologpt::quantized_linear", quantized_linear, mutates_args=()
-)
-opaque_quantized_linear.register_fake(lambda x, q, scale: x.new_empty(len(x), len(q)))
-
-
-# -----------------------------------------------------------------------------
-# One row times weights, for compiled decode
-
-
-def gemv(x: Tensor, weights: Sequence[Tensor], scales: Sequence[Tensor]) -> Tensor:
-    """One row x (..., K) times each weight (N, K), plain or quantized with its scale: (1, sum of N).
-
-    `compile_gemv` puts gemv.cpp in its place.
-    """
-    x = x.reshape(1, -1)
-    if not scales:
-        return torch.cat([F.linear(x, weight) for weight in weights], 1)
-    return torch.cat([quantized_linear(x, q, scale) for q, scale in zip(weights, scales, strict=True)], 1)
-
-
-opaque_gemv = torch.library.custom_op("sologpt::gemv", gemv, mutates_args=())
-opaque_gemv.register_fake(lambda x, weights, scales: x.new_empty(1, sum(map(len, weights))))
-
-
-@cache
-def compile_gemv() -> None:
-    """Compile gemv.cpp, in place of `gemv`. The first time takes seconds; then torch's cache has it."""
-    from torch._inductor.codecache import CppCodeCache
-
-    n, low, _ = int4_layout()
-    layout = f"#define BLOCK {n}\n#define INTERLEAVED {int(low.step == 2)}\n"
-    CppCodeCache.load(layout + Path(__file__).with_name("gemv.cpp").read_text(encoding="utf-8"))

@@ -97,7 +97,10 @@ def test_every_benchmark_measures_each_candidate_that_can_do_it(monkeypatch, clo
     results = list(measures.run(measures.BENCHMARKS, "tiny", torch.float32, CPU, paths, **settings))
     assert [(rows[0].benchmark, [row.candidate for row in rows]) for rows in results] == [
         ("decode, batch 1", ["soloGPT", "soloGPT int8", "transformers", "gpt-fast"]),
-        ("decode, batch 16", ["soloGPT", "soloGPT int8", "transformers", "gpt-fast"]),
+        *(
+            (f"decode, batch {rows}", ["soloGPT", "soloGPT int8", "transformers", "gpt-fast"])
+            for rows in (4, 8, 16)
+        ),
         ("512 + 3", ["soloGPT", "soloGPT int8", "transformers", "gpt-fast"]),
         ("decode", ["at 100", "at 1000"]),
         ("prefill of 512", ["soloGPT", "soloGPT int8", "transformers", "nanoGPT"]),
@@ -133,11 +136,10 @@ def test_decode_of_transformers_gives_our_greedy_tokens():
         assert call() == greedy and call() == greedy, candidate.name
 
 
-@pytest.mark.slow
 def test_compiled_decode_gives_the_same_greedy_tokens():
     model = make_model(torch.float32).eval()
-    prompts = torch.randint(61, (3, 8)).tolist()
-    for rows in (prompts, prompts[:1]):
+    prompts = torch.randint(61, (9, 8)).tolist()
+    for rows in (prompts, prompts[:3], prompts[:1]):
         plain, compiled = (peers.SoloGPT(model, compile).decode(rows, 12)() for compile in (False, True))
         assert plain == compiled
 

@@ -1,4 +1,4 @@
-"""Compiled decode gives what `GPT.step` gives."""
+"""torch.compile: decode, as on a GPU, gives what `GPT.step` gives, and training what the plain model gives."""
 
 import copy
 import pickle
@@ -11,9 +11,8 @@ from conftest import GPT2, QWEN, ROOT, WINDOWS, make_model
 from torch._dynamo.utils import counters
 
 from gpt import KVCache
-from sologpt import fast, graphs, parallel
+from sologpt import graphs, native, parallel
 from sologpt.loss import chunked_cross_entropy
-from sologpt.quantize import Int8Linear
 
 
 @pytest.fixture(params=[{}, QWEN, GPT2, WINDOWS], ids=["nanochat", "qwen", "gpt2", "windows"])
@@ -24,42 +23,38 @@ def kind(request):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("packed", [False, True], ids=["plain", "packed"])
-def test_compiled_decode_gives_the_same_tokens_and_is_compiled_once(kind, packed):
-    """For the head, and for a block of each type, with and without the mask of its window. Whatever the prompt and the
-    position, past a full window too."""
+def test_compiled_decode_gives_the_same_tokens_and_is_compiled_once(kind):
+    """For one row, for a batch, and for rows of different lengths. Whatever the prompts and the positions, past a full
+    window too."""
     plain, model = (make_model(torch.float32, sequence_len=64, **kind) for _ in range(2))
-    if packed:
-        fast.pack(model)
-    decode = graphs.Compiled(model)
-    for again in (False, True):
-        before = counters["stats"]["unique_graphs"]
-        for prompt, n in (([1, 2, 3], 90), ([5] * 20, 30), ([7], 70), (list(range(60)), 9)):
-            assert list(model.generate(prompt, n, temperature=0, decode=decode)) == list(
-                plain.generate(prompt, n, temperature=0)
-            )
-        assert (counters["stats"]["unique_graphs"] == before) == again and not counters["graph_break"]
-    if packed:
-        assert before == (4 if kind is WINDOWS else 2)  # of torch.compile
-    else:
-        assert len(decode.block_of_one_row.graphs) == (3 if kind is WINDOWS else 1)
-    prompts = [[1, 2, 3], [4], [5] * 9]
-    assert list(model.generate_batch(prompts, 80, temperature=0, decode=decode)) == list(
-        plain.generate_batch(prompts, 80, temperature=0)
-    )
-    before = counters["stats"]["unique_graphs"]
-    for prompts in ([[4], [1, 2]], [[6] * 30, [1, 2], [5, 5, 5]]):
-        assert list(model.generate_batch(prompts, 20, temperature=0, decode=decode)) == list(
-            plain.generate_batch(prompts, 20, temperature=0)
+    decode, seen = graphs.Compiled(model), []
+
+    def check(prompts: list, n: int) -> None:
+        assert list(model.generate_batch(prompts, n, temperature=0, decode=decode)) == list(
+            plain.generate_batch(prompts, n, temperature=0)
         )
-    assert counters["stats"]["unique_graphs"] == before
+        seen.append(counters["stats"]["unique_graphs"])
+
+    # The head, and a block of each type. With windows, these are F, S with its mask, and N, which has no angles. Where
+    # the rows differ, F has a mask as well
+    alone, ragged = (3, 2) if kind is WINDOWS else (1, 1)
+    for prompt, n in (([1, 2, 3], 90), ([5] * 20, 30), ([7], 70), (list(range(60)), 9), ([1, 2, 3], 90)):
+        check([prompt], n)
+    assert seen == [alone + 1] * 5
+    for rows, length, n in ((2, 3, 90), (5, 20, 30), (3, 1, 70)):
+        check([[b] * length for b in range(rows)], n)
+    assert seen[5:] == [2 * (alone + 1)] * 3
+    for prompts in ([[1, 2, 3], [4], [5] * 16], [[4], [1, 2]], [[6] * 30, [1, 2], [5, 5, 5]]):
+        check(prompts, 80)
+    assert seen[8:] == [2 * (alone + 1) + ragged] * 3 and not counters["graph_break"]
 
 
-@pytest.mark.slow
-def test_a_model_whose_decoder_was_compiled_can_be_copied_and_pickled(kind, tmp_path):
+@pytest.mark.parametrize("prepare", [pytest.param(graphs.Compiled, marks=pytest.mark.slow), native.prepare])
+def test_a_model_whose_decoder_was_compiled_can_be_copied_and_pickled(kind, prepare, tmp_path):
     """The compiled code belongs to the decoder: the model is as it was."""
     model = make_model(torch.float32, **kind)
-    decode = fast.prepare(model, compile=True)
+    decode = prepare(model)
+    assert decode is not None
     tokens = list(model.generate([1, 2, 3], 9, temperature=0, decode=decode))
     torch.save(model, tmp_path / "model.pt")
     again = torch.load(tmp_path / "model.pt", weights_only=False)
@@ -86,9 +81,9 @@ def test_compiled_decode_is_exact(kind):
 
 @pytest.mark.slow
 def test_a_decoder_follows_what_happens_to_the_model():
-    """Other weights, quantized or packed ones: after each change, its tokens are those of step."""
+    """Other weights, in the same memory or in theirs: after each change, its tokens are those of step."""
     model, other = (make_model(torch.float32, seed=seed, n_embd=64).eval() for seed in (0, 1))
-    decode = fast.prepare(model, compile=True)
+    decode = graphs.Compiled(model)
 
     def tokens(decode) -> list[int]:
         return list(model.generate([1, 2, 3], 12, temperature=0, decode=decode))
@@ -97,17 +92,11 @@ def test_a_decoder_follows_what_happens_to_the_model():
     for change in (
         lambda: model.load_state_dict(other.state_dict()),
         lambda: model.load_state_dict(make_model(torch.float32, seed=2, n_embd=64).state_dict(), assign=True),
-        lambda: fast.quantize(model, "int8"),
     ):
         change()
         seen.append(tokens(decode))
         assert seen[-1] == tokens(None)
     assert seen[0] != seen[1] != seen[2]
-    assert [kind[2] for kind in decode.block_of_one_row.graphs] == [torch.nn.Linear, Int8Linear]
-    model = make_model(torch.float32, n_embd=64).eval()
-    decode = fast.prepare(model, compile=True)
-    fast.pack(model)
-    assert tokens(decode) == tokens(None)
 
 
 @pytest.mark.parametrize("rows", [1, 3])

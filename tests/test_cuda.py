@@ -18,11 +18,12 @@ from test_graphs import cuda_graph
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from gpt import GPT, KVCache
-from sologpt import data, graphs, parallel
+from sologpt import data, fast, graphs, parallel
 from sologpt.device import autocast_dtype, make_autocast, multiplies_bfloat16
 from sologpt.graphs import Compiled, CudaGraphs
 from sologpt.lookup import Lookup
 from sologpt.loss import chunked_cross_entropy
+from sologpt.native import Native
 from sologpt.optim import Muon, configure_optimizers
 from sologpt.tokenizer import Tokenizer
 
@@ -126,6 +127,21 @@ def test_a_decoder_gives_the_tokens_of_the_plain_one(kind, decoder):
         alone = list(model.generate(prompt, 70, temperature=0))
         assert list(model.generate(prompt, 70, temperature=0, decode=decode)) == alone
         assert list(model.generate(prompt, 70, temperature=0, decode=Lookup(model, 5, decode))) == alone
+
+
+@pytest.mark.parametrize("lookup, rows", [(0, 1), (3, 1), (0, 4)])
+def test_prepare_compiles_for_the_device_where_it_is_asked_to(lookup, rows):
+    """On a GPU that is torch.compile and CUDA graphs, whatever the size of the model."""
+    for compile in (False, True):
+        model = make(torch.float32)
+        decode = fast.prepare(model, compile=compile, lookup=lookup, rows=rows)
+        decode = decode.decode if lookup else decode
+        if compile:
+            assert type(decode) is (CudaGraphs if ON_GPU else Native)
+        else:
+            assert decode == model.step
+        if ON_GPU:
+            assert type(model.h[0].mlp.c_fc) is torch.nn.Linear  # packed weights are for CPUs
 
 
 @KINDS

@@ -2,13 +2,14 @@
 
 import pytest
 import torch
-from conftest import make_model
+from conftest import QWEN, WINDOWS, make_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gpt import KVCache
 from sologpt.errors import UserError
 from sologpt.lookup import Lookup
+from sologpt.native import Native, prepare
 
 
 @settings(max_examples=40, deadline=None)
@@ -51,6 +52,43 @@ def test_looking_ahead_reads_what_repeats_at_once():
         forwards.clear()
     assert texts[0] == texts[1]
     assert counts[0] == 150 and counts[1] < 60
+
+
+@pytest.mark.parametrize("kind", [{}, QWEN, WINDOWS], ids=["nanochat", "qwen", "windows"])
+@settings(max_examples=15, deadline=None)
+@given(
+    turns=st.lists(st.lists(st.integers(0, 3), min_size=1, max_size=20), min_size=1, max_size=2),
+    n=st.integers(1, 32),
+    max_len=st.integers(32, 40),
+    seed=st.integers(0, 99),
+)
+def test_with_decode_cpp_it_changes_nothing_either(kind, turns, n, max_len, seed):
+    """In float32, where no two logits nearly tie. Also for drafts that it reads in several calls."""
+    model = make_model(torch.float32, seed, sequence_len=32, **kind)
+    said = []
+    for decode in (None, Lookup(model, n, prepare(model))):
+        cache = KVCache(model.config, 1, max_len, dtype=model.dtype)
+        said.append([])
+        for turn in turns:
+            said[-1].append(list(model.generate(turn, 50, temperature=0, kv_cache=cache, decode=decode)))
+            said[-1].append(cache.tokens())
+    assert said[0] == said[1]
+
+
+def test_with_decode_cpp_a_draft_is_one_call_and_python_reads_only_the_prompt():
+    class Counted(Native):
+        def read(self, idx, kv_cache):
+            sizes.append(idx.size(1))
+            return super().read(idx, kv_cache)
+
+    model, sizes, forwards = make_model(torch.float32, sequence_len=200, n_layer=1), [], []
+    # the next token is a function of the last: it soon repeats
+    torch.nn.init.zeros_(model.h[0].attn.c_proj.weight)
+    plain = list(model.generate([1], 150, temperature=0))
+    model.norm.register_forward_hook(lambda *_: forwards.append(1))
+    assert prepare(model) is not None
+    assert list(model.generate([1], 150, temperature=0, decode=Lookup(model, 7, Counted(model)))) == plain
+    assert forwards == [1] and len(sizes) < 60 and {*sizes} >= {1, 8} and max(sizes) == 8
 
 
 def test_lookup_is_for_one_row_and_drafts_at_least_one_token():

@@ -10,11 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gpt import GPT
-from sologpt import fast
+from sologpt import fast, native
 from sologpt import quantize as weights
-from sologpt.graphs import Compiled
 from sologpt.log import flops_per_token
 from sologpt.lookup import Lookup
+from sologpt.native import Native
 
 KINDS = pytest.mark.parametrize(
     "kind", [{}, LLAMA, QWEN, GPT2, WINDOWS], ids=["nanochat", "llama", "qwen", "gpt2", "windows"]
@@ -112,12 +112,15 @@ def test_what_cannot_be_packed_stays_as_it_is(monkeypatch):
         fast.pack(GPT(model.config))
 
 
-@pytest.mark.parametrize("lookup, rows", [(0, 1), (3, 1), (0, 4)])
-def test_prepare_gives_a_decoder_that_says_the_same(lookup, rows):
+@pytest.mark.parametrize("lookup, rows", [(0, 1), (3, 1), (0, 4), (0, 11)])
+@pytest.mark.parametrize("compile", [False, True])
+def test_prepare_gives_a_decoder_that_says_the_same(lookup, rows, compile):
+    """It packs a model whose weights decode.cpp does not read."""
     plain, model = (make_model(torch.float32) for _ in range(2))
-    decode = fast.prepare(model, lookup=lookup, rows=rows)
+    decode = fast.prepare(model, compile=compile, lookup=lookup, rows=rows)
     assert isinstance(decode, Lookup) == bool(lookup)
-    assert model.head_weight.is_mkldnn == weights.packs(model.device, model.dtype)
+    assert isinstance(decode.decode if lookup else decode, Native) == compile
+    assert model.head_weight.is_mkldnn == (not compile and weights.packs(model.device, model.dtype))
     prompts = [[1, 2, 3, 1, 2]] * rows
     assert list(model.generate_batch(prompts, 20, temperature=0, decode=decode)) == list(
         plain.generate_batch(prompts, 20, temperature=0)
@@ -126,9 +129,13 @@ def test_prepare_gives_a_decoder_that_says_the_same(lookup, rows):
         fast.prepare(model, lookup=2, rows=2)
 
 
-@pytest.mark.parametrize("lookup, rows, packed", [(0, 1, False), (3, 1, True), (0, 4, True)])
-def test_prepare_packs_for_compiled_code_where_that_does_not_read_plain_weights(lookup, rows, packed):
-    model = make_model(torch.float32)
-    decode = fast.prepare(model, compile=True, lookup=lookup, rows=rows)
-    assert type(decode.decode if lookup else decode) is Compiled
-    assert model.head_weight.is_mkldnn == (packed and weights.packs(model.device, model.dtype))
+def test_prepare_packs_where_decode_cpp_cannot_be_used(monkeypatch, capsys):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    native.load.cache_clear()
+    try:
+        model = make_model(torch.float32)
+        assert fast.prepare(model, compile=True) == model.step
+    finally:
+        native.load.cache_clear()
+    assert "it takes a C++ compiler" in capsys.readouterr().err
+    assert model.head_weight.is_mkldnn == weights.packs(model.device, model.dtype)

@@ -1,0 +1,236 @@
+"""The decoder for models on a CPU: decode.cpp, compiled for this machine at its first use.
+
+    decode = native.prepare(model)  # None if it cannot be used
+
+SOLOGPT_CACHE is the folder of the compiled file (~/.cache/sologpt), CXX the compiler.
+"""
+
+import functools
+import hashlib
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from gpt import GPT, KVCache, rope
+from sologpt.graphs import check_cache
+from sologpt.quantize import DTYPES, PackedLinear
+
+MAX_TOKENS = 8  # that decode.cpp reads at once
+
+# -----------------------------------------------------------------------------
+# Compilation, once for each source, version of PyTorch, compiler and kind of CPU
+
+SOURCE, PRODUCTS = (Path(__file__).with_name(name) for name in ("decode.cpp", "products.h"))
+FLAGS = "-std=c++20 -O3 -fPIC -shared"
+FLAGS += " -fno-math-errno -fno-trapping-math -fno-signed-zeros -fassociative-math"  # vectorized sums
+VECTORS = {  # by what PyTorch's own kernels use on this CPU, which at::vec follows
+    "AVX2": "-mavx2 -mfma -mf16c",
+    "AVX512": "-mavx512f -mavx512dq -mavx512vl -mavx512bw -mfma -mf16c",
+}
+EXTENSIONS = {"avx512_vnni": "-mavx512vnni", "dot": "-march=armv8.2-a+dotprod"}
+
+
+def find_compiler() -> list[str]:
+    """Return the command of a C++ compiler, [] if there is none."""
+    for command in [os.environ["CXX"]] if "CXX" in os.environ else ["c++", "g++", "clang++"]:
+        program, *args = shlex.split(command) or [""]
+        if path := shutil.which(program):
+            return [path, *args]
+    return []
+
+
+def compile_command(compiler: list[str], output: Path) -> list[str]:
+    """Return the command that compiles decode.cpp for this CPU."""
+    capability = torch.backends.cpu.get_cpu_capability()
+    has = torch.cpu.get_capabilities()
+    flags = [*FLAGS.split(), f"-DCPU_CAPABILITY={capability}", f"-DCPU_CAPABILITY_{capability}"]
+    flags += VECTORS.get(capability, "").split()
+    flags += [flag for name, flag in EXTENSIONS.items() if has.get(name) and capability != "AVX2"]
+    flags.append(f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}")
+    root = Path(torch.__file__).parent
+    include = [f"-I{root}/include", f"-I{root}/include/torch/csrc/api/include"]
+    link = [f"-L{root}/lib", "-ltorch_cpu", "-lc10"]
+    if sys.platform == "darwin":
+        link = ["-undefined", "dynamic_lookup"]
+    return [*compiler, *flags, *include, str(SOURCE), "-o", str(output), *link]
+
+
+def cache_folder() -> Path:
+    """Return a folder for the compiled file, a temporary one if the usual one cannot be written."""
+    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    folder = Path(os.environ.get("SOLOGPT_CACHE") or Path(cache, "sologpt"))
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if os.access(folder, os.W_OK):
+            return folder
+    except OSError:
+        pass
+    return Path(tempfile.mkdtemp(prefix="sologpt-"))
+
+
+def build(compiler: list[str], path: Path) -> None:
+    """Compile to path. The file appears whole, and two processes may do this at once.
+
+    SubprocessError with what the compiler says, OSError if it cannot be run or the disk is full.
+    """
+    print("compiling decode.cpp for this CPU, once: ", end="", file=sys.stderr, flush=True)
+    started = time.monotonic()
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        output = Path(folder, path.name)
+        command = compile_command(compiler, output)
+        done = subprocess.run(command, capture_output=True, text=True)
+        print(f"{time.monotonic() - started:.0f} s", file=sys.stderr)
+        if done.returncode:
+            raise subprocess.SubprocessError(f"{shlex.join(command)}\n{done.stderr}")
+        output.replace(path)
+
+
+@functools.cache
+def load() -> bool:
+    """Load decode.cpp as torch.ops.sologpt.decode, compiled if need be. Or say why not, and return False."""
+    compiler = find_compiler()
+    if sys.platform == "win32" or not compiler:
+        return fail("it takes a C++ compiler: CXX, c++, g++ or clang++")
+    sources = [path.read_text(encoding="utf-8") for path in (SOURCE, PRODUCTS)]
+    key = "\0".join((*sources, torch.__version__, *compile_command(compiler, Path())))
+    name = f"decode-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
+    folder = cache_folder()
+    path, log = folder / f"{name}.so", folder / f"{name}.log"
+    if log.exists():
+        return fail(f"its compilation has failed; {log} says why, and a run without that file tries again")
+    try:
+        if not path.exists():
+            build(compiler, path)
+        torch.ops.load_library(str(path))
+    except subprocess.SubprocessError as e:
+        log.write_text(str(e), encoding="utf-8")
+        return fail(f"its compilation has failed: {log} says why")
+    except OSError as e:
+        return fail(str(e))
+    return True
+
+
+def fail(why: str) -> bool:
+    print(f"note: decoding is slow without decode.cpp: {why}", file=sys.stderr)
+    return False
+
+
+# -----------------------------------------------------------------------------
+# The decoder
+
+
+def prepare(model: GPT) -> "Native | None":
+    """Return a decoder for a model on the CPU, or None if decode.cpp does not compute what the model does."""
+    if model.device.type != "cpu" or model.dtype not in DTYPES or is_packed(model) or not load():
+        return None
+    if not computes_the_same(model):
+        fail("it does not compute what gpt.py does, which may have been changed")
+        return None
+    return Native(model)
+
+
+def is_packed(model: GPT) -> bool:
+    return any(isinstance(module, PackedLinear) for module in model.modules())
+
+
+class Native:
+    """A decoder: decode.cpp reads up to 8 tokens in one call, those of several rows or several of one."""
+
+    def __init__(self, model: GPT) -> None:
+        c = model.config
+        self.model = model
+        self.switches = (
+            c.vocab_size, c.n_embd, c.n_head, c.n_hidden, c.mlp, c.norm, c.layer_types, c.sliding_window or 0,
+            c.positions == "learned", c.qk_norm, c.embd_norm, c.norm_weight, c.bias, c.qkv_bias, c.tie_embd,
+            c.norm_eps, c.softcap,
+        )  # fmt: skip
+        self.rotary = torch.empty(
+            0, c.head_dim // 2, 2
+        )  # cosine and sine at each position, as many as were needed
+        self.find_weights()
+
+    def find_weights(self) -> None:
+        """Find where each module has its weights. Their order is that in which decode.cpp reads them."""
+        self.packed = is_packed(self.model)
+        head = self.model.lm_head if self.model.config.tie_embd else None  # has the weights of wte
+        self.modules = [
+            (parent._modules, name, module)
+            for parent in self.model.modules()
+            for name, module in parent.named_children()
+        ]
+        self.places = [
+            (tensors, name)
+            for module in self.model.modules()
+            if module is not head
+            for tensors in (module._buffers, module._parameters)
+            for name, tensor in tensors.items()
+            if tensor is not None and tensor.numel()
+        ]
+
+    def __call__(self, ids: Tensor, kv_cache: KVCache) -> Tensor:
+        return self.read(ids[:, None], kv_cache)[:, -1]  # (B, 1) -> (B, 1, V) -> (B, V)
+
+    @torch.inference_mode()
+    def read(self, idx: Tensor, kv_cache: KVCache) -> Tensor:
+        """Read idx (B, T) after what the cache holds. Return the logits (B, T, V), as `GPT.forward` does."""
+        B, T = idx.shape
+        end = int(kv_cache.lengths.max()) + T
+        if kv_cache.batch_size != B or end > min(kv_cache.max_len, self.model.config.sequence_len):
+            return self.model(idx, kv_cache=kv_cache)  # raises
+        check_cache(self.model, kv_cache)
+        if B > MAX_TOKENS:
+            rows = (slice(b, b + MAX_TOKENS) for b in range(0, B, MAX_TOKENS))
+            return torch.cat([self.read(idx[part], kv_cache.rows(part)) for part in rows])
+        if B * T > MAX_TOKENS:
+            parts = idx.split(MAX_TOKENS // B, dim=1)
+            return torch.cat([self.read(part, kv_cache) for part in parts], dim=1)
+        if any(parent.get(name) is not module for parent, name, module in self.modules):
+            self.find_weights()
+        if self.packed:
+            return self.model(idx, kv_cache=kv_cache)
+        if self.model.wpe is None and end > len(self.rotary):
+            positions = torch.arange(min(max(2 * end, 1024), self.model.config.sequence_len))
+            self.rotary = rope(positions[None], self.model.config, torch.float32)[0, :, 0].contiguous()
+        return torch.ops.sologpt.decode(
+            idx.contiguous(), kv_cache.k, kv_cache.v, kv_cache.ids, kv_cache.lengths, self.rotary,
+            [tensors[name] for tensors, name in self.places], *self.switches,
+        )  # fmt: skip
+
+
+def computes_the_same(model: GPT) -> bool:
+    """Whether decode.cpp does what gpt.py does, on a small model with the same switches and random weights.
+
+    So a gpt.py that was changed is not decoded as if it had not been.
+    """
+    c = model.config
+    small = replace(
+        c, sequence_len=12, vocab_size=24, n_layer=min(c.n_layer, 4), n_head=4,
+        n_kv_head=4 if c.n_head == c.n_kv_head else 2, n_embd=16, head_dim=8, n_hidden=24,
+        sliding_window=c.sliding_window and min(c.sliding_window, 5),
+    )  # fmt: skip
+    try:
+        with torch.device("meta"):
+            plain = type(model)(small)
+        plain.to_empty(device="cpu").eval()
+        generator = torch.Generator().manual_seed(0)
+        for p in plain.parameters():
+            nn.init.normal_(p, std=0.5, generator=generator)
+        native = Native(plain)
+        caches = KVCache(small, 2, 12), KVCache(small, 2, 12)
+        with torch.inference_mode():
+            for token in range(8):
+                ids = torch.tensor([token, 23 - token])
+                if not torch.allclose(plain.step(ids, caches[0]), native(ids, caches[1]), 1e-3, 1e-3):
+                    return False
+        return True
+    except (RuntimeError, TypeError, ValueError):
+        return False
