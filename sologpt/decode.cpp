@@ -357,6 +357,20 @@ Tensor decode(Tensor idx, Tensor k, Tensor v, Tensor cached_ids, Tensor lengths,
   return logits;
 }
 
+// x (M, K) times the weights (N, K) of one Linear, with a scale if they are quantized: (M, N), all in float32
+Tensor linear_of_tokens(Tensor x, std::vector<Tensor> tensors) {
+  STD_TORCH_CHECK(x.dim() == 2 && x.is_contiguous() && x.scalar_type() == ScalarType::Float && x.numel() > 0,
+                  "linear takes float32 (M, K)");
+  const int64_t M = x.size(0), K = x.size(1), N = tensors.empty() ? 0 : tensors[0].size(0);
+  const Config config{};
+  const Linear weight = Weights{config, tensors}.linear(N, K, false);
+  Tokens tokens(M, K);
+  std::copy_n(pointer<float>(x), M * K, tokens.x.begin());
+  Tensor y = torch::stable::new_empty(x, {M, N});
+  linear(tokens, M, {{&weight, pointer<float>(y)}});
+  return y;
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(sologpt, m) {
@@ -365,5 +379,10 @@ STABLE_TORCH_LIBRARY_FRAGMENT(sologpt, m) {
       "Tensor rotary, Tensor[] weights, int vocab_size, int n_embd, int n_head, int n_hidden, str mlp, "
       "str norm, str layer_types, int sliding_window, bool learned_positions, bool qk_norm, bool embd_norm, "
       "bool norm_weight, bool bias, bool qkv_bias, bool tie_embd, float norm_eps, float softcap) -> Tensor");
+  m.def("linear(Tensor x, Tensor[] weights) -> Tensor");
 }
-STABLE_TORCH_LIBRARY_IMPL(sologpt, CPU, m) { m.impl("decode", TORCH_BOX(&decode)); }
+
+STABLE_TORCH_LIBRARY_IMPL(sologpt, CPU, m) {
+  m.impl("decode", TORCH_BOX(&decode));
+  m.impl("linear", TORCH_BOX(&linear_of_tokens));
+}

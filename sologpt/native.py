@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from gpt import GPT, KVCache, rope
 from sologpt.graphs import check_cache
-from sologpt.quantize import DTYPES, PackedLinear
+from sologpt.quantize import DTYPES, PackedLinear, widen_products
 
 MAX_TOKENS = 8  # that decode.cpp reads at once
 
@@ -32,6 +32,7 @@ MAX_TOKENS = 8  # that decode.cpp reads at once
 SOURCE, PRODUCTS = (Path(__file__).with_name(name) for name in ("decode.cpp", "products.h"))
 FLAGS = "-std=c++20 -O3 -fPIC -shared"
 FLAGS += " -fno-math-errno -fno-trapping-math -fno-signed-zeros -fassociative-math"  # vectorized sums
+GCC = "-fno-tree-loop-distribute-patterns"  # no memset: accumulators stay in registers
 VECTORS = {  # by what PyTorch's own kernels use on this CPU, which at::vec follows
     "AVX2": "-mavx2 -mfma -mf16c",
     "AVX512": "-mavx512f -mavx512dq -mavx512vl -mavx512bw -mfma -mf16c",
@@ -54,6 +55,8 @@ def compile_command(compiler: list[str], output: Path) -> list[str]:
     has = torch.cpu.get_capabilities()
     flags = [*FLAGS.split(), f"-DCPU_CAPABILITY={capability}", f"-DCPU_CAPABILITY_{capability}"]
     flags += VECTORS.get(capability, "").split()
+    if sys.platform != "darwin" and not any("clang" in Path(word).resolve().name for word in compiler):
+        flags.append(GCC)
     flags += [flag for name, flag in EXTENSIONS.items() if has.get(name) and capability != "AVX2"]
     flags.append(f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}")
     root = Path(torch.__file__).parent
@@ -135,6 +138,7 @@ def prepare(model: GPT) -> "Native | None":
     if not computes_the_same(model):
         fail("it does not compute what gpt.py does, which may have been changed")
         return None
+    widen_products(model, is_native=True)
     return Native(model)
 
 

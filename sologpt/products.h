@@ -6,10 +6,6 @@
 
 #pragma once
 
-#if defined(__GNUC__) && !defined(__clang__)
-#pragma GCC optimize("no-tree-loop-distribute-patterns")  // no memset: accumulators stay in registers
-#endif
-
 #include <ATen/cpu/vec/functional.h>
 #include <ATen/cpu/vec/vec.h>
 #include <c10/util/BFloat16.h>
@@ -32,6 +28,7 @@ constexpr int L = Vec::size();  // floats in a vector
 constexpr int AHEAD = 4096;  // bytes to prefetch ahead: far enough for DRAM, and in the L1 cache until read
 constexpr int TILE = 4;  // products that are computed side by side
 constexpr int64_t GROUP = 32;  // activations that share a scale
+constexpr int64_t UNIT = 16;  // rows of weights: the least that a thread takes
 
 // f(T()) for the C++ type T of a dtype
 template <class F>
@@ -265,35 +262,38 @@ struct Linear {
   const void *w = nullptr, *scale = nullptr;  // scale: (N,) of int8; scale and zero (N, 2, K / group) of int4
   Floats bias;
 
-  // Rows `begin` to `end` of the result y (tokens, N)
+  // Rows `begin` to `end` of the result y (tokens, N), some at a time: they stay in the cache for all tokens
   template <int M>
   void rows(const Tokens& x, float* y, int64_t tokens, int64_t begin, int64_t end) const {
     Floats scratch((4 * TILE + 1) * x.groups);  // of dot_int4
-    int64_t n = begin;
-    for (; n + TILE / M <= end; n += TILE / M) tiles<TILE / M, M>(n, x, scratch.data(), y, tokens);
-    for (; n < end; n++) tiles<1, M>(n, x, scratch.data(), y, tokens);
+    for (; begin < end; begin += UNIT) {
+      for (int64_t m = 0; m < x.M; m += M) {
+        const int64_t last = std::min(begin + UNIT, end);
+        int64_t n = begin;
+        for (; n + TILE / M <= last; n += TILE / M) tile<TILE / M, M>(n, m, x, scratch.data(), y, tokens);
+        for (; n < last; n++) tile<1, M>(n, m, x, scratch.data(), y, tokens);
+      }
+    }
   }
 
   template <int R, int M>
-  void tiles(int64_t n, const Tokens& x, float* scratch, float* y, int64_t tokens) const {
-    for (int64_t m = 0; m < x.M; m += M) {
-      float out[TILE];
-      if (dtype == ScalarType::Char) {
-        dot_groups<R, M>(static_cast<const int8_t*>(w) + n * K, x, m, &x.scale[m * x.groups], nullptr, out);
-        with_type(scale_dtype, [&](auto T) {
-          for (int i = 0; i < R * M; i++) out[i] *= float(static_cast<const decltype(T)*>(scale)[n + i / M]);
-        });
-      } else if (dtype == ScalarType::Byte) {
-        dot_int4<R, M>(n, x, m, scratch, out);
-      } else {
-        with_type(dtype, [&](auto T) {
-          dot<R, M>(static_cast<const decltype(T)*>(w) + n * K, &x.x[m * K], K, out);
-        });
-      }
-      for (int i = 0; i < R * M; i++) {
-        const int64_t token = m + i % M, row = n + i / M;
-        if (token < tokens) y[token * N + row] = out[i] + (bias.empty() ? 0 : bias[row]);
-      }
+  void tile(int64_t n, int64_t m, const Tokens& x, float* scratch, float* y, int64_t tokens) const {
+    float out[TILE];
+    if (dtype == ScalarType::Char) {
+      dot_groups<R, M>(static_cast<const int8_t*>(w) + n * K, x, m, &x.scale[m * x.groups], nullptr, out);
+      with_type(scale_dtype, [&](auto T) {
+        for (int i = 0; i < R * M; i++) out[i] *= float(static_cast<const decltype(T)*>(scale)[n + i / M]);
+      });
+    } else if (dtype == ScalarType::Byte) {
+      dot_int4<R, M>(n, x, m, scratch, out);
+    } else {
+      with_type(dtype, [&](auto T) {
+        dot<R, M>(static_cast<const decltype(T)*>(w) + n * K, &x.x[m * K], K, out);
+      });
+    }
+    for (int i = 0; i < R * M; i++) {
+      const int64_t token = m + i % M, row = n + i / M;
+      if (token < tokens) y[token * N + row] = out[i] + (bias.empty() ? 0 : bias[row]);
     }
   }
 
@@ -322,7 +322,6 @@ struct Linear {
 
 // Each Linear's result y (tokens, N) for the same x. The threads start once, and share all rows equally
 void linear(Tokens& x, int64_t tokens, const std::vector<std::pair<const Linear*, float*>>& products) {
-  constexpr int64_t UNIT = 16;  // rows: the least that a thread takes
   int64_t units = 0;
   bool rounds = false;
   for (auto [weight, y] : products) {

@@ -7,6 +7,7 @@ fast.quantize(model, "int4")  # four bits per weight: a third of bfloat16's memo
 import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator
+from functools import cache
 from typing import Any, cast
 
 import torch
@@ -69,12 +70,22 @@ def packs(device: torch.device, dtype: torch.dtype) -> bool:
     return dtype == torch.float32
 
 
+@cache
+def product_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which a CPU multiplies matrices: float32 if it has no instructions for bfloat16."""
+    if dtype == torch.bfloat16 and packs(torch.device("cpu"), dtype):
+        return dtype
+    return torch.promote_types(dtype, torch.float32)
+
+
 def pack(model: GPT) -> None:
     """Replace the model's Linears by ones with packed weights, in place.
 
-    The memory stays the same, except that a tied head becomes a second copy of the embedding. A packed model is for inference only: it refuses to be saved,
-    copied, moved or trained. A quantized model stays as it is, as does one that oneDNN cannot multiply.
+    The memory stays the same, except that a tied head becomes a second copy of the embedding. A packed model
+    is for inference only: it refuses to be saved, copied, moved or trained. A quantized model stays as it is,
+    as does one that oneDNN cannot multiply, but for `widen_products`.
     """
+    widen_products(model)
     if not packs(model.device, model.dtype) or isinstance(model.wte, InferenceEmbedding):
         return
     if model.lm_head is None:
@@ -84,6 +95,44 @@ def pack(model: GPT) -> None:
         linear = cast(nn.Linear, model.get_submodule(name))
         model.set_submodule(name, PackedLinear(linear.weight, linear.bias))
     for_inference_only(model)
+
+
+def widen_products(model: GPT, is_native: bool = False) -> None:
+    """Make a model's Linears multiply in float32 on a CPU that has no instructions for their dtype, in place.
+
+    is_native: decode.cpp is loaded, for a few rows of x.
+    """
+    for name, module in [*model.named_modules()]:
+        if (
+            type(module) is nn.Linear
+            and product_dtype(model.dtype) != model.dtype
+            and model.device.type == "cpu"
+        ):
+            model.set_submodule(name, WidenedLinear(module))
+    for module in model.modules():
+        if isinstance(module, WidenedLinear | QuantizedLinear):
+            module.is_native = is_native
+
+
+class WidenedLinear(nn.Linear):
+    """A Linear that widens its weight to float32, a chunk at a time: PyTorch's product is slower."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__(linear.in_features, linear.out_features, device="meta")
+        self.weight, self.bias = linear.weight, linear.bias
+        self.is_native = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        if torch.is_grad_enabled() and (x.requires_grad or self.weight.requires_grad):
+            return super().forward(x)
+        rows = in_float32(x).reshape(-1, self.in_features)  # (M, K)
+        if self.is_native and len(rows) <= NATIVE_ROWS[torch.float32]:
+            y = torch.ops.sologpt.linear(rows, [self.weight])  # (M, N)
+        else:
+            chunks = row_chunks(*self.weight.shape)
+            y = torch.cat([rows @ widen(self.weight[chunk], rows.dtype).T for chunk in chunks], 1)
+        y = y.to(x.dtype).view(*x.shape[:-1], self.out_features)
+        return y if self.bias is None else y + self.bias
 
 
 class PackedLinear(InferenceOnly):
@@ -116,6 +165,7 @@ GROUP_SIZES = (128, 64, 32)  # of int4: weights of a row that share a scale and 
 PAIRED = 32  # int4 packs so many weights into half as many bytes: the first half of them is in the low bits
 CHUNK = 2**20  # weights that are quantized, or widened, at a time
 INT8_ROWS = 16  # up to this many rows of x, PyTorch's int8 kernel is faster than widening (docs/notes.md)
+NATIVE_ROWS = {torch.uint8: 64, torch.int8: 32, torch.float32: 12}  # and decode.cpp's products are, by dtype
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -219,12 +269,17 @@ class QuantizedLinear(InferenceOnly):
         super().__init__()
         self.out_features, self.in_features = weight.shape
         self.bias = bias
+        self.is_native = False  # whether native.py has loaded decode.cpp
         self.register_buffer("q", q)
         self.register_buffer("scale", scale)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = quantized_linear(x.to(self.scale.dtype).reshape(-1, self.in_features), self.q, self.scale)
-        y = y.view(*x.shape[:-1], self.out_features)
+        rows = x.to(self.scale.dtype).reshape(-1, self.in_features)  # (M, K)
+        if self.is_native and len(rows) <= NATIVE_ROWS[self.q.dtype]:
+            y = torch.ops.sologpt.linear(rows.float(), [self.q, self.scale]).to(rows.dtype)
+        else:
+            y = quantized_linear(rows, self.q, self.scale)
+        y = y.view(*x.shape[:-1], self.out_features)  # (M, N)
         return y if self.bias is None else y + self.bias
 
 
@@ -339,9 +394,8 @@ class Scratch(threading.local):
 SCRATCH = Scratch()
 
 
-def widen_int8(q: Tensor, dtype: torch.dtype) -> Tensor:
-    """q / 128, with which sums stay in the range of float16."""
-    return SCRATCH.take(q.numel(), dtype).view(q.shape).copy_(q).mul_(2**-7)
+def widen(x: Tensor, dtype: torch.dtype) -> Tensor:
+    return SCRATCH.take(x.numel(), dtype).view(x.shape).copy_(x)
 
 
 def widen_int4(packed: Tensor, scale_zero: Tensor) -> Tensor:
@@ -360,10 +414,12 @@ def widen_int4(packed: Tensor, scale_zero: Tensor) -> Tensor:
 def quantized_linear(x: Tensor, q: Tensor, scale: Tensor) -> Tensor:
     """x (M, K) times an int8 weight (N, K) or an int4 one (N, K/2): (M, N)."""
     M, K = x.shape
+    dtype = product_dtype(x.dtype)
+    wide, chunks = x.to(dtype), row_chunks(len(q), K)
     if q.dtype == torch.uint8:
-        parts = [x @ widen_int4(q[rows], scale[rows]).T for rows in row_chunks(len(q), K)]
-    elif M > INT8_ROWS:
-        parts = [x @ widen_int8(q[rows], x.dtype).T * (128 * scale[rows]) for rows in row_chunks(len(q), K)]
-    else:
+        parts = [wide @ widen_int4(q[rows], scale[rows].to(dtype)).T for rows in chunks]
+    elif M <= INT8_ROWS and x.dtype == torch.bfloat16:
         return torch.ops.aten._weight_int8pack_mm(x, q, scale)
-    return torch.cat(parts, 1) if len(parts) > 1 else parts[0]
+    else:
+        parts = [wide @ widen(q[rows], dtype).T * scale[rows] for rows in chunks]
+    return torch.cat(parts, 1).to(x.dtype)

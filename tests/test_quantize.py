@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from gpt import GPT, KVCache
-from sologpt import fast, gguf, hf
+from sologpt import fast, gguf, hf, native
 from sologpt import quantize as weights
 from sologpt.errors import RunError, UserError
 from sologpt.load import load_model
@@ -140,6 +140,32 @@ def test_the_product_is_that_of_the_dequantized_weights(dtype, group_size, N, bl
 UNIT = {torch.float32: 2**-24, torch.bfloat16: 2**-8, torch.float16: 2**-11}
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("M", [1, 3, 12, 40])
+def test_widened_linears(dtype, M, monkeypatch):
+    """As near to float64 as float32 is, also for the sums that float16 cannot hold, with and without decode.cpp."""
+    monkeypatch.setattr(weights, "product_dtype", lambda dtype: torch.float32)  # as on a CPU without bfloat16
+    model = make_model(dtype, n_embd=72, bias=True).eval()
+    for is_native in (False, native.load()):
+        weights.widen_products(model, is_native)
+        for name, linear in model.named_modules():
+            if not isinstance(linear, nn.Linear):
+                continue
+            assert isinstance(linear, weights.WidenedLinear), name
+            x = (200 * torch.randn(1, M, linear.in_features)).to(dtype)
+            exact = nn.functional.linear(x.double(), linear.weight.double())
+            with torch.no_grad():
+                y = linear(x)
+            bias = 0 if linear.bias is None else linear.bias.double()
+            assert y.dtype == dtype and y.isfinite().all()
+            assert (y.double() - exact - bias).abs().max() <= 3 * UNIT[dtype] * (
+                exact.abs() + abs(bias)
+            ).max()
+    assert set(model.state_dict()) == set(make_model(dtype, n_embd=72, bias=True).state_dict())
+    model.train()(torch.tensor([[1, 2]]), torch.tensor([[2, 3]])).backward()
+    assert all(p.grad is not None for p in model.parameters())
+
+
 @DTYPES
 @pytest.mark.parametrize("group_size", [0, 32, 64, 128])
 @settings(max_examples=25, deadline=None)
@@ -150,7 +176,10 @@ def test_each_number_of_a_product(dtype, group_size, N, blocks, seed, M):
     torch.manual_seed(seed)
     K = blocks * (group_size or 16)
     linear = make_linear(torch.randn(N, K).to(dtype), group_size)
-    exact = linear.q.double() * steps(linear) if group_size == 0 else linear.weight.double()
+    if group_size == 0:
+        exact = linear.q.double() * steps(linear)
+    else:  # rounded to the dtype in which this CPU multiplies
+        exact = weights.widen_int4(linear.q, linear.scale.to(weights.product_dtype(dtype))).double()
     x = torch.randn(M, K).to(dtype)
     y = weights.quantized_linear(x, linear.q, linear.scale)
     assert y.shape == (M, N) and y.dtype == dtype
