@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -67,17 +68,15 @@ def compile_command(compiler: list[str], output: Path) -> list[str]:
     return [*compiler, *flags, *include, str(SOURCE), "-o", str(output), *link]
 
 
-def cache_folder() -> Path:
-    """Return a folder for the compiled file, a temporary one if the usual one cannot be written."""
+def cache_folder() -> Path | None:
+    """Return the folder for the compiled file, None if it cannot be written."""
     cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     folder = Path(os.environ.get("SOLOGPT_CACHE") or Path(cache, "sologpt"))
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        if os.access(folder, os.W_OK):
-            return folder
     except OSError:
-        pass
-    return Path(tempfile.mkdtemp(prefix="sologpt-"))
+        return None
+    return folder if os.access(folder, os.W_OK) else None
 
 
 def build(compiler: list[str], path: Path) -> None:
@@ -106,19 +105,23 @@ def load() -> bool:
     sources = [path.read_text(encoding="utf-8") for path in (SOURCE, PRODUCTS)]
     key = "\0".join((*sources, torch.__version__, *compile_command(compiler, Path())))
     name = f"decode-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
-    folder = cache_folder()
-    path, log = folder / f"{name}.so", folder / f"{name}.log"
-    if log.exists():
-        return fail(f"its compilation has failed; {log} says why, and a run without that file tries again")
-    try:
-        if not path.exists():
-            build(compiler, path)
-        torch.ops.load_library(str(path))
-    except subprocess.SubprocessError as e:
-        log.write_text(str(e), encoding="utf-8")
-        return fail(f"its compilation has failed: {log} says why")
-    except OSError as e:
-        return fail(str(e))
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = cache_folder() or Path(temporary)
+        path, log = folder / f"{name}.so", folder / f"{name}.log"
+        if log.exists():
+            return fail(
+                f"its compilation has failed; {log} says why, and a run without that file tries again"
+            )
+        try:
+            if not path.exists():
+                build(compiler, path)
+            torch.ops.load_library(str(path))
+        except subprocess.SubprocessError as e:
+            with suppress(OSError):
+                log.write_text(str(e), encoding="utf-8")
+            return fail(f"its compilation has failed: {log} says why")
+        except OSError as e:
+            return fail(str(e))
     return True
 
 
@@ -157,9 +160,7 @@ class Native:
             c.positions == "learned", c.qk_norm, c.embd_norm, c.norm_weight, c.bias, c.qkv_bias, c.tie_embd,
             c.norm_eps, c.softcap,
         )  # fmt: skip
-        self.rotary = torch.empty(
-            0, c.head_dim // 2, 2
-        )  # cosine and sine at each position, as many as were needed
+        self.rotary = torch.empty(0, c.head_dim // 2, 2)  # of each position, as far as it was needed
         self.find_weights()
 
     def find_weights(self) -> None:

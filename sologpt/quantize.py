@@ -102,12 +102,9 @@ def widen_products(model: GPT, is_native: bool = False) -> None:
 
     is_native: decode.cpp is loaded, for a few rows of x.
     """
+    is_slow = model.device.type == "cpu" and product_dtype(model.dtype) != model.dtype
     for name, module in [*model.named_modules()]:
-        if (
-            type(module) is nn.Linear
-            and product_dtype(model.dtype) != model.dtype
-            and model.device.type == "cpu"
-        ):
+        if is_slow and type(module) is nn.Linear:
             model.set_submodule(name, WidenedLinear(module))
     for module in model.modules():
         if isinstance(module, WidenedLinear | QuantizedLinear):
@@ -123,10 +120,11 @@ class WidenedLinear(nn.Linear):
         self.is_native = False
 
     def forward(self, x: Tensor) -> Tensor:
-        if torch.is_grad_enabled() and (x.requires_grad or self.weight.requires_grad):
+        is_trained = torch.is_grad_enabled() and (x.requires_grad or self.weight.requires_grad)
+        if is_trained or x.device.type != "cpu":
             return super().forward(x)
         rows = in_float32(x).reshape(-1, self.in_features)  # (M, K)
-        if self.is_native and len(rows) <= NATIVE_ROWS[torch.float32]:
+        if self.is_native and len(rows) <= NATIVE_ROWS.get(rows.dtype, 0):
             y = torch.ops.sologpt.linear(rows, [self.weight])  # (M, N)
         else:
             chunks = row_chunks(*self.weight.shape)
