@@ -641,8 +641,7 @@ def test_a_cache_that_cannot_be_written(tmp_path):
     folder = tmp_path / "file" / "cache"
     out, err = finish(start("-c", DECODE, SOLOGPT_CACHE=folder, TMPDIR=tmp_path))
     assert out == {"Native"} and err.startswith("compiling decode.cpp")
-    (temporary,) = tmp_path.glob("sologpt-*")
-    assert [path.suffix for path in temporary.iterdir()] == [".so"]
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]  # what was compiled is gone
 
 
 @pytest.mark.slow
