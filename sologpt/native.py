@@ -5,7 +5,6 @@
 SOLOGPT_CACHE is the folder of the compiled file (~/.cache/sologpt), CXX the compiler.
 """
 
-import functools
 import hashlib
 import os
 import shlex
@@ -16,10 +15,11 @@ import tempfile
 import time
 from contextlib import suppress
 from dataclasses import replace
+from functools import cache, partial
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from gpt import GPT, KVCache, rope
 from sologpt.graphs import check_cache
@@ -70,8 +70,8 @@ def compile_command(compiler: list[str], output: Path) -> list[str]:
 
 def cache_folder() -> Path | None:
     """Return the folder for the compiled file, None if it cannot be written."""
-    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    folder = Path(os.environ.get("SOLOGPT_CACHE") or Path(cache, "sologpt"))
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    folder = Path(os.environ.get("SOLOGPT_CACHE") or Path(base, "sologpt"))
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError:
@@ -96,7 +96,7 @@ def build(compiler: list[str], path: Path) -> None:
         output.replace(path)
 
 
-@functools.cache
+@cache
 def load() -> bool:
     """Load decode.cpp as torch.ops.sologpt.decode, compiled if need be. Or say why not, and return False."""
     compiler = find_compiler()
@@ -225,12 +225,11 @@ def computes_the_same(model: GPT) -> bool:
     try:
         with torch.device("meta"):
             plain = type(model)(small)
-        plain.to_empty(device="cpu").eval()
-        generator = torch.Generator().manual_seed(0)
-        for p in plain.parameters():
-            nn.init.normal_(p, std=0.5, generator=generator)
+        draw = partial(torch.randn, generator=torch.Generator().manual_seed(0), dtype=torch.float32)
+        weights = {name: draw(p.shape) / 2 for name, p in plain.named_parameters()}
+        plain.eval().load_state_dict(weights, assign=True)
         native = Native(plain)
-        caches = KVCache(small, 2, 12), KVCache(small, 2, 12)
+        caches = [KVCache(small, 2, 12, dtype=torch.float32) for _ in range(2)]
         with torch.inference_mode():
             for token in range(8):
                 ids = torch.tensor([token, 23 - token])
