@@ -38,7 +38,10 @@ VECTORS = {  # by what PyTorch's own kernels use on this CPU, which at::vec foll
     "AVX2": "-mavx2 -mfma -mf16c",
     "AVX512": "-mavx512f -mavx512dq -mavx512vl -mavx512bw -mfma -mf16c",
 }
-EXTENSIONS = {"avx512_vnni": "-mavx512vnni", "dot": "-march=armv8.2-a+dotprod"}
+EXTENSIONS = {  # what such a CPU may have on top, by PyTorch's name
+    "AVX512": ("avx512_vnni", "-mavx512vnni"),
+    "DEFAULT": ("dot", "-march=armv8.2-a+dotprod"),
+}
 
 
 def find_compiler() -> list[str]:
@@ -53,12 +56,13 @@ def find_compiler() -> list[str]:
 def compile_command(compiler: list[str], output: Path) -> list[str]:
     """Return the command that compiles decode.cpp for this CPU."""
     capability = torch.backends.cpu.get_cpu_capability()
-    has = torch.cpu.get_capabilities()
+    extension, flag = EXTENSIONS.get(capability, ("", ""))
     flags = [*FLAGS.split(), f"-DCPU_CAPABILITY={capability}", f"-DCPU_CAPABILITY_{capability}"]
     flags += VECTORS.get(capability, "").split()
     if sys.platform != "darwin" and not any("clang" in Path(word).resolve().name for word in compiler):
         flags.append(GCC)
-    flags += [flag for name, flag in EXTENSIONS.items() if has.get(name) and capability != "AVX2"]
+    if torch.cpu.get_capabilities().get(extension):
+        flags.append(flag)
     flags.append(f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}")
     root = Path(torch.__file__).parent
     include = [f"-I{root}/include", f"-I{root}/include/torch/csrc/api/include"]

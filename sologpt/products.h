@@ -262,6 +262,8 @@ struct Linear {
   const void *w = nullptr, *scale = nullptr;  // scale: (N,) of int8; scale and zero (N, 2, K / group) of int4
   Floats bias;
 
+  int64_t units() const { return (N + UNIT - 1) / UNIT; }
+
   // Rows `begin` to `end` of the result y (tokens, N), some at a time: they stay in the cache for all tokens
   template <int M>
   void rows(const Tokens& x, float* y, int64_t tokens, int64_t begin, int64_t end) const {
@@ -325,7 +327,7 @@ void linear(Tokens& x, int64_t tokens, const std::vector<std::pair<const Linear*
   int64_t units = 0;
   bool rounds = false;
   for (auto [weight, y] : products) {
-    units += (weight->N + UNIT - 1) / UNIT;
+    units += weight->units();
     rounds |= weight->scale != nullptr;
   }
   if (rounds) x.round();
@@ -335,7 +337,7 @@ void linear(Tokens& x, int64_t tokens, const std::vector<std::pair<const Linear*
       if (x.M == 1) weight->rows<1>(x, y, tokens, first, last);
       else if (x.M == 2) weight->rows<2>(x, y, tokens, first, last);
       else weight->rows<4>(x, y, tokens, first, last);
-      begin -= (weight->N + UNIT - 1) / UNIT, end -= (weight->N + UNIT - 1) / UNIT;  // to the next weight
+      begin -= weight->units(), end -= weight->units();  // to the next weight
     }
   });
 }
