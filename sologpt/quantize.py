@@ -123,7 +123,7 @@ class WidenedLinear(nn.Linear):
         is_trained = torch.is_grad_enabled() and (x.requires_grad or self.weight.requires_grad)
         if is_trained or x.device.type != "cpu":
             return super().forward(x)
-        rows = in_float32(x).reshape(-1, self.in_features)  # (M, K)
+        rows = in_float32(x).reshape(-1, self.in_features).contiguous()  # (M, K)
         if self.is_native and len(rows) <= NATIVE_ROWS.get(rows.dtype, 0):
             y = torch.ops.sologpt.linear(rows, [self.weight])  # (M, N)
         else:
@@ -272,7 +272,7 @@ class QuantizedLinear(InferenceOnly):
         self.register_buffer("scale", scale)
 
     def forward(self, x: Tensor) -> Tensor:
-        rows = x.to(self.scale.dtype).reshape(-1, self.in_features)  # (M, K)
+        rows = x.to(self.scale.dtype).reshape(-1, self.in_features).contiguous()  # (M, K)
         if self.is_native and len(rows) <= NATIVE_ROWS[self.q.dtype]:
             y = torch.ops.sologpt.linear(rows.float(), [self.q, self.scale]).to(rows.dtype)
         else:

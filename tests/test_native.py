@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import GPT2, LLAMA, LLAMA3, QWEN, ROOT, WINDOWS, make_model
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import gpt
@@ -199,7 +199,14 @@ def configs(draw) -> dict:
     )  # fmt: skip
 
 
+# heads of one number, whose rows gpt.py hands on as a view
+ONE = dict(
+    n_embd=16, n_hidden=16, vocab_size=16, n_layer=1, n_head=16, n_kv_head=1, head_dim=1, sequence_len=24
+)
+
+
 @settings(max_examples=80, deadline=None)
+@example(ONE | dict(positions="learned"), [1], 2, torch.bfloat16, 0)
 @given(
     config=configs(),
     lengths=st.lists(st.integers(0, 15), min_size=1, max_size=9),

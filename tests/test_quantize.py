@@ -166,6 +166,24 @@ def test_widened_linears(dtype, M, monkeypatch):
     assert all(p.grad is not None for p in model.parameters())
 
 
+@pytest.mark.parametrize("is_native", [False, True])
+def test_a_transposed_x(is_native, monkeypatch):
+    """As attention hands it on when each head is one number."""
+    if is_native and not native.load():
+        pytest.skip("no C++ compiler")
+    monkeypatch.setattr(weights, "product_dtype", lambda dtype: torch.float32)
+    x, plain = torch.randn(64, 3).T, nn.Linear(64, 10, bias=False, dtype=torch.bfloat16)
+    for linear in (
+        weights.WidenedLinear(plain),
+        make_linear(plain.weight.data, 0),
+        make_linear(plain.weight.data, 32),
+    ):
+        linear.is_native = is_native
+        for rows in (x, x.bfloat16()):
+            with torch.no_grad():
+                assert torch.equal(linear(rows), linear(rows.contiguous()))
+
+
 @DTYPES
 @pytest.mark.parametrize("group_size", [0, 32, 64, 128])
 @settings(max_examples=25, deadline=None)

@@ -513,15 +513,14 @@ def test_a_prompt_longer_than_the_window_is_said(trained):
 
 
 @pytest.mark.slow
-def test_compiled_sampling_gives_the_same_text(trained, tmp_path):
+def test_compiled_sampling_gives_the_same_text(trained):
     flags = [f"--out_dir={trained}", "--prompt=de", "--max_tokens=40", "--temperature=0"]
     assert run("sample.py", *flags, "--compile").stdout == run("sample.py", *flags).stdout
-    nothing = os.environ | dict(CXX="none", TORCHINDUCTOR_CACHE_DIR=str(tmp_path))
+    env = os.environ | {"CXX": "none"}
     command = [sys.executable, "sample.py", *flags, "--compile"]
-    done = subprocess.run(command, cwd=ROOT, env=nothing, capture_output=True, text=True)
-    assert done.returncode == 1 and done.stderr.splitlines()[-1].startswith(
-        "error: --compile needs a C++ compiler"
-    )
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout == run("sample.py", *flags).stdout
+    assert "note: decoding is slow without decode.cpp" in done.stderr
 
 
 def test_sample_says_what_is_wrong(trained, tmp_path, error_here):
