@@ -217,7 +217,9 @@ class Block(nn.Module):
 
 # ---- The network: token ids to logits, or to a loss ----
 def cross_entropy(model: Transformer, x: Tensor, targets: Tensor, reduction: str) -> Tensor:
-    """Cross entropy in nats of hidden states x (N, C) for targets (N,), with -1 ignored."""
+    """Cross entropy in nats of hidden states x (N, C) for targets (N,), with -1 ignored: 0 if all are."""
+    if reduction == "mean":
+        return cross_entropy(model, x, targets, "sum") / (targets != -1).sum().clamp(min=1)
     return F.cross_entropy(model.logits(x), targets, ignore_index=-1, reduction=reduction)
 
 
@@ -305,7 +307,7 @@ class Transformer(nn.Module):
     ) -> Tensor:  # fmt: skip
         """Logits (B, T, V) of idx (B, T) int64, after what the cache holds; with targets (B, T), the loss.
 
-        The loss is in nats, with -1 ignored: a scalar, or (B*T,) with loss_reduction="none". ValueError if
+        The loss is in nats, with -1 ignored: the mean, their "sum", or all (B*T,) with "none". ValueError if
         sequence_len or the cache has no room, IndexError for a target that is not a token id.
         """
         x = self.hidden(idx, kv_cache)  # (B, T, C)

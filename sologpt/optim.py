@@ -35,26 +35,42 @@ def configure_optimizers(
     wants a lower learning_rate than Muon. Its step is cheap, which pays where a step has few tokens for the
     size of the model. head_lr is also the rate of gains, biases and a tied embedding. Learned positions have
     the rate of the embedding. Every group keeps its rate as `initial_lr`, for a schedule to scale.
+
+    They train exactly the parameters that require a gradient. ValueError for one that has no rule here, or if
+    there is none.
     """
     if optimizer not in ("muon", "adamw"):
         raise ValueError(f"optimizer must be muon or adamw, not {optimizer!r}")
-    stacks = by_shape(p for p in model.h.parameters() if p.ndim == 2)
-    matrices = [p for stack in stacks for p in stack]  # checkpoints number their states in this order
-    vectors = [p for p in model.parameters() if p.ndim == 1]
     tables = {model.wte.weight: embd_lr}
     tables[model.head_weight] = head_lr  # a tied embedding is the same tensor: it gets this rate
     if model.wpe is not None:
         tables[model.wpe.weight] = tables[model.wte.weight]
-    blocks = [dict(params=matrices, lr=learning_rate, weight_decay=weight_decay)]
-    rest: list[dict[str, Any]] = [dict(params=[table], lr=lr) for table, lr in tables.items()]
+    matrices, vectors = [], []
+    for name, p in model.named_parameters():
+        if not p.requires_grad or p in tables:
+            continue
+        if p.ndim == 2 and name.startswith("h."):
+            matrices.append(p)
+        elif p.ndim == 1:
+            vectors.append(p)
+        else:
+            raise ValueError(f"configure_optimizers has no rule for {name}")
+    matrices = [p for stack in by_shape(matrices) for p in stack]  # checkpoints number states in this order
+    blocks: list[dict[str, Any]] = []
+    if matrices:
+        blocks.append(dict(params=matrices, lr=learning_rate, weight_decay=weight_decay))
+    rest: list[dict[str, Any]] = [dict(params=[p], lr=lr) for p, lr in tables.items() if p.requires_grad]
     if vectors:
         rest.append(dict(params=vectors, lr=head_lr))
     adamw = partial(torch.optim.AdamW, betas=betas, eps=1e-10, weight_decay=0.0, fused=True)
-    optimizers: list[torch.optim.Optimizer]
-    if optimizer == "muon":
-        optimizers = [Muon(blocks, momentum=momentum, dtype=dtype), adamw(rest)]
-    else:
-        optimizers = [adamw(blocks + rest)]
+    optimizers: list[torch.optim.Optimizer] = []
+    if optimizer == "muon" and blocks:
+        optimizers.append(Muon(blocks, momentum=momentum, dtype=dtype))
+        blocks = []
+    if blocks or rest:
+        optimizers.append(adamw(blocks + rest))
+    if not optimizers:
+        raise ValueError("no parameter requires a gradient")
     for each in optimizers:
         for group in each.param_groups:
             group["initial_lr"] = group["lr"]

@@ -4,6 +4,7 @@ import sys
 import pytest
 import torch
 from conftest import GPT2, LLAMA, QWEN, ROOT, make_model
+from torch import nn
 
 from sologpt.optim import Muon, configure_optimizers, orthogonalize
 
@@ -15,6 +16,38 @@ def test_every_parameter_is_in_exactly_one_group(switches, optimizer):
     optimizers = configure_optimizers(model, optimizer=optimizer)
     grouped = [p for o in optimizers for group in o.param_groups for p in group["params"]]
     assert sorted(map(id, grouped)) == sorted(map(id, model.parameters()))
+
+
+@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
+@pytest.mark.parametrize("switches", [{}, QWEN, GPT2])
+@pytest.mark.parametrize("trained", ["norm", "c_fc.weight", "wte", "wpe", "h.1.", "lm_head"])
+def test_exactly_what_requires_a_gradient_is_trained(switches, optimizer, trained):
+    model = make_model(torch.float32, **switches)
+    for name, p in model.named_parameters():
+        p.requires_grad_(trained in name)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    if not any(trained in name for name in before):
+        with pytest.raises(ValueError, match="no parameter"):
+            configure_optimizers(model, optimizer=optimizer)
+        return
+    optimizers = configure_optimizers(model, optimizer=optimizer)
+    model(*torch.randint(61, (2, 2, 16))).backward()
+    for each in optimizers:
+        each.step()
+    for name, p in model.named_parameters():
+        assert torch.equal(p, before[name]) is (trained not in name), name
+
+
+def test_a_parameter_without_a_rule_is_an_error_that_names_it():
+    model = make_model()
+    model.h[1].attn.register_parameter("stack", nn.Parameter(torch.zeros(2, 3, 4)))
+    with pytest.raises(ValueError, match=r"h\.1\.attn\.stack"):
+        configure_optimizers(model)
+    model.h[1].attn.stack.requires_grad_(False)
+    configure_optimizers(model)
+    model.probe = nn.Linear(4, 4, bias=False)
+    with pytest.raises(ValueError, match=r"probe\.weight"):
+        configure_optimizers(model)
 
 
 def test_it_needs_no_tokenizer():
