@@ -1,8 +1,9 @@
-"""How a prepare.py writes a dataset: documents to token files.
+"""How a prepare.py writes a dataset: documents or conversations to token files.
 
 A dataset is a folder with train.bin and val.bin (flat little-endian token ids, uint16 or uint32) and
 meta.json (the tokenizer, the dtype, token and byte counts). Text is read, tokenized and written in chunks, so
-memory use does not grow with its size. `sologpt.data` reads a dataset.
+memory use does not grow with its size. A dataset of conversations also has, for each split, which tokens are
+trained (train_trained.bin) and where the rows begin (train_rows.bin). `sologpt.data` reads a dataset.
 """
 
 import argparse
@@ -11,24 +12,29 @@ import json
 import os
 import re
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # for prepare.py, run from any folder
 from sologpt import errors
+from sologpt.conversations import Example, Row, encode_examples
 from sologpt.errors import RunError, UserError
 from sologpt.tokenizer import Tokenizer
 
 FOLDER = Path(__file__).resolve().parent
 SPLITS = ("train", "val")
 FILES = ("train.bin", "val.bin", "meta.json")
+ROW_FILES = ("train_trained.bin", "train_rows.bin", "val_trained.bin", "val_rows.bin", *FILES)
 CHUNK = 2**20  # bytes per read
 MIN_TOKENS = 32  # in a split
+MAX_ROW = 1024  # tokens, unless --sequence_len says more
+
+T = TypeVar("T")
 
 # -----------------------------------------------------------------------------
 # Documents
@@ -89,15 +95,19 @@ def split(documents: list[Document], val_fraction: float) -> tuple[list[Document
     if not documents:
         raise UserError("there is no text: no input file, or only empty ones")
     if len(documents) > 1:
-        n = min(round(1 / val_fraction), len(documents))
-        train = [document for i, document in enumerate(documents) if i % n < n - 1]
-        return train, documents[n - 1 :: n]
+        return hold_out(documents, val_fraction)
     (document,) = documents
     length = sum(map(len, document))
     cut = int(length * (1 - val_fraction))
     if not 0 < cut < length:
         raise UserError(f"{document.path} has too little text for a training and a validation split")
     return [replace(document, stop=cut)], [replace(document, start=cut)]
+
+
+def hold_out(items: list[T], val_fraction: float) -> tuple[list[T], list[T]]:
+    """Return the others and every n-th of two or more items, n = 1 / val_fraction."""
+    n = min(round(1 / val_fraction), len(items))
+    return [item for i, item in enumerate(items) if i % n < n - 1], items[n - 1 :: n]
 
 
 # -----------------------------------------------------------------------------
@@ -112,27 +122,39 @@ def write(folder: Path, documents: list[Document], spec: str, val_fraction: floa
     """
     train, val = split(documents, val_fraction)
     tokenizer = open_tokenizer(spec, (text for document in train for text in document))
+    meta = first_meta(tokenizer)
+    with replacing(folder, FILES):
+        for name, part in (("train", train), ("val", val)):
+            counts = write_tokens(folder / f"{name}.bin.tmp", part, tokenizer, meta["dtype"])
+            meta |= {f"{name}_{key}": count for key, count in counts.items()}
+            tokens = f"{counts['tokens']:,} tokens"
+            if counts["tokens"] < MIN_TOKENS:
+                needed = f"needs {MIN_TOKENS} or more"
+                raise UserError(f"too little text: {name}.bin would have {tokens}, and {needed}")
+            size = f"{len(part):,} documents, {tokens}"
+            print(f"{folder.name}/{name}.bin: {size} (tokenizer: {tokenizer.name})")
+        (folder / "meta.json.tmp").write_text(json.dumps(meta))
+
+
+def first_meta(tokenizer: Tokenizer) -> dict[str, Any]:
+    """Return what meta.json holds besides counts: the tokenizer, and a dtype for its ids."""
     dtype = "uint16" if tokenizer.vocab_size <= 2**16 else "uint32"
-    meta: dict[str, Any] = {"tokenizer": tokenizer.to_dict(), "dtype": dtype}
+    return {"tokenizer": tokenizer.to_dict(), "dtype": dtype}
+
+
+@contextmanager
+def replacing(folder: Path, names: Sequence[str]) -> Iterator[None]:
+    """Rename NAME.tmp to NAME for each name, once all have been written. meta.json must be the last name."""
     folder.mkdir(parents=True, exist_ok=True)
     try:
         with write_errors(folder):
-            for name, part in (("train", train), ("val", val)):
-                counts = write_tokens(folder / f"{name}.bin.tmp", part, tokenizer, dtype)
-                meta |= {f"{name}_{key}": count for key, count in counts.items()}
-                tokens = f"{counts['tokens']:,} tokens"
-                if counts["tokens"] < MIN_TOKENS:
-                    needed = f"needs {MIN_TOKENS} or more"
-                    raise UserError(f"too little text: {name}.bin would have {tokens}, and {needed}")
-                size = f"{len(part):,} documents, {tokens}"
-                print(f"{folder.name}/{name}.bin: {size} (tokenizer: {tokenizer.name})")
-            (folder / "meta.json.tmp").write_text(json.dumps(meta))
+            yield
             # Removed first: a kill between two renames must not leave an old meta.json beside a new train.bin
             (folder / "meta.json").unlink(missing_ok=True)
-            for name in FILES:
+            for name in names:
                 os.replace(folder / f"{name}.tmp", folder / name)
     finally:
-        for name in FILES:
+        for name in names:
             (folder / f"{name}.tmp").unlink(missing_ok=True)
 
 
@@ -174,21 +196,29 @@ def open_tokenizer(spec: str, texts: Iterable[str] = ()) -> Tokenizer:
     A file is FILE.json (a tokenizer's dict, or a dataset's meta.json) or FILE.pt (a checkpoint). UserError if
     it has no tokenizer, ImportError if the tokenizer needs a missing extra.
     """
+    return open_tokenizer_and_window(spec, texts)[0]
+
+
+def open_tokenizer_and_window(spec: str, texts: Iterable[str] = ()) -> tuple[Tokenizer, int]:
+    """Return `open_tokenizer`'s, and how many tokens a row may have for the model that the file is from."""
     if spec == "stdlib":
-        return Tokenizer.from_merges(spec, (FOLDER / "stdlib" / "merges.txt").read_text("utf-8"))
+        merges = (FOLDER / "stdlib" / "merges.txt").read_text("utf-8")
+        return Tokenizer.from_merges(spec, merges), MAX_ROW
     path = Path(spec)
     if path.suffix not in (".json", ".pt"):
-        return Tokenizer.from_spec(spec, texts)
+        return Tokenizer.from_spec(spec, texts), MAX_ROW
     try:
         if path.suffix == ".pt":
             from sologpt.load import read_checkpoint  # imports torch
 
             content = read_checkpoint(path)
+            window = min(MAX_ROW, content["config"]["sequence_len"]) if "config" in content else MAX_ROW
         else:
             content = json.loads(path.read_bytes())
+            window = int(content.get("sequence_len", MAX_ROW))
         tokenizer = Tokenizer.from_dict(content.get("tokenizer", content))
         tokenizer.eot  # noqa: B018  KeyError if no <|endoftext|> can separate documents
-        return tokenizer
+        return tokenizer, window
     except OSError as e:
         raise UserError(f"--tokenizer={spec} cannot be read: {e.strerror}") from e
     except ImportError:
@@ -201,6 +231,98 @@ def open_tokenizer(spec: str, texts: Iterable[str] = ()) -> Tokenizer:
 
 
 # -----------------------------------------------------------------------------
+# Conversations
+
+
+def write_conversations(
+    folder: Path, train: list[Example], val: list[Example], spec: str, sequence_len: int | None
+) -> None:
+    """Write the rows of conversations into folder, as `write` does, and print one row and the counts.
+
+    A row has at most sequence_len tokens; None: what the tokenizer's model has room for, or MAX_ROW.
+    UserError if a conversation does not fit the chat template, or a split is without rows.
+    """
+    texts = (message["content"] for example in train for message in example.messages)
+    tokenizer, window = open_tokenizer_and_window(spec, texts)
+    tokenizer = tokenizer.with_chat_template()
+    sequence_len = sequence_len or window
+    meta = first_meta(tokenizer) | {"sequence_len": sequence_len}
+    lines = []
+    with replacing(folder, ROW_FILES):
+        for name, part in (("train", train), ("val", val)):
+            examples = encode_examples(tokenizer, part, sequence_len)
+            counts = write_rows(folder, name, examples, tokenizer, meta["dtype"])
+            lines.append(describe(folder, name, part, counts))
+            if not counts["rows"]:
+                raise UserError(f"no conversation is left. {lines[-1]}")
+            # The token that ends a turn ends each row, and must end an answer
+            tokenizer = tokenizer.with_eos_tokens(int(row.ids[-1]) for x in part for row in x.rows)
+            del counts["longest"]
+            meta |= {f"{name}_{key}": count for key, count in counts.items()}
+        meta["tokenizer"] = tokenizer.to_dict()
+        (folder / "meta.json.tmp").write_text(json.dumps(meta))
+    show(tokenizer, next(row for example in train for row in example.rows))
+    print(*lines, sep="\n")
+
+
+def write_rows(
+    folder: Path, name: str, examples: Iterable[Example], tokenizer: Tokenizer, dtype: str
+) -> dict[str, int]:
+    """Write the rows of a split. Return how many rows, tokens, trained tokens and their bytes, and more."""
+    special = set(tokenizer.special_ids.values())
+    n_bytes = {i: 0 if i in special else len(tokenizer.token_bytes(i)) for i in tokenizer.ids}
+    counts = dict.fromkeys(("rows", "tokens", "trained", "bytes", "max_token", "longest"), 0)
+    starts = [0]
+    with (
+        open(folder / f"{name}.bin.tmp", "wb") as ids_file,
+        open(folder / f"{name}_trained.bin.tmp", "wb") as trained_file,
+    ):
+        for row in (row for example in examples for row in example.rows):
+            ids_file.write(row.ids.astype(np.dtype(dtype).newbyteorder("<")).tobytes())
+            trained_file.write(row.trained.astype(np.uint8).tobytes())
+            trained = row.ids[row.trained].tolist()
+            starts.append(starts[-1] + len(row.ids))
+            counts["trained"] += len(trained)
+            counts["bytes"] += sum(n_bytes[i] for i in trained)
+            counts["max_token"] = max(counts["max_token"], int(row.ids.max()))
+            counts["longest"] = max(counts["longest"], len(row.ids))
+    (folder / f"{name}_rows.bin.tmp").write_bytes(np.array(starts, dtype="<i8").tobytes())
+    return counts | {"rows": len(starts) - 1, "tokens": starts[-1]}
+
+
+def describe(folder: Path, name: str, examples: list[Example], counts: dict[str, int]) -> str:
+    """Return the line of a split: what is in it, and what was cut or dropped."""
+    lost = {
+        "cut to their last turns": sum(example.shortened for example in examples),
+        "dropped as too long": sum(example.too_long for example in examples),
+        "dropped without a trained token": sum(example.untrained for example in examples),
+    }
+    losses = [f"{n:,} {what}" for what, n in lost.items() if n]
+    return (
+        f"{folder.name}/{name}.bin: {len(examples):,} conversations, {counts['rows']:,} rows, "
+        f"{counts['tokens']:,} tokens, {counts['trained']:,} trained, the longest row {counts['longest']:,}"
+        + "".join(f"; {loss}" for loss in losses)
+    )
+
+
+def show(tokenizer: Tokenizer, row: Row) -> None:
+    """Print a row as the model sees it: its trained tokens in green, or between [[ and ]]."""
+    in_color = sys.stdout.isatty()
+    begin, end = ("\x1b[32m", "\x1b[0m") if in_color else ("[[", "]]")
+    print(f"one row; trained tokens are {'green' if in_color else 'between [[ and ]]'}:\n")
+    decoder = tokenizer.decoder()
+    text = ""
+    before = False
+    for i, trained in zip(row.ids.tolist(), row.trained.tolist(), strict=True):
+        if trained != before:
+            text += begin if trained else end
+        # An escape sequence of a conversation must not reach the terminal
+        text += "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in decoder.decode(i))
+        before = trained
+    print(text + decoder.flush() + (end if before else ""), end="\n\n")
+
+
+# -----------------------------------------------------------------------------
 # The command line of a prepare.py
 
 
@@ -208,7 +330,7 @@ Documents = Callable[[str | None], list[Document]]  # from the value of --input,
 
 
 class Parser(argparse.ArgumentParser):
-    """The flag --out_dir. An error is a UserError."""
+    """The flag --out_dir, and others that several have. An error is a UserError."""
 
     def __init__(self, folder: Path, about: str) -> None:
         super().__init__(f"python {sys.argv[0]}", description=about)
@@ -217,11 +339,50 @@ class Parser(argparse.ArgumentParser):
             type=Path,
             default=folder,
             metavar="FOLDER",
-            help="Write the dataset (train.bin, val.bin, meta.json) here. Default: the folder of prepare.py.",
+            help="Write the dataset (train.bin, val.bin, meta.json, ...) here. Default: prepare.py's folder.",
         )
 
     def error(self, message: str) -> NoReturn:
         raise UserError(message)
+
+    def add_tokenizer(self) -> None:
+        self.add_argument(
+            "--tokenizer",
+            default="bytes",
+            metavar="NAME",
+            help="Tokenize by bytes, stdlib (a BPE trained on Python's standard library), bpe:N (a BPE of N "
+            "ids, trained on this text), a tiktoken encoding such as gpt2, or the tokenizer in FILE.pt (a "
+            "checkpoint) or FILE.json (a meta.json). Default: %(default)s.",
+        )
+
+    def add_val_fraction(self, default: float) -> None:
+        self.add_argument(
+            "--val_fraction",
+            type=fraction,
+            default=default,
+            metavar="X",
+            help="Hold out this fraction of the text for validation. Default: %(default)s.",
+        )
+
+    def add_sequence_len(self) -> None:
+        self.add_argument(
+            "--sequence_len",
+            type=row_length,
+            metavar="N",
+            help=f"The most tokens in a row. Default: {MAX_ROW}, or the window of --tokenizer=FILE's model.",
+        )
+
+
+def row_length(text: str) -> int:
+    if int(text) < 2:
+        raise argparse.ArgumentTypeError(f"must be at least 2, not {text}")
+    return int(text)
+
+
+def fraction(text: str) -> float:
+    if not 0 < float(text) <= 0.5:
+        raise argparse.ArgumentTypeError(f"must be in (0, 0.5], not {text}")
+    return float(text)
 
 
 def main(folder: Path, documents: Documents, val_fraction: float, about: str) -> NoReturn:
@@ -233,22 +394,7 @@ def prepare(folder: Path, documents: Documents, val_fraction: float, about: str)
     """Write a dataset as the command line says."""
     parser = Parser(folder, about)
     parser.add_argument("--input", metavar="PATH", help="Read the text from this file or folder.")
-    parser.add_argument(
-        "--tokenizer",
-        default="bytes",
-        metavar="NAME",
-        help="Tokenize by bytes, stdlib (a BPE trained on Python's standard library), bpe:N (a BPE of N ids, "
-        "trained on this text), a tiktoken encoding such as gpt2, or the tokenizer in FILE.pt (a checkpoint) "
-        "or FILE.json (a meta.json). Default: %(default)s.",
-    )
-    parser.add_argument(
-        "--val_fraction",
-        type=float,
-        default=val_fraction,
-        metavar="X",
-        help="Hold out this fraction of the text for validation. Default: %(default)s.",
-    )
+    parser.add_tokenizer()
+    parser.add_val_fraction(val_fraction)
     args = parser.parse_args()
-    if not 0 < args.val_fraction <= 0.5:
-        raise UserError(f"--val_fraction must be in (0, 0.5], not {args.val_fraction}")
     write(args.out_dir, documents(args.input), args.tokenizer, args.val_fraction)

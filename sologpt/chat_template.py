@@ -9,7 +9,7 @@ import json
 import re
 import subprocess
 import sys
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from datetime import datetime
 from itertools import chain
@@ -18,7 +18,23 @@ from typing import Any, NoReturn
 SECONDS = 10
 MEMORY = 2**29  # bytes; not on Windows, which has no module resource
 LENGTH = 10**7  # characters of the rendered text
-MARK = "\ufdd0"  # a Unicode noncharacter, never used in text
+REJECTED = "the chat template rejects this conversation: "
+# Unicode noncharacters, which are never used in text; a message loses its own
+MARK = "\ufdd0"  # in a special token that a message spells
+BEGIN, END = "\ufdd1", "\ufdd2"  # around what {% generation %} writes
+RESERVED = re.compile(f"[{MARK}{BEGIN}{END}]")
+
+# The template of a tokenizer that has none: it needs no new ids, and each turn ends with the eos_token
+PLAIN = (
+    "{% for message in messages %}"
+    "{{ message['role'] + '\\n' + message['content'] + eos_token }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'assistant\\n' }}{% endif %}"
+)
+
+Messages = Sequence[Mapping[str, str]]  # {"role": ..., "content": ...}
+Cut = tuple[int, bool]  # the first n messages, with the generation prompt or without
+Answer = tuple[list[str], str]  # the texts of a conversation, and "" or an error
 
 
 class SpecialTokens:
@@ -41,14 +57,19 @@ class SpecialTokens:
         self.lengths = range(1, max(map(len, texts), default=0))
 
     def mark(self, message: str) -> str:
-        """Return the message with MARKs, and without those that it has itself."""
-        message = message.replace(MARK, "")
+        """Return the message with MARKs, and without the RESERVED characters that it has itself."""
+        message = RESERVED.sub("", message)
         before = MARK if any(message[:n] in self.tails for n in self.lengths) else ""
         after = MARK if any(message[-n:] in self.heads for n in self.lengths) else ""
         spans = [range(match.start(1) + 1, match.end(1)) for match in self.in_message.finditer(message)]
-        inside = set(chain.from_iterable(spans))
-        marked = (MARK + character if i in inside else character for i, character in enumerate(message))
-        return before + "".join(marked) + after
+        if spans:
+            inside = set(chain.from_iterable(spans))
+            message = "".join(MARK + c if i in inside else c for i, c in enumerate(message))
+        return before + message + after
+
+    def own(self, rendered: str) -> list[re.Match[str]]:
+        """Return the special tokens in a text that the template wrote."""
+        return [match for match in self.in_rendered.finditer(rendered) if MARK not in match[0]]
 
     def split(self, rendered: str) -> Iterator[tuple[str, bool]]:
         """Yield pieces of a text, without MARKs: (piece, whether the template wrote its special tokens)."""
@@ -61,20 +82,46 @@ class SpecialTokens:
         yield rendered[start:].replace(MARK, ""), True
 
 
-def render(template: str, values: dict[str, Any]) -> str:
-    """Return the text of a template. values are JSON types.
+def render(template: str, values: dict[str, Any], messages: Messages) -> str:
+    """Return the text of a conversation, with the generation prompt.
 
-    UserError if the template raises an exception or exceeds a limit, ImportError without the extra.
+    values are the special tokens, by name. UserError if the template raises an exception or exceeds a limit,
+    ImportError without the extra.
     """
+    [[text]] = render_all(template, values, [(messages, [(len(messages), True)])])
+    return text
+
+
+def render_all(
+    template: str,
+    values: dict[str, Any],
+    conversations: Sequence[tuple[Messages, Sequence[Cut]]],
+    mark_generation: bool = False,
+) -> Iterator[list[str]]:
+    """Yield the texts of each conversation, one for each Cut. One process renders all.
+
+    With mark_generation, BEGIN and END stand around what the template writes in {% generation %}. UserError
+    in the place of a conversation that fails, ImportError without the extra.
+    """
+    from sologpt.errors import UserError  # here: the other process has no path to the package
+
     if importlib.util.find_spec("jinja2") is None:
         raise ImportError("a chat template needs the extra 'hf': pip install jinja2")
-    return run(json.dumps({"path": [str(path) for path in sys.path], "template": template, "values": values}))
+    job: dict[str, Any] = {"path": [str(path) for path in sys.path], "template": template, "values": values}
+    job |= {"conversations": conversations, "mark_generation": mark_generation}
+    answers, failure = run(json.dumps(job))
+    answers = answers or [([], failure)] * len(conversations)
+    for conversation, (texts, error) in zip(conversations, answers, strict=True):
+        if error and len(conversations) > 1:  # the time or the memory may have been another one's: try alone
+            yield from render_all(template, values, [conversation], mark_generation)
+        elif error:
+            raise UserError(error)
+        else:
+            yield texts
 
 
-def run(job: str) -> str:
-    """Run this file in a process of its own. Return the rendered text."""
-    from sologpt.errors import UserError  # here: that process has no path to the package
-
+def run(job: str) -> tuple[list[Answer], str]:
+    """Run this file in a process of its own. Return its answers, or none and why it has failed."""
     try:
         done = subprocess.run(
             [sys.executable, "-I", "-S", __file__],  # without site, which takes a while to import
@@ -85,13 +132,10 @@ def run(job: str) -> str:
             start_new_session=True,  # Ctrl-C is for this process
         )
     except subprocess.TimeoutExpired:
-        raise UserError(f"the chat template takes more than {SECONDS} s") from None
+        return [], f"the chat template takes more than {SECONDS} s"
     if done.returncode:  # the process was killed, or has crashed
-        raise UserError(f"the chat template ends its process with status {done.returncode}")
-    text, error = json.loads(done.stdout)
-    if error:
-        raise UserError(f"the chat template rejects this conversation: {error}")
-    return text
+        return [], f"the chat template ends its process with status {done.returncode}"
+    return json.loads(done.stdout), ""
 
 
 # -----------------------------------------------------------------------------
@@ -99,7 +143,7 @@ def run(job: str) -> str:
 
 
 def main() -> None:
-    """Read a job from standard input and write [text, error], in ASCII: the streams may have any encoding."""
+    """Read a job from standard input and write its answers, in ASCII: the streams may have any encoding."""
     job = json.load(sys.stdin)
     sys.path[:] = job["path"]
     with suppress(ImportError, ValueError, OSError):  # the system has no such limit, or a lower one
@@ -107,32 +151,52 @@ def main() -> None:
 
         resource.setrlimit(resource.RLIMIT_CPU, (SECONDS, SECONDS))  # in case the parent has died
         resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
+    answers = list(render_job(job))
     try:
-        text = environment().from_string(job["template"]).render(job["values"])
-        if len(text) > LENGTH:
-            raise ValueError(f"more than {LENGTH:,} characters")
-        answer = json.dumps([text, ""])
+        answer = json.dumps(answers)
     except MemoryError:
-        answer = json.dumps(["", "out of memory"])
-    except Exception as e:  # a template can raise anything
-        answer = json.dumps(["", " ".join(str(e).split())[:300] or type(e).__name__])
+        answer = json.dumps([([], REJECTED + "out of memory")] * len(job["conversations"]))
     sys.stdout.write(answer)
 
 
-def environment() -> Any:
+def render_job(job: dict[str, Any]) -> Iterator[Answer]:
+    template = None
+    for messages, cuts in job["conversations"]:
+        try:
+            template = template or environment(job["mark_generation"]).from_string(job["template"])
+            yield [render_cut(template, job["values"], messages, *cut) for cut in cuts], ""
+        except MemoryError:
+            yield [], REJECTED + "out of memory"
+        except Exception as e:  # a template can raise anything
+            yield [], REJECTED + (" ".join(str(e).split())[:300] or type(e).__name__)
+
+
+def render_cut(template: Any, values: dict[str, Any], messages: list[Any], n: int, prompt: bool) -> str:
+    given = dict(messages=messages[:n], tools=None, documents=None, add_generation_prompt=prompt)
+    text = template.render(values | given)
+    if len(text) > LENGTH:
+        raise ValueError(f"more than {LENGTH:,} characters")
+    return text
+
+
+def environment(mark_generation: bool) -> Any:
     """Return a sandboxed Jinja environment, with the extensions that `transformers` gives to templates."""
     from jinja2 import nodes
     from jinja2.ext import Extension, loopcontrols
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
     class Generation(Extension):
-        """{% generation %} ... {% endgeneration %}, the assistant's tokens for a training mask: a no-op."""
+        """{% generation %} ... {% endgeneration %}: the assistant's tokens, for a training mask."""
 
         tags = {"generation"}  # noqa: RUF012
 
         def parse(self, parser: Any) -> list[nodes.Node]:
             next(parser.stream)
-            return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+            body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+            if not mark_generation:
+                return body
+            begin, end = (nodes.Output([nodes.TemplateData(mark)]) for mark in (BEGIN, END))
+            return [begin, *body, end]
 
     def raise_exception(message: str) -> NoReturn:
         raise ValueError(message)

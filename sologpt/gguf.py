@@ -330,8 +330,8 @@ def to_tokenizer_metadata(tokenizer: Tokenizer, vocab_size: int) -> tuple[dict[s
         raise UserError(f"llama.cpp would not tokenize like {tokenizer.name}: {e}; {known}") from e
     values |= {"tokens": v.tokens, "token_type": v.types}
     metadata = {f"tokenizer.ggml.{key}": value for key, value in values.items()}
-    if template := getattr(tokenizer, "chat_template", ""):
-        metadata["tokenizer.chat_template"] = template
+    if tokenizer.chat_template:
+        metadata["tokenizer.chat_template"] = tokenizer.chat_template
     return metadata, notes
 
 

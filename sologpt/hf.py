@@ -33,7 +33,7 @@ from sologpt import errors
 from sologpt.errors import UserError
 from sologpt.load import check_rope_scaling, check_value, empty_model, load_model, make_config
 from sologpt.quantize import fill
-from sologpt.tokenizer import BYTE_LEVEL, EOT, PretrainedTokenizer, Tokenizer
+from sologpt.tokenizer import BYTE_LEVEL, PretrainedTokenizer, Tokenizer
 
 # -----------------------------------------------------------------------------
 # Tokenizers
@@ -89,12 +89,11 @@ def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
     config: dict = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
     if isinstance(tokenizer, PretrainedTokenizer):
         text = tokenizer.tokenizer_json
-        config |= tokenizer.special_tokens
-        if tokenizer.chat_template:
-            config["chat_template"] = tokenizer.chat_template
     else:
         text = tokenizer_json(tokenizer)
-        config |= {"bos_token": EOT, "eos_token": EOT}
+    config |= tokenizer.special_tokens
+    if tokenizer.chat_template:
+        config["chat_template"] = tokenizer.chat_template
     (folder / "tokenizer.json").write_text(text, encoding="utf-8")
     text = json.dumps(config, indent=2, ensure_ascii=False)
     (folder / "tokenizer_config.json").write_text(text, encoding="utf-8")

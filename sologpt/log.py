@@ -34,13 +34,12 @@ def flops_per_token(model: GPT, sequence_len: int | None = None) -> int:
 
 
 class Clock:
-    """The speed of training, without evaluations and saves. step: how many steps are done."""
+    """The speed of training, without evaluations and saves."""
 
-    def __init__(self, step: int, tokens_per_step: int, flops_per_step: int, world: World) -> None:
-        self.step = step
+    def __init__(self, flops_per_token: int, world: World) -> None:
+        self.n_tokens = 0
         self.started = time.perf_counter()
-        self.tokens_per_step = tokens_per_step
-        self.flops_per_step = flops_per_step
+        self.flops_per_token = flops_per_token
         peak = peak_flops(world.device)
         self.peak = peak * world.size if peak else None
 
@@ -50,15 +49,17 @@ class Clock:
         yield
         self.started += time.perf_counter() - began
 
-    def speed(self, step: int) -> dict[str, float]:
-        """Return tokens per second since the last call, and on a known GPU MFU (model FLOPs utilization)."""
+    def speed(self, n_tokens: int) -> dict[str, float]:
+        """Return tokens per second since the last call, and on a known GPU MFU (model FLOPs utilization).
+
+        n_tokens: how many were trained on since the start.
+        """
         now = time.perf_counter()
-        steps_per_second = (step - self.step) / (now - self.started)
-        self.step = step
+        speed = {"tokens_per_second": (n_tokens - self.n_tokens) / (now - self.started)}
+        self.n_tokens = n_tokens
         self.started = now
-        speed = {"tokens_per_second": steps_per_second * self.tokens_per_step}
         if self.peak:
-            speed["mfu"] = steps_per_second * self.flops_per_step / self.peak
+            speed["mfu"] = speed["tokens_per_second"] * self.flops_per_token / self.peak
         return speed
 
 

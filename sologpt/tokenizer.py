@@ -13,15 +13,15 @@ import codecs
 import copy
 import json
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import chain, pairwise
-from typing import Any
+from typing import Any, Self
 
 import tiktoken
 
-from sologpt.chat_template import SpecialTokens, render
+from sologpt.chat_template import PLAIN, SpecialTokens, render
 from sologpt.errors import RunError, UserError
 
 EOT = "<|endoftext|>"  # separates documents
@@ -53,14 +53,20 @@ class Tokenizer:
     """Text to token ids and back, by a `tiktoken.Encoding`.
 
     `ids` are the ids in the vocabulary, `eot` is the id that separates documents, `eos_tokens` end a text.
+    chat_template is Jinja, or empty.
     """
 
-    def __init__(self, encoding: tiktoken.Encoding) -> None:
+    def __init__(
+        self, encoding: tiktoken.Encoding, eos_tokens: Sequence[int] = (), chat_template: str = ""
+    ) -> None:
         self.encoding = encoding
         self.name = encoding.name
         self.ids = {*encoding._mergeable_ranks.values(), *encoding._special_tokens.values()}
         self.eot = encoding.eot_token
-        self.eos_tokens = [self.eot]
+        ends = dict.fromkeys([self.eot, *eos_tokens])  # each once, in this order
+        self.eos_tokens = [i for i in ends if type(i) is int and i in self.ids]
+        self.special_tokens = {"bos_token": EOT, "eos_token": EOT}  # by the names that templates use
+        self.chat_template = chat_template
 
     @classmethod
     def from_spec(cls, spec: str, documents: Iterable[str] = ()) -> "Tokenizer":
@@ -104,13 +110,16 @@ class Tokenizer:
         tokens: list[str | None] = [None] * (max(encoding._mergeable_ranks.values()) + 1)
         for token, rank in encoding._mergeable_ranks.items():
             tokens[rank] = base64.b64encode(token).decode("ascii")
-        return {
+        d: dict[str, Any] = {
             "kind": "tiktoken",
             "name": encoding.name,
             "pattern": encoding._pat_str,
             "tokens": tokens,
             "special_tokens": dict(encoding._special_tokens),
         }
+        if self.chat_template:
+            d |= {"eos_tokens": self.eos_tokens, "chat_template": self.chat_template}
+        return d
 
     @classmethod
     def from_dict(cls, d: dict[str, Any]) -> "Tokenizer":
@@ -129,7 +138,8 @@ class Tokenizer:
                 raise ValueError("a byte has no token")
             options = dict(pat_str=d["pattern"], mergeable_ranks=ranks, special_tokens=special)
             with refused("tiktoken"):
-                return cls(tiktoken.Encoding(d["name"], **options))
+                encoding = tiktoken.Encoding(d["name"], **options)
+            return cls(encoding, d.get("eos_tokens", ()), d.get("chat_template", ""))
         except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as e:
             raise UserError("this is not the dict of a tokenizer") from e
 
@@ -150,10 +160,17 @@ class Tokenizer:
 
         A run of whitespace longer than MAX_SPACE may be cut, and its parts encoded one by one.
         """
+        return self._encode_parts(self.encoding.encode_ordinary, text)
+
+    def _encode_parts(self, encode: Callable[[str], list[int]], text: str) -> list[int]:
         cuts = [i for i in range(0, len(text), MAX_SPACE) if text[i : i + MAX_SPACE].isspace()]
         parts = [text[a:b] for a, b in pairwise([0, *cuts, len(text)])]
         with refused(f"the tokenizer {self.name} cannot encode this text"):
-            return list(chain.from_iterable(map(self.encoding.encode_ordinary, parts)))
+            return list(chain.from_iterable(map(encode, parts)))
+
+    def _encode_special(self, text: str) -> list[int]:
+        """Return the token ids of text, special tokens included."""
+        return self._encode_parts(partial(self.encoding.encode, allowed_special="all"), text)
 
     def encode_prompt(self, text: str) -> list[int]:
         """Return the token ids of a prompt: as `encode`, with the BOS that a pretrained tokenizer may add."""
@@ -165,7 +182,60 @@ class Tokenizer:
         messages are {"role": "system", "user" or "assistant", "content": text}. A special token in a message
         is plain text. UserError if there is no template, or if it rejects the messages.
         """
-        raise UserError(f"the tokenizer {self.name} has no chat template")
+        if not self.chat_template:
+            raise UserError(f"the tokenizer {self.name} has no chat template")
+        return self.encode_rendered(self.render_chat(self.mark_chat(messages)))
+
+    def mark_chat(self, messages: Sequence[dict[str, str]]) -> list[dict[str, str]]:
+        """Return the messages with a MARK in each special token that they spell."""
+        mark = self.chat_tokens.mark
+        return [{key: mark(text) for key, text in message.items()} for message in messages]
+
+    def render_chat(self, messages: Sequence[dict[str, str]]) -> str:
+        """Return the text of a conversation, with the generation prompt. UserError if the template fails."""
+        return render(self.chat_template, self.special_tokens, messages)
+
+    def encode_rendered(self, text: str) -> list[int]:
+        """Return the token ids of a rendered text: a special token is text where it has a MARK."""
+        ids: list[int] = []
+        for piece, from_template in self.chat_tokens.split(text):
+            ids += self._encode_special(piece) if from_template else self.encode(piece)
+        return ids
+
+    @cached_property
+    def chat_tokens(self) -> SpecialTokens:
+        return SpecialTokens(self.special_ids)
+
+    @cached_property
+    def special_ids(self) -> dict[str, int]:
+        """The ids of all special tokens, by their texts."""
+        return self.encoding._special_tokens
+
+    def with_chat_template(self) -> Self:
+        """Return this tokenizer if it has a chat template, else a copy with the plain one.
+
+        The plain one begins with a BOS token if a prompt does.
+        """
+        if self.chat_template:
+            return self
+        copied = copy.copy(self)
+        begins = self.decode(self.encode_prompt("")[:1])
+        has_bos = begins == self.special_tokens.get("bos_token")
+        copied.chat_template = "{{ bos_token }}" + PLAIN if has_bos else PLAIN
+        return copied
+
+    def with_eos_tokens(self, ids: Iterable[int]) -> Self:
+        """Return a copy in which these ids, too, end a text."""
+        copied = copy.copy(self)
+        copied.eos_tokens = list(dict.fromkeys([*self.eos_tokens, *ids]))
+        return copied
+
+    def has_ids_of(self, other: "Tokenizer") -> bool:
+        """Return whether both have the same vocabulary. Chat templates and eos_tokens may differ."""
+        ours = self.to_dict()
+        theirs = other.to_dict()
+        others = {"eos_tokens", "chat_template"}
+        return all(ours.get(key) == theirs.get(key) for key in (ours.keys() | theirs.keys()) - others)
 
     def decode(self, ids: Iterable[int]) -> str:
         """Return the text of ids. Invalid UTF-8 becomes U+FFFD. UserError for an unknown id."""
@@ -319,24 +389,12 @@ class PretrainedTokenizer(Tokenizer):
         return backend
 
     @cached_property
-    def chat_tokens(self) -> SpecialTokens:
-        added = self.backend.get_added_tokens_decoder().values()
-        return SpecialTokens([token.content for token in added if token.special])
+    def special_ids(self) -> dict[str, int]:
+        added = self.backend.get_added_tokens_decoder()
+        return {token.content: i for i, token in added.items() if token.special}
 
-    def encode_chat(self, messages: Sequence[dict[str, str]]) -> list[int]:
-        if not self.chat_template:
-            return super().encode_chat(messages)
-        mark = self.chat_tokens.mark
-        marked = [{key: mark(text) for key, text in message.items()} for message in messages]
-        ids: list[int] = []
-        for text, from_template in self.chat_tokens.split(self.render_chat(marked)):
-            ids += self._encode(self.chat_backend if from_template else self.backend, text)
-        return ids
-
-    def render_chat(self, messages: Sequence[dict[str, str]]) -> str:
-        """Return the text of a conversation, with the generation prompt. UserError if the template fails."""
-        values = dict(messages=messages, tools=None, documents=None, add_generation_prompt=True)
-        return render(self.chat_template, self.special_tokens | values)
+    def _encode_special(self, text: str) -> list[int]:
+        return self._encode(self.chat_backend, text)
 
     def token_bytes(self, token: int) -> bytes:
         if token not in self.tokens:

@@ -503,15 +503,15 @@ def test_preparing_imports_neither_torch_nor_the_model(tmp_path):
 
 def test_a_missing_dataset_is_prepared_once(dataset, tmp_path, monkeypatch, capfd):
     folder = write_prepare(tmp_path / "other", dataset / "text")
-    prepare(str(folder), "bpe:300")
+    prepare(str(folder), "bpe:300", 16)
     assert load(folder).tokenizer.name == "bpe:300"
     before = (folder / "meta.json").stat().st_mtime_ns
-    prepare(str(folder), "bytes")
+    prepare(str(folder), "bytes", 16)
     assert (folder / "meta.json").stat().st_mtime_ns == before, "a dataset that exists is left alone"
     other = load(folder).tokenizer
     (folder / "meta.json").unlink()
     capfd.readouterr()
-    prepare(str(folder), other.to_dict())
+    prepare(str(folder), other.to_dict(), 16)
     assert capfd.readouterr().out.startswith(f"preparing the dataset {folder} ...\n"), "before it is slow"
     assert load(folder).tokenizer.to_dict() == other.to_dict(), "the tokenizer of a checkpoint"
 
@@ -522,21 +522,21 @@ def test_a_missing_dataset_is_prepared_once(dataset, tmp_path, monkeypatch, capf
 
 def test_a_dataset_that_cannot_be_prepared_is_an_error(dataset, tmp_path, capfd):
     with pytest.raises(ValueError, match=r"--dataset=nowhere.*fineweb, shakespeare, stdlib, text"):
-        prepare("nowhere", "bytes")
+        prepare("nowhere", "bytes", 16)
     for name, words in (
         ("shakespeare_char", "config/shakespeare_char.py"),
         ("openwebtext", "--dataset=fineweb"),
     ):
         with pytest.raises(ValueError, match=f"--dataset={name}: no such dataset; use .*{words}"):
-            prepare(name, "bytes")  # nanoGPT's
+            prepare(name, "bytes", 16)  # nanoGPT's
     folder = write_prepare(tmp_path / "other", dataset / "text")
     with pytest.raises(SystemExit) as e:
-        prepare(str(folder), "words")
+        prepare(str(folder), "words", 16)
     assert e.value.code == 2
     err = capfd.readouterr().err
     assert err.startswith("error: ") and "words" in err and err.count("\n") == 1
     (folder / "prepare.py").unlink()
-    prepare(str(folder), "bytes")  # a folder without prepare.py: load says what is missing
+    prepare(str(folder), "bytes", 16)  # a folder without prepare.py: load says what is missing
     with pytest.raises(ValueError, match=r"other has no train\.bin, val\.bin, meta\.json"):
         load(folder)
 

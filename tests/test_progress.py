@@ -123,12 +123,12 @@ def test_mfu_is_logged_and_shown_where_the_peak_is_known(monkeypatch, capsys):
         now = [0.0]
         monkeypatch.setattr(log, "peak_flops", lambda device, peak=peak: peak)
         monkeypatch.setattr(log.time, "perf_counter", lambda now=now: now[0])
-        clock = log.Clock(step=5, tokens_per_step=10, flops_per_step=4000, world=world)
+        clock = log.Clock(flops_per_token=400, world=world)
         now[0] = 1.0
         with clock.paused():
             now[0] = 5.0
         now[0] = 6.0
-        speeds.append(clock.speed(8))
+        speeds.append(clock.speed(30))
     assert speeds == [{"tokens_per_second": 15.0, "mfu": 0.5}, {"tokens_per_second": 15.0}]
     progress = log.Progress(0, 100)
     for speed in speeds:

@@ -91,11 +91,11 @@ def test_stdlib_is_prepared_anew_for_another_tokenizer(dataset, tmp_path, monkey
     monkeypatch.setattr(sologpt.data, "FOLDER", tmp_path)
     meta = write_prepare(tmp_path / "stdlib", dataset / "text") / "meta.json"
     for tokenizer, name in (("stdlib", "stdlib"), ("bytes", "bytes"), (TOKENIZER.to_dict(), "stdlib")):
-        prepare("stdlib", tokenizer)
+        prepare("stdlib", tokenizer, 128)
         assert json.loads(meta.read_text())["tokenizer"]["name"] == name
         before = meta.stat().st_mtime_ns
-        prepare("stdlib", tokenizer)
+        prepare("stdlib", tokenizer, 128)
         assert meta.stat().st_mtime_ns == before, "once is enough"
     meta.write_text("{")
-    prepare("stdlib", "bytes")
+    prepare("stdlib", "bytes", 128)
     assert meta.read_text() == "{", "a damaged file is reported when it is loaded"

@@ -46,6 +46,18 @@ def test_the_dict_survives_json(tokenizer):
     assert again.encode(TORTURE) == tokenizer.encode(TORTURE) and again.to_dict() == d
 
 
+def test_the_dict_has_a_chat_template_only_if_there_is_one(tokenizer):
+    chatty = tokenizer.with_chat_template()
+    d = json.loads(json.dumps(chatty.to_dict()))
+    assert "chat_template" not in tokenizer.to_dict() and not tokenizer.chat_template
+    again = Tokenizer.from_dict(d)
+    assert again.to_dict() == d and again.has_ids_of(tokenizer) and tokenizer.has_ids_of(again)
+    messages = [{"role": "user", "content": f"a{EOT}"}]
+    expected = [*again.encode(f"user\na{EOT}"), again.eot, *again.encode("assistant\n")]
+    assert again.encode_chat(messages) == chatty.encode_chat(messages) == expected
+    assert not tokenizer.has_ids_of(Tokenizer.from_spec("bpe:300", ["abc " * 99]))
+
+
 def test_vocab_size_and_eot():
     tokenizer = Tokenizer.from_spec("bytes")
     assert (tokenizer.vocab_size, tokenizer.eot) == (257, 256)
