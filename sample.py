@@ -46,6 +46,7 @@ class Config:
     out_dir: str = "out"  # use the newest best.pt in or below this folder, else the newest ckpt.pt
     ckpt: str = ""  # use this checkpoint file, whatever is in out_dir
     init_from: str = ""  # use an open model: gpt2, hf:NAME, hf:FOLDER or gguf:FILE
+    adapter: str = ""  # merge a LoRA adapter of this folder (PEFT's format) into the model it was trained on
     device: str = "auto"  # cuda, mps, cpu, ...; auto is an accelerator if there is one, else the CPU
     dtype: str = "auto"  # float32, bfloat16 or float16 for the weights; auto keeps the dtype of the file
     quantize: str = ""  # int8 or int4 for the weights: less memory and faster decoding, on the CPU
@@ -58,6 +59,8 @@ class Config:
             raise UserError("--system is the first message of a conversation: it needs --chat")
         if self.ckpt and self.init_from:
             raise UserError("--ckpt and --init_from both name a model: give only one of them")
+        if self.adapter and not (self.ckpt or self.init_from):
+            raise UserError("--adapter changes another model: name that by --init_from or --ckpt")
         if not self.init_from.startswith(("hf:", "gguf:")) and self.init_from not in ("", *SHORT_NAMES):
             known = "hf:NAME, hf:FOLDER or gguf:FILE"
             raise UserError(f"init_from must be {known}, not {self.init_from!r}; a checkpoint is --ckpt")
@@ -111,10 +114,13 @@ def main() -> None:
         hint = f" ({which}; --ckpt FILE takes another)"
     dtype = None if config.dtype == "auto" else getattr(torch, config.dtype)
     with warnings.catch_warnings(record=True, action="default") as caught:
-        model, tokenizer, about = load_model(source, config.device, dtype, config.quantize or None)
+        model, tokenizer, about = load_model(
+            source, config.device, dtype, config.quantize or None, config.adapter or None
+        )
     step = f", step {about['step']}" if "step" in about else ""
     notes = [str(warning.message) for warning in caught]
-    notes.append(f"{about['source']}{step}, on {model.device}{hint}")
+    adapter = f" with {about['adapter']}" if "adapter" in about else ""
+    notes.append(f"{about['source']}{step}{adapter}, on {model.device}{hint}")
     # 2. The settings of `stream_text`
     settings = {name: getattr(config, name) for name in ("max_tokens", "stop", "stop_on_repeat", "seed")}
     decode = fast.prepare(model, compile=config.compile, lookup=config.lookup, rows=config.num_samples)

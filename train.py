@@ -20,13 +20,14 @@ from torch import Tensor
 
 import configurator
 from gpt import GPTConfig
-from sologpt import data, errors, parallel, run
+from sologpt import errors, parallel, run
 from sologpt.data import Dataset
-from sologpt.device import keep_freed_memory, make_autocast
+from sologpt.device import keep_freed_memory, make_autocast, map_large_tensors
 from sologpt.load import make_config
 from sologpt.log import Clock, Log, Progress, flops_per_token
-from sologpt.loss import chunked_cross_entropy
+from sologpt.loss import chunked_cross_entropy, masked_cross_entropy
 from sologpt.parallel import World
+from sologpt.quantize import KINDS
 from sologpt.run import State
 
 
@@ -47,7 +48,7 @@ class Config:
     model: dict = configurator.keys_of(GPTConfig, n_layer=2, n_head=2, n_embd=96, sequence_len=128)
     vocab_size: int = 0  # number of token ids; 0 means as many as the tokenizer has
     # ---- optimization
-    batch_size: int = 16  # sequences in a micro-batch
+    batch_size: int = 16  # sequences, or conversations, in a micro-batch
     gradient_accumulation_steps: int = 1  # micro-batches in a step, over all processes
     max_iters: int = 600  # optimizer steps
     optimizer: str = "muon"  # muon or adamw (cheaper steps that learn less), for the blocks' matrices
@@ -61,6 +62,11 @@ class Config:
     grad_clip: float = 0.0  # clip the gradient to this norm; 0 means no clipping
     warmup_iters: int = 0  # steps in which the learning rates rise linearly from zero
     warmdown: float = 0.5  # last fraction of the steps, in which the learning rates fall linearly to zero
+    # ---- LoRA
+    lora_rank: int = 0  # train adapters of this rank, and leave the model's weights as they are; 0 is off
+    lora_alpha: float = 32.0  # an adapter is scaled by lora_alpha / lora_rank
+    lora_targets: str = "attn,mlp"  # what gets an adapter: attn, mlp, or single matrices such as attn.c_q
+    quantize: str = ""  # int8 or int4 for the weights under the adapters, on the CPU: less memory
     # ---- evaluation
     eval_interval: int = 200  # steps between evaluations; there is one more at the end
     eval_iters: int = 64  # batches in an evaluation, spread evenly over the validation split
@@ -84,8 +90,8 @@ class Config:
             make_config(self.model | {"vocab_size": self.vocab_size or 1})
         for names, least, below in (
             ("batch_size gradient_accumulation_steps eval_interval eval_iters log_interval", 1, math.inf),
-            ("max_iters warmup_iters sample_tokens ckpt_interval keep_checkpoints", 0, math.inf),
-            ("learning_rate embd_lr head_lr grad_clip weight_decay", 0, 1e38),
+            ("max_iters warmup_iters sample_tokens ckpt_interval keep_checkpoints lora_rank", 0, math.inf),
+            ("learning_rate embd_lr head_lr grad_clip weight_decay lora_alpha", 0, 1e38),
             ("momentum beta1 beta2", 0, 1),
             ("seed", 0, 2**62),
         ):
@@ -99,6 +105,12 @@ class Config:
             raise ValueError(f"dtype must be float32, bfloat16 or auto, not {self.dtype!r}")
         if self.optimizer not in ("muon", "adamw"):
             raise ValueError(f"optimizer must be muon or adamw, not {self.optimizer!r}")
+        if self.quantize not in ("", *KINDS):
+            raise ValueError(f"quantize must be {' or '.join(KINDS)}, not {self.quantize!r}")
+        if self.quantize and not self.lora_rank:
+            raise ValueError("quantized weights cannot be trained: quantize needs adapters, lora_rank=16")
+        if self.lora_rank and self.init_from == "scratch":
+            raise ValueError("lora_rank needs a model to adapt: init_from must be hf:NAME or a checkpoint")
 
 
 @dataclass
@@ -108,10 +120,13 @@ class Trainer:
     config: Config
     world: World
     dataset: Dataset
-    forward: Any  # the model, wrapped and compiled: (idx, targets) -> loss
+    train: Any  # its batches: `data.Windows` or `data.Conversations`
+    val: Any
+    forward: Any  # the model, wrapped and compiled: (idx, targets, loss_reduction) -> loss
     autocast: AbstractContextManager  # for forward
     progress: Progress
     log: Log | None = None  # of the main process
+    n_tokens: int = 0  # trained on so far, by all processes
 
 
 def lr_at(config: Config, step: int) -> float:
@@ -127,30 +142,30 @@ def lr_at(config: Config, step: int) -> float:
 
 
 def forward_backward(trainer: Trainer, state: State) -> Tensor:
-    """Accumulate the mean gradient over all processes. Return this process's part of the mean loss."""
-    config, world, T = trainer.config, trainer.world, state.sequence_len
-    tokens = trainer.dataset.train
-    shape = (config.gradient_accumulation_steps, config.batch_size)
-    starts, seeds = data.draw_batches(config.seed, state.step, len(tokens), T, shape)
-    mine = range(world.rank, config.gradient_accumulation_steps, world.size)
+    """Accumulate the gradient of the mean loss over all trained tokens. Return this process's part of it."""
+    config, world, train = trainer.config, trainer.world, trainer.train
+    n = config.gradient_accumulation_steps
+    batches, seeds = train.draw(config.seed, state.step, n, config.batch_size)
+    n_targets = sum(map(train.n_targets, batches))  # of all processes
+    trainer.n_tokens += sum(map(train.n_tokens, batches))
+    mine = range(world.rank, n, world.size)
     loss_sum = torch.zeros((), device=world.device)
     for i in mine:
         torch.manual_seed(int(seeds[i]))  # dropout
-        x, y = data.get_batch(tokens, starts[i], T, world.device)  # (B, T), (B, T)
+        x, y = train.get(batches[i], world.device)  # (B, T), (B, T)
         with parallel.gradient_sync(trainer.forward, last=i == mine[-1]):
             with trainer.autocast:
-                loss = trainer.forward(x, y) / len(mine)
-            loss.backward()
-        loss_sum += loss.detach() / world.size
+                loss = trainer.forward(x, y, loss_reduction="sum") / n_targets
+            (loss * world.size).backward()  # the gradients of the processes are averaged
+        loss_sum += loss.detach()
     return loss_sum
 
 
 @torch.no_grad()
 def evaluate(trainer: Trainer, state: State, received: Callable[[], int]) -> dict[str, float]:
-    """Return the validation loss over windows spread evenly over the split; nothing if a signal comes."""
-    config, world, T = trainer.config, trainer.world, state.sequence_len
-    tokens = trainer.dataset.val
-    batches = data.eval_batches(len(tokens), T, config.batch_size, config.eval_iters)
+    """Return the validation loss, over batches spread evenly over the split; nothing if a signal comes."""
+    config, world, val = trainer.config, trainer.world, trainer.val
+    batches = val.spread(config.eval_iters, config.batch_size)
     rounds = math.ceil(len(batches) / world.size)
     total = 0.0
     state.model.eval()
@@ -159,22 +174,20 @@ def evaluate(trainer: Trainer, state: State, received: Callable[[], int]) -> dic
         if received():
             return {}
         batch = batches[min(i, len(batches) - 1)]  # FSDP needs all processes: the last batch may come twice
-        x, y = data.get_batch(tokens, batch, T, world.device)
+        x, y = val.get(batch, world.device)
         with trainer.autocast:
-            loss = trainer.forward(x, y).item()
+            loss = trainer.forward(x, y, loss_reduction="sum").item()
         if i < len(batches):  # and counts once
-            total += loss * len(batch)
+            total += loss
     state.model.train()
-    val_loss = world.all_reduce(total) / sum(map(len, batches))
+    val_loss = world.all_reduce(total) / sum(map(val.n_targets, batches))
     return {"val_loss": val_loss, "val_bpb": val_loss / math.log(2) / trainer.dataset.bytes_per_token}
 
 
 def loop(trainer: Trainer, state: State) -> None:
     """Train until max_iters, or until a signal: then exit with its status."""
     config, world, log, progress = trainer.config, trainer.world, trainer.log, trainer.progress
-    tokens_per_step = config.gradient_accumulation_steps * config.batch_size * state.sequence_len
-    flops_per_step = tokens_per_step * flops_per_token(state.model, state.sequence_len)
-    clock = Clock(state.step, tokens_per_step, flops_per_step, world)
+    clock = Clock(flops_per_token(state.model, state.sequence_len), world)
     finite = torch.ones((), dtype=torch.bool, device=world.device)  # whether all gradients so far were
     with parallel.catch_signals(world) as received:
         while True:
@@ -216,7 +229,7 @@ def loop(trainer: Trainer, state: State) -> None:
             if evaluates or step % config.log_interval == 0:
                 record["loss"] = world.all_reduce(loss.item())  # waits for the device
                 run.check_finite(config, step, finite, record["loss"])
-                record |= clock.speed(state.step)
+                record |= clock.speed(trainer.n_tokens)
                 record |= {"grad_norm": norm.item(), "lr": config.learning_rate * factor}
                 if log:
                     log.write(record)
@@ -235,22 +248,26 @@ def train(config: Config, world: World) -> None:
     """Begin, train, and show what came out."""
     state, dataset = run.begin(config, world)
     dataset.check(state.sequence_len, state.model.config.vocab_size)
-    state.model.loss = chunked_cross_entropy  # takes less memory
+    train, val = (dataset.batches(split, state.sequence_len) for split in ("train", "val"))
+    state.model.loss = masked_cross_entropy if dataset.rows else chunked_cross_entropy  # takes less memory
+    # LoRA needs no autocast: its frozen weights are in config.dtype, and activations follow
+    dtype = "float32" if config.lora_rank else config.dtype
     state.model, forward = parallel.wrap_model(
         state.model.train(),
         world,
         shard=config.shard,
         activation_checkpointing=config.activation_checkpointing,
         compile=config.compile,
-        dtype=config.dtype,
+        dtype=dtype,
     )
-    autocast = make_autocast(config.dtype, world.device)
+    autocast = make_autocast(dtype, world.device)
     progress = Progress(state.step, config.max_iters, world.is_main, config.compile)
-    trainer = Trainer(config, world, dataset, forward, autocast, progress)
+    trainer = Trainer(config, world, dataset, train, val, forward, autocast, progress)
+    n = config.gradient_accumulation_steps * config.batch_size
+    n_params = sum(p.numel() for p in state.model.parameters() if p.requires_grad)
     world.print(
-        f"{state.model.num_params() / 1e6:.2f}M parameters on {world}, "
-        f"{config.gradient_accumulation_steps * config.batch_size * state.sequence_len:,} tokens a step, "
-        f"{len(dataset.train):,} to train on (tokenizer: {state.tokenizer.name}), "
+        f"{n_params / 1e6:.2f}M {'new ' if config.lora_rank else ''}parameters on {world}, "
+        f"{train.describe_steps(n)} (tokenizer: {state.tokenizer.name}), "
         f"writing to {'nothing' if config.eval_only else config.out_dir}"
     )
     if config.eval_only:
@@ -265,12 +282,14 @@ def train(config: Config, world: World) -> None:
         progress.close()
     if trainer.log:
         trainer.log.plot()
-        run.print_sample(config, state)
+        run.print_sample(config, state, val)
 
 
 def main() -> None:
     config = configurator.parse(Config)
-    if not config.activation_checkpointing:  # which is there to save memory
+    if config.activation_checkpointing or config.quantize:  # both are there to save memory
+        map_large_tensors()
+    else:
         keep_freed_memory()
     world = parallel.join(config.device, config.shard)
     try:

@@ -76,6 +76,16 @@ def keep_freed_memory() -> None:
             libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: keep as much unused memory at the heap's end
 
 
+def map_large_tensors() -> None:
+    """Make glibc serve allocations from 1 MB on by mmap: freed ones go back to the kernel at once.
+
+    Otherwise glibc raises that threshold, and freed memory stays between tensors that live.
+    """
+    if sys.platform == "linux":
+        with suppress(AttributeError):  # musl has no mallopt
+            ctypes.CDLL(None).mallopt(-3, 2**20)  # M_MMAP_THRESHOLD
+
+
 def return_freed_memory() -> None:
     """Make glibc return freed memory to the kernel, also if it lies between tensors that stay."""
     if sys.platform == "linux":

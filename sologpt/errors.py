@@ -14,7 +14,8 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import NoReturn
+from pathlib import Path
+from typing import BinaryIO, NoReturn
 
 
 class UserError(ValueError):
@@ -82,3 +83,18 @@ def writing(path: str | os.PathLike) -> Iterator[None]:
     except (OSError, RuntimeError) as e:
         reason = getattr(e, "strerror", None) or one_line(e)
         raise RunError(f"cannot write {os.fspath(path)}: {reason}") from e
+
+
+@contextmanager
+def replacing(path: str | os.PathLike) -> Iterator[BinaryIO]:
+    """A file to write, which takes the place of path when it is whole. RunError if it cannot be written."""
+    temporary = f"{os.fspath(path)}.tmp"
+    with writing(path):
+        try:
+            with open(temporary, "wb") as f:
+                yield f
+                f.flush()
+                os.fsync(f.fileno())
+            os.replace(temporary, path)
+        finally:
+            Path(temporary).unlink(missing_ok=True)  # it is still there if something failed

@@ -28,18 +28,31 @@ SHORT_NAMES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl", "distilgpt2")  # 
 
 
 def load_model(
-    source: Path | str, device: Device = None, dtype: Dtype = None, quantize: str | None = None
+    source: Path | str,
+    device: Device = None,
+    dtype: Dtype = None,
+    quantize: str | None = None,
+    adapter: Path | str | None = None,
 ) -> tuple[GPT, Tokenizer, dict[str, Any]]:
     """Return the model in eval mode, its tokenizer, and a dict of what else is known about it.
 
     source: a checkpoint file, an out_dir (see `find_checkpoint`), "hf:NAME_OR_DIR" or "gguf:FILE".
     device: None is the CPU; for "auto" see `pick_device`. dtype: None keeps that of the weights.
     quantize: "int8" or "int4", for inference on the CPU (see sologpt/quantize.py).
+    adapter: the folder of an adapter in PEFT's format, which is merged into the model (see sologpt/peft.py).
     The dict holds "source", the file or name that was read, and what else is in a checkpoint: "step", ...
 
     OSError for a file that is missing or unreadable, UserError for a bad source or device, ImportError for a
     missing extra, RunError for a checkpoint that is damaged or has no tokenizer.
     """
+    if adapter:
+        from sologpt.peft import load_adapter  # not at the top: it imports this module
+
+        model, tokenizer, about = load_model(source, device, dtype)
+        load_adapter(model, adapter)
+        if quantize:
+            sologpt.quantize.quantize(model, quantize)
+        return model, tokenizer, about | {"adapter": str(adapter)}
     device = None if device is None else pick_device(device)
     if str(source) in SHORT_NAMES and not Path(source).exists():
         source = f"hf:{source}"
@@ -125,6 +138,9 @@ def load_checkpoint(
     if os.path.isdir(path):
         raise UserError(f"{path} is a folder: {path}/best.pt?")
     checkpoint = read_checkpoint(path)
+    if "adapters" in checkpoint:
+        hint = "best.pt is the whole model, and --init_from=resume needs the same lora_rank"
+        raise UserError(f"{path} holds the adapters of a LoRA run without their base: {hint}")
     if not {"config", "model"} <= checkpoint.keys():
         raise RunError(f"{path} has no config or no model. Is it a plain state_dict? Use model.save(PATH)")
     values = checkpoint["config"]

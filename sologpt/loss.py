@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gpt import GPT, cross_entropy, in_float32
+from sologpt.quantize import QuantizedLinear, WidenedLinear, quantized_linear_backward
 
 LOGITS_PER_CHUNK = 2**24  # logits computed at a time, unless that takes too many chunks
 MAX_CHUNKS = 16  # each chunk reads and writes the whole gradient of the head
@@ -23,8 +24,11 @@ def chunked_cross_entropy(model: GPT, x: Tensor, targets: Tensor, reduction: str
     """`gpt.cross_entropy`, a chunk of rows at a time: the logits of all rows never exist at once."""
     if reduction == "mean":
         return chunked_cross_entropy(model, x, targets, "sum") / (targets != -1).sum().clamp(min=1)
-    wants_grad = torch.is_grad_enabled() and (x.requires_grad or model.head_weight.requires_grad)
+    trains_head = any(p.requires_grad for p in (model.lm_head or model.wte).parameters())
+    wants_grad = torch.is_grad_enabled() and (x.requires_grad or trains_head)
     if reduction == "sum" and wants_grad:
+        if not trains_head:
+            return frozen_cross_entropy(model, x, targets)
         return SumCrossEntropy.apply(x, model.head_weight, targets, model.config.softcap)
     rows = rows_per_chunk(len(x), model.config.vocab_size)
     chunks = zip(x.split(rows), targets.split(rows), strict=True)  # (R, C), (R,)
@@ -41,37 +45,41 @@ def masked_cross_entropy(model: GPT, x: Tensor, targets: Tensor, reduction: str)
     return chunked_cross_entropy(model, x[counted], targets[counted], reduction)
 
 
+def softmax_backward(logits: Tensor, targets: Tensor, softcap: float) -> tuple[Tensor, Tensor]:
+    """Losses (R,) of a head's products z (R, V), before the softcap, and their gradients (R, V).
+
+    s = cap * tanh(z / cap), ds/dz = 1 - (s / cap)^2, and dloss/ds = softmax(s) - onehot(target).
+    """
+    if softcap:
+        logits = torch.tanh(logits / softcap) * softcap
+    logp = logits.log_softmax(dim=-1)
+    losses = F.nll_loss(logp, targets, ignore_index=-1, reduction="none")  # (R,)
+    d = logp.exp_()  # (R, V)
+    d.scatter_add_(1, targets.clamp(min=0)[:, None], d.new_full((len(d), 1), -1))
+    d.mul_((targets != -1)[:, None])
+    if softcap:
+        d = torch.addcmul(d, d, logits.div_(softcap).square_(), value=-1)
+    return losses, d
+
+
 class SumCrossEntropy(torch.autograd.Function):
     """Summed cross entropy of hidden states x (N, C) with a head (V, C) for targets (N,), with -1 ignored.
 
     The logits (N, V) and their gradient would be the largest tensors of training, so the forward pass
-    computes both a chunk of rows at a time: s = cap * tanh(z / cap), ds/dz = 1 - (s / cap)^2, and
-    dloss/ds = softmax(s) - onehot(target). A head that is frozen gets no gradient.
+    computes both a chunk of rows at a time.
     """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, head: Tensor, targets: Tensor, softcap: float) -> Tensor:
-        dx = torch.empty_like(x)
-        dhead = torch.zeros_like(head) if ctx.needs_input_grad[1] else None
+        dx, dhead = torch.empty_like(x), torch.zeros_like(head)
         losses = in_float32(x.new_empty(len(x)))  # (N,)
-        counted = (targets != -1)[:, None]  # (N, 1)
         rows = rows_per_chunk(len(x), len(head))
         for i in range(0, len(x), rows):
             chunk = x[i : i + rows]  # (R, C)
-            target = targets[i : i + rows]  # (R,)
             logits = in_float32(F.linear(chunk, head))  # (R, C) @ (C, V) -> (R, V)
-            if softcap:
-                logits = torch.tanh(logits / softcap) * softcap
-            logp = logits.log_softmax(dim=-1)
-            losses[i : i + rows] = F.nll_loss(logp, target, ignore_index=-1, reduction="none")  # (R,)
-            d = logp.exp_()  # (R, V)
-            d.scatter_add_(1, target.clamp(min=0)[:, None], d.new_full((len(d), 1), -1))
-            d.mul_(counted[i : i + rows])
-            if softcap:
-                d = torch.addcmul(d, d, logits.div_(softcap).square_(), value=-1)
+            losses[i : i + rows], d = softmax_backward(logits, targets[i : i + rows], softcap)
             dx[i : i + rows] = d.to(x.dtype) @ head  # (R, V) @ (V, C) -> (R, C)
-            if dhead is not None:
-                dhead += d.to(x.dtype).mT @ chunk  # (V, R) @ (R, C) -> (V, C)
+            dhead += d.to(x.dtype).mT @ chunk  # (V, R) @ (R, C) -> (V, C)
         ctx.save_for_backward(dx, dhead)
         return losses.sum()
 
@@ -80,4 +88,42 @@ class SumCrossEntropy(torch.autograd.Function):
         if torch.is_grad_enabled():
             raise RuntimeError("the loss has no second derivative: it cannot be used with create_graph=True")
         dx, dhead = ctx.saved_tensors
-        return dx * grad, None if dhead is None else dhead * grad, None, None
+        return dx * grad, dhead * grad, None, None
+
+
+class FrozenCrossEntropy(torch.autograd.Function):
+    """`SumCrossEntropy` with the model's head, which is frozen, and may be quantized: for LoRA."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, model: GPT, targets: Tensor) -> Tensor:
+        head: Any = model.lm_head or model.wte
+        dx = torch.empty_like(x)
+        losses = in_float32(x.new_empty(len(x)))  # (N,)
+        rows = rows_per_chunk(len(x), model.config.vocab_size)
+        for i in range(0, len(x), rows):
+            chunk = x[i : i + rows]  # (R, C)
+            logits = F.linear(chunk, head.weight) if model.lm_head is None else head(chunk)  # (R, V)
+            losses[i : i + rows], d = softmax_backward(
+                in_float32(logits), targets[i : i + rows], model.config.softcap
+            )
+            d = d.to(x.dtype)
+            if isinstance(head, QuantizedLinear):
+                dx[i : i + rows] = quantized_linear_backward(d, x.size(1), head.q, head.scale)
+            elif isinstance(head, WidenedLinear):
+                dx[i : i + rows] = quantized_linear_backward(d, x.size(1), head.weight)
+            else:
+                dx[i : i + rows] = d @ head.weight  # (R, V) @ (V, C) -> (R, C)
+        ctx.save_for_backward(dx)
+        return losses.sum()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        if torch.is_grad_enabled():
+            raise RuntimeError("the loss has no second derivative: it cannot be used with create_graph=True")
+        (dx,) = ctx.saved_tensors
+        return dx * grad, None, None
+
+
+@torch.compiler.disable  # torch.compile takes no model as an argument of an autograd.Function
+def frozen_cross_entropy(model: GPT, x: Tensor, targets: Tensor) -> Tensor:
+    return FrozenCrossEntropy.apply(x, model, targets)

@@ -41,8 +41,9 @@ def configure_optimizers(
     """
     if optimizer not in ("muon", "adamw"):
         raise ValueError(f"optimizer must be muon or adamw, not {optimizer!r}")
-    tables = {model.wte.weight: embd_lr}
-    tables[model.head_weight] = head_lr  # a tied embedding is the same tensor: it gets this rate
+    tables: dict[nn.Parameter, float] = {model.wte.weight: embd_lr}
+    for p in (model.lm_head or model.wte).parameters():  # none in a quantized head
+        tables[p] = head_lr  # a tied embedding is the same tensor: it gets this rate
     if model.wpe is not None:
         tables[model.wpe.weight] = tables[model.wte.weight]
     matrices, vectors = [], []

@@ -175,16 +175,22 @@ def wrap_model(
         # Autocast would keep a bfloat16 copy of every gathered weight until the backward pass. So FSDP
         # gathers the weights of a block in bfloat16. The residual stream, embedding, head and gradients stay
         # in float32.
-        gathered = autocast_dtype(dtype, world.device)
+        gathered: Any = autocast_dtype(dtype, world.device)
+        if gathered == torch.float32:
+            gathered = None  # each weight in its own dtype: LoRA's frozen ones may be in bfloat16
         policy = MixedPrecisionPolicy(gathered, torch.float32, cast_forward_inputs=False)
         for block in model.h:
             fully_shard(block, mesh=mesh, mp_policy=policy)
         fully_shard(model, mesh=mesh)
-    else:
+    elif model.device != world.device:  # a quantized model cannot be moved
         model = model.to(world.device)
     forward: Any = model
     if world.size > 1 and not shard:
-        forward = torch.nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
+        forward = torch.nn.parallel.DistributedDataParallel(
+            model,
+            broadcast_buffers=False,  # quantized weights, which stay the same
+            gradient_as_bucket_view=True,
+        )
     if compile:
         compile_rotate()
         forward = torch.compile(forward)

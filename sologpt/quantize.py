@@ -40,8 +40,10 @@ class InferenceOnly(nn.Module):
 class InferenceEmbedding(InferenceOnly, nn.Embedding):
     """The embedding, unchanged. As the model's first module, it refuses before anything has changed."""
 
+    has_adapters = False  # those of lora.py are trained, and quantized weights pass gradients on to them
+
     def forward(self, idx: Tensor) -> Tensor:
-        if self.training and torch.is_grad_enabled():
+        if self.training and torch.is_grad_enabled() and not self.has_adapters:
             raise RuntimeError("a packed or quantized model cannot be trained: load it anew, or call eval()")
         return self.look_up(idx)
 
@@ -120,16 +122,17 @@ class WidenedLinear(nn.Linear):
         self.is_native = False
 
     def forward(self, x: Tensor) -> Tensor:
-        is_trained = torch.is_grad_enabled() and (x.requires_grad or self.weight.requires_grad)
+        is_trained = torch.is_grad_enabled() and self.weight.requires_grad
         if is_trained or x.device.type != "cpu":
             return super().forward(x)
-        rows = in_float32(x).reshape(-1, self.in_features).contiguous()  # (M, K)
-        if self.is_native and len(rows) <= NATIVE_ROWS.get(rows.dtype, 0):
-            y = torch.ops.sologpt.linear(rows, [self.weight])  # (M, N)
+        rows = x.reshape(-1, self.in_features).contiguous()  # (M, K)
+        if torch.is_grad_enabled() and x.requires_grad:
+            y = frozen_linear(rows, self.weight)  # (M, N)
+        elif self.is_native and len(rows) <= NATIVE_ROWS[torch.float32]:
+            y = torch.ops.sologpt.linear(in_float32(rows), [self.weight]).to(x.dtype)
         else:
-            chunks = row_chunks(*self.weight.shape)
-            y = torch.cat([rows @ widen(self.weight[chunk], rows.dtype).T for chunk in chunks], 1)
-        y = y.to(x.dtype).view(*x.shape[:-1], self.out_features)
+            y = quantized_linear(rows, self.weight)
+        y = y.view(*x.shape[:-1], self.out_features)
         return y if self.bias is None else y + self.bias
 
 
@@ -273,7 +276,9 @@ class QuantizedLinear(InferenceOnly):
 
     def forward(self, x: Tensor) -> Tensor:
         rows = x.to(self.scale.dtype).reshape(-1, self.in_features).contiguous()  # (M, K)
-        if self.is_native and len(rows) <= NATIVE_ROWS[self.q.dtype]:
+        if torch.is_grad_enabled() and x.requires_grad:
+            y = frozen_linear(rows, self.q, self.scale)
+        elif self.is_native and len(rows) <= NATIVE_ROWS[self.q.dtype]:
             y = torch.ops.sologpt.linear(rows.float(), [self.q, self.scale]).to(rows.dtype)
         else:
             y = quantized_linear(rows, self.q, self.scale)
@@ -288,7 +293,12 @@ class Int8Linear(QuantizedLinear):
     @property
     def weight(self) -> Tensor:
         """The dequantized weight, (N, K)."""
-        return (in_float32(self.q) * in_float32(self.scale)[:, None]).to(self.scale.dtype)
+        dtype = torch.promote_types(self.scale.dtype, torch.float32)
+        chunks = [
+            (widen(self.q[rows], dtype) * self.scale[rows, None]).to(self.scale.dtype)
+            for rows in row_chunks(*self.q.shape)
+        ]
+        return torch.cat(chunks)
 
 
 class Int8Embedding(InferenceEmbedding):
@@ -409,15 +419,51 @@ def widen_int4(packed: Tensor, scale_zero: Tensor) -> Tensor:
     return torch.addcmul(zero, weights, scale, out=weights).flatten(1)  # (N, K)
 
 
-def quantized_linear(x: Tensor, q: Tensor, scale: Tensor) -> Tensor:
-    """x (M, K) times an int8 weight (N, K) or an int4 one (N, K/2): (M, N)."""
+def quantized_linear(x: Tensor, q: Tensor, scale: Tensor | None = None) -> Tensor:
+    """x (M, K) times an int8 weight (N, K), an int4 one (N, K/2), or without a scale a plain one: (M, N)."""
     M, K = x.shape
     dtype = product_dtype(x.dtype)
     wide, chunks = x.to(dtype), row_chunks(len(q), K)
-    if q.dtype == torch.uint8:
+    if scale is None:
+        parts = [wide @ widen(q[rows], dtype).T for rows in chunks]
+    elif q.dtype == torch.uint8:
         parts = [wide @ widen_int4(q[rows], scale[rows].to(dtype)).T for rows in chunks]
     elif M <= INT8_ROWS and x.dtype == torch.bfloat16:
         return torch.ops.aten._weight_int8pack_mm(x, q, scale)
     else:
         parts = [wide @ widen(q[rows], dtype).T * scale[rows] for rows in chunks]
     return torch.cat(parts, 1).to(x.dtype)
+
+
+def quantized_linear_backward(grad: Tensor, K: int, q: Tensor, scale: Tensor | None = None) -> Tensor:
+    """The gradient (M, K) of x in `quantized_linear`, for that of the product, (M, N)."""
+    dtype = product_dtype(grad.dtype)
+    wide, dx = grad.to(dtype), grad.new_zeros(len(grad), K, dtype=torch.promote_types(dtype, torch.float32))
+    for rows in row_chunks(len(q), K):
+        if scale is None:
+            dx += wide[:, rows] @ widen(q[rows], dtype)  # (M, n) @ (n, K)
+        elif q.dtype == torch.uint8:
+            dx += wide[:, rows] @ widen_int4(q[rows], scale[rows].to(dtype))
+        else:
+            dx += (wide[:, rows] * scale[rows].to(dtype)) @ widen(q[rows], dtype)
+    return dx.to(grad.dtype)
+
+
+class FrozenLinear(torch.autograd.Function):
+    """`quantized_linear` with a gradient for x alone. The backward pass widens the weight anew."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, q: Tensor, scale: Tensor | None) -> Tensor:
+        ctx.save_for_backward(q, scale)
+        ctx.K = x.size(1)
+        return quantized_linear(x, q, scale)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        return quantized_linear_backward(grad, ctx.K, *ctx.saved_tensors), None, None
+
+
+@torch.compiler.disable  # one buffer for all chunks is not what torch.compile would make of it
+def frozen_linear(x: Tensor, q: Tensor, scale: Tensor | None = None) -> Tensor:
+    """`quantized_linear`, differentiable by x."""
+    return cast(Tensor, FrozenLinear.apply(x, q, scale))

@@ -10,28 +10,32 @@ import re
 import secrets
 import shlex
 import sys
+import zlib
 from collections.abc import Iterable
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import IO, Any
 
 import torch
 
 from gpt import GPT, GPTConfig
-from sologpt import data, parallel
+from sologpt import data, lora, parallel, peft
 from sologpt.data import Dataset
 from sologpt.device import autocast_dtype
-from sologpt.errors import RunError, UserError, writing
-from sologpt.load import find_checkpoint, load_checkpoint, load_model, make_config
+from sologpt.errors import RunError, UserError, replacing, writing
+from sologpt.load import find_checkpoint, load_model, make_config, read_checkpoint
 from sologpt.log import Log
 from sologpt.optim import configure_optimizers
 from sologpt.parallel import World
 from sologpt.stream import stream_text
 from sologpt.tokenizer import Tokenizer
 
-WRITTEN = ("ckpt.pt", "best.pt", "metrics.jsonl", "loss.png", "tensorboard")  # by a run, besides ckpt_STEP.pt
+# By a run, besides ckpt_STEP.pt
+WRITTEN = ("ckpt.pt", "best.pt", "adapter", "metrics.jsonl", "loss.png", "tensorboard")
 SAVED = {"step": int, "best": float, "id": str, "optimizers": list, "train_config": dict}  # in ckpt.pt
+ADAPTED = {"adapters": dict, "base": int, "config": dict, "tokenizer": dict}  # there, of a LoRA run
+FIXED = ("optimizer", "lora_rank", "lora_alpha", "lora_targets", "quantize")  # cannot be changed by resuming
 
 
 @dataclass
@@ -47,6 +51,7 @@ class State:
     id: str = field(default_factory=lambda: secrets.token_hex(4))  # for the logging services
     optimizers: list[torch.optim.Optimizer] = field(default_factory=list)
     loaded: list[dict[str, Any]] | None = None  # the optimizers' states in a checkpoint; None in a new run
+    base: int = 0  # `fingerprint` of the model that LoRA adapts
 
 
 def settings(config: Any) -> dict[str, Any]:
@@ -70,7 +75,7 @@ def begin(config: Any, world: World) -> tuple[State, Dataset]:
 
 
 def from_scratch(config: Any, world: World) -> tuple[State, Dataset]:
-    dataset = data.open_dataset(config.dataset, config.tokenizer, world)
+    dataset = data.open_dataset(config.dataset, config.tokenizer, config.model["sequence_len"], world)
     shape = make_config(config.model | {"vocab_size": config.vocab_size or dataset.tokenizer.vocab_size})
     check_memory(shape, config.batch_size * shape.sequence_len)
     torch.manual_seed(config.seed)
@@ -79,32 +84,65 @@ def from_scratch(config: Any, world: World) -> tuple[State, Dataset]:
 
 def finetune(config: Any, world: World) -> tuple[State, Dataset]:
     """Begin with the weights, the shape and the tokenizer of a checkpoint or an open model."""
-    # float32, since bfloat16 would lose small updates
-    model, tokenizer, _ = load_model(config.init_from, dtype=torch.float32)
+    model, tokenizer = load_to_train(config, config.init_from, world)
     given = config.model.given
     sequence_len = min(given.get("sequence_len", GPTConfig.sequence_len), model.config.sequence_len)
     dropout = given.get("dropout", GPTConfig.dropout)  # of this run, not of the one before
     shape = asdict(model.config) | {"sequence_len": sequence_len, "dropout": dropout}
     check_shape(config, shape, config.init_from)
-    dataset = data.open_dataset(config.dataset, tokenizer.to_dict(), world)
+    dataset = data.open_dataset(config.dataset, tokenizer.to_dict(), sequence_len, world)
+    set_dropout(model, dropout)
+    if dataset.rows:
+        tokenizer = dataset.tokenizer  # it has the chat template, and the token that ends an answer
+    base = fingerprint(model) if config.lora_rank else 0
+    return State(model, tokenizer, sequence_len, config.init_from, base=base), dataset
+
+
+def load_to_train(config: Any, source: str, world: World) -> tuple[GPT, Tokenizer]:
+    """Return a model in float32 and its tokenizer. With LoRA, it is frozen, in config.dtype or quantized."""
+    if not config.lora_rank:
+        model, tokenizer, _ = load_model(source, dtype=torch.float32)  # bfloat16 would lose small updates
+        return model, tokenizer
+    if config.quantize and world.device.type != "cpu":
+        raise UserError(f"quantize={config.quantize} is for the CPU, not for {world.device}: --device=cpu")
+    dtype = autocast_dtype(config.dtype, world.device)
+    model, tokenizer, about = load_model(source, dtype=dtype, quantize=config.quantize or None)
+    if Path(about["source"]).resolve().parent == Path(config.out_dir).resolve():
+        what = f"{about['source']} would be moved, but to resume takes it again"
+        raise UserError(f"{what}: choose another --out_dir than {config.out_dir}")
+    torch.manual_seed(config.seed)
+    lora.attach(model, config.lora_rank, config.lora_alpha, config.lora_targets)
+    return model, tokenizer
+
+
+def set_dropout(model: GPT, dropout: float) -> None:
     model.config.dropout = dropout
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = dropout
-    return State(model, tokenizer, sequence_len, config.init_from), dataset
+
+
+def fingerprint(model: GPT) -> int:
+    """Return a checksum of the first numbers of each frozen tensor, which does not depend on their dtype."""
+    crc = 0
+    for x in (*model.parameters(), *model.buffers()):
+        if not x.requires_grad:
+            crc = zlib.crc32(x.flatten()[:4096].bfloat16().view(torch.uint8).numpy().data, crc)
+    return crc
 
 
 def resume(config: Any, world: World) -> tuple[State, Dataset]:
     """Go on with the state in out_dir/ckpt.pt. Another schedule, batch or dataset is allowed, and printed."""
     path = Path(config.out_dir) / "ckpt.pt"
-    model, tokenizer, saved = load_model(path, dtype=torch.float32)
-    check_saved(path, saved)
+    if config.lora_rank:
+        model, tokenizer, saved = load_adapted(config, path, world)
+    else:
+        model, tokenizer, saved = load_model(path, dtype=torch.float32)
+        check_saved(path, saved)
+        check_fixed(config, path, saved)
     before = saved["train_config"]
     check_shape(config, asdict(model.config) | {"sequence_len": before["sequence_len"]}, str(path))
-    asked = config.optimizer
-    if before.get("optimizer", asked) != asked:
-        raise UserError(f"{path} was not trained with optimizer={asked}; to fine-tune: --init_from={path}")
-    dataset = data.open_dataset(config.dataset, tokenizer.to_dict(), world)
+    dataset = data.open_dataset(config.dataset, tokenizer.to_dict(), before["sequence_len"], world)
     line = f"resumed at step {saved['step']}"
     for key, value in settings(config).items():
         if value != before.get(key, value):
@@ -112,8 +150,35 @@ def resume(config: Any, world: World) -> tuple[State, Dataset]:
     world.print(line)
     progress = {key: saved[key] for key in ("step", "best", "id")}
     state = State(model, tokenizer, before["sequence_len"], before["init_from"], **progress)
-    state.loaded = saved["optimizers"]
+    state.loaded, state.base = saved["optimizers"], saved.get("base", 0)
     return state, dataset
+
+
+def load_adapted(config: Any, path: Path, world: World) -> tuple[GPT, Tokenizer, dict[str, Any]]:
+    """Return the model of a LoRA run, its tokenizer, and what else is in ckpt.pt. Its base is loaded anew."""
+    saved = read_checkpoint(path)
+    check_saved(path, saved)
+    check_fixed(config, path, saved)
+    source, shape = saved["train_config"]["init_from"], make_config(saved["config"])
+    model, _ = load_to_train(config, source, world)
+    if replace(model.config, dropout=shape.dropout) != shape or fingerprint(model) != saved["base"]:
+        raise UserError(f"{source} is not the model that it was when {path} was trained on it")
+    set_dropout(model, shape.dropout)
+    lora.load_adapter_state(model, saved["adapters"])
+    try:
+        return model, Tokenizer.from_dict(saved["tokenizer"]), saved
+    except ValueError as e:
+        raise RunError(f"{path} is damaged: its tokenizer cannot be read") from e
+
+
+def check_fixed(config: Any, path: Path, saved: dict[str, Any]) -> None:
+    """UserError if a run is resumed with other parameters to train, or another optimizer."""
+    before = {"lora_rank": 0} | saved["train_config"]
+    for key in FIXED:
+        asked = getattr(config, key)
+        if before.get(key, asked) != asked:
+            model = path.with_name("best.pt") if "adapters" in saved else path
+            raise UserError(f"{path} was not trained with {key}={asked}; to fine-tune: --init_from={model}")
 
 
 def check_shape(config: Any, shape: dict[str, Any], source: str) -> None:
@@ -170,6 +235,8 @@ def save(config: Any, world: World, state: State, record: dict[str, Any]) -> Non
     if record.get("val_loss", math.inf) < state.best and state.step > 0:
         state.best = record["val_loss"]
         write(config, world, state, "best.pt", val_loss=record["val_loss"], val_bpb=record["val_bpb"])
+        if config.lora_rank:
+            write_adapter(config, world, state)
     names = ["ckpt.pt"]
     if config.keep_checkpoints:
         names.append(f"ckpt_{state.step:08d}.pt")
@@ -181,16 +248,40 @@ def save(config: Any, world: World, state: State, record: dict[str, Any]) -> Non
 
 
 def write(config: Any, world: World, state: State, name: str, **extra: Any) -> None:
-    """Write the model to out_dir/name, with extra beside it. All processes must call this."""
+    """Write the model to out_dir/name, with extra beside it. All processes must call this.
+
+    A LoRA run's best.pt is the merged model. Its other checkpoints hold the adapters alone.
+    """
     extra = parallel.gather_state(extra, world.is_main)
-    model = parallel.gather_model(state.model, world) if config.shard else state.model
+    model: GPT | None = state.model
+    if config.lora_rank and name != "best.pt":
+        model, extra["adapters"] = None, lora.adapter_state(state.model)
+    elif config.lora_rank:
+        model = lora.merged(state.model, keep=world.is_main)
+    elif config.shard:
+        model = parallel.gather_model(state.model, world)
     if world.is_main:
         train_config = settings(config) | asdict(state.model.config)
         train_config |= {"sequence_len": state.sequence_len, "init_from": state.init_from}
         extra |= {"tokenizer": state.tokenizer.to_dict(), "step": state.step, "train_config": train_config}
         path = Path(config.out_dir) / name
-        with writing(path):
-            model.save(path, **extra)
+        if model is None:
+            with replacing(path) as f:
+                torch.save({"config": asdict(state.model.config), "base": state.base, **extra}, f)
+        else:
+            with writing(path):
+                model.save(path, **extra)
+
+
+def write_adapter(config: Any, world: World, state: State) -> None:
+    """Write out_dir/adapter, unless transformers has no such model or the extra 'hf' is missing.
+
+    All processes must call this.
+    """
+    with suppress(UserError, ImportError):
+        files = peft.to_peft(state.model, state.init_from.removeprefix("hf:"))
+        if world.is_main:
+            peft.write_peft(Path(config.out_dir) / "adapter", *files)
 
 
 def check_finite(config: Any, step: int, finite: torch.Tensor, loss: float = 0.0) -> None:
@@ -217,18 +308,19 @@ def holds_state(out_dir: Path, settings: dict[str, Any]) -> bool:
     path = out_dir / "ckpt.pt"
     if not path.exists():
         return False
-    saved = load_checkpoint(path)[1]
+    saved = read_checkpoint(path)
     check_saved(path, saved)
     return all(saved["train_config"].get(key) == value for key, value in settings.items())
 
 
 def check_saved(path: Path, saved: dict[str, Any]) -> None:
     """RunError if a checkpoint holds no state to resume from, or values that no run writes."""
-    if not SAVED.keys() <= saved.keys():
+    kinds = SAVED | ADAPTED if "adapters" in saved else SAVED
+    if not kinds.keys() <= saved.keys():
         raise RunError(f"{path} holds no state to resume from; to fine-tune its weights: --init_from={path}")
     before = saved["train_config"]
     if (
-        any(type(saved[key]) is not kind for key, kind in SAVED.items())
+        any(type(saved[key]) is not kind for key, kind in kinds.items())
         or type(before.get("sequence_len")) is not int
         or type(before.get("init_from")) is not str
         or before["sequence_len"] < 1
@@ -299,21 +391,30 @@ def open_log(config: Any, state: State) -> Log:
     return Log(out_dir, settings(config) | asdict(state.model.config), state.step, state.id)
 
 
-def print_sample(config: Any, state: State) -> None:
-    """Print a sample, and the command that prints others."""
+def print_sample(config: Any, state: State, val: data.Windows | data.Conversations) -> None:
+    """Print a sample, or an answer to a held-out question, and the command that prints others."""
+    prompt, shown, temperature = config.sample_prompt or [state.tokenizer.eot], config.sample_prompt, 0.8
+    flags = ["--prompt", shown] if shown.strip() and shown.isprintable() else []  # else it is hard to type
+    if isinstance(val, data.Conversations):
+        prompt, temperature, flags = val.question(0), 0.0, ["--chat", "--interactive"]
+        shown = state.tokenizer.decode(prompt)
     if config.sample_tokens and not config.shard:  # one process has only a shard of the model
-        print(f"\n{config.sample_prompt}", end="")
-        prompt = config.sample_prompt or [state.tokenizer.eot]
-        for text in stream_text(state.model, state.tokenizer, prompt, config.sample_tokens, temperature=0.8):
+        print(f"\n{shown}", end="")
+        tokens = config.sample_tokens
+        for text in stream_text(state.model, state.tokenizer, prompt, tokens, temperature=temperature):
             print(text, end="", flush=True)
         print()
     if math.isfinite(state.best):
         best = Path(config.out_dir) / "best.pt"
-        command = sample_command(best, config.sample_prompt)
+        command = sample_command(best, flags)
+        if config.lora_rank:
+            adapter = best.with_name("adapter")
+            missing = "none in PEFT's format: that needs safetensors, and an architecture of transformers"
+            print(f"\nadapter: {adapter if adapter.exists() else missing}")
         print(f"\nbest validation loss {state.best:.4f}: {best}; to sample from it:\n{command}")
 
 
-def sample_command(best: Path, prompt: str) -> str:
+def sample_command(best: Path, flags: list[str]) -> str:
     """Return the command that samples from best. It names the file only if sample.py would take another."""
     command = ["python", str(Path(sys.argv[0]).with_name("sample.py"))]
     found = None
@@ -321,6 +422,4 @@ def sample_command(best: Path, prompt: str) -> str:
         found = find_checkpoint("out").resolve()
     if found != best.resolve():
         command += ["--ckpt", str(best)]
-    if prompt.strip() and prompt.isprintable():  # else it is sample.py's own, or hard to type
-        command += ["--prompt", prompt]
-    return shlex.join(command)
+    return shlex.join(command + flags)

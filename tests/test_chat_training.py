@@ -14,9 +14,10 @@ from test_parallel import records, together
 
 import gpt
 from gpt import GPT, GPTConfig
-from sologpt import data
+from sologpt import data, gguf
 from sologpt.data import Conversations, Rows
 from sologpt.load import load_model
+from sologpt.stream import stream_text
 from sologpt.tokenizer import Tokenizer
 
 CPU = torch.device("cpu")
@@ -326,3 +327,62 @@ def test_damaged_rows_are_an_error(questions, tmp_path, damage):
         starts.tofile(rows)
     with pytest.raises(ValueError, match=r"train_rows\.bin or train_trained\.bin .*run prepare\.py again"):
         data.load(folder)
+
+
+# ---- from a file to other programs
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("lora", [[], ["--lora_rank=4", "--lora_alpha=8"]])
+def test_what_it_learned_is_answered_by_llama_cpp_through_its_own_template(tmp_path, lora):
+    """And it stops. The tokenizer had no template: the plain one is in the checkpoint and in the file."""
+    llama_cpp = pytest.importorskip("llama_cpp")
+    lines = [
+        {
+            "messages": [
+                {"role": "user", "content": f"{i} plus 1?"},
+                {"role": "assistant", "content": f"{i + 1}!"},
+            ]
+        }
+        for i in range(10, 60)
+    ]
+    (tmp_path / "chats.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    size = [
+        "--n_layer=2",
+        "--n_head=2",
+        "--n_embd=64",
+        "--n_hidden=128",
+        "--sequence_len=64",
+        "--norm_weight",
+    ]
+    size += ["--mlp=swiglu", "--softcap=0", "--qk_norm=false", "--embd_norm=false"]
+    prepare = ["data/chat/prepare.py", "--input", tmp_path / "chats.jsonl", "--out_dir", tmp_path / "data"]
+    run(*prepare, "--tokenizer=bytes", "--sequence_len=64")
+    train = [
+        "train.py",
+        f"--dataset={tmp_path / 'data'}",
+        "--sample_tokens=0",
+        "--eval_interval=200",
+        "--batch_size=8",
+    ]
+    run(*train, *size, f"--out_dir={tmp_path / 'base'}", "--max_iters=200")
+    out = tmp_path / "base"
+    if lora:
+        out = tmp_path / "tuned"
+        run(
+            *train,
+            *lora,
+            f"--out_dir={out}",
+            f"--init_from={tmp_path / 'base' / 'best.pt'}",
+            "--max_iters=20",
+        )
+    gguf.main(["export", str(out), str(tmp_path / "it.gguf")])
+    theirs = llama_cpp.Llama(str(tmp_path / "it.gguf"), n_ctx=64, verbose=False)
+    model, tokenizer, _ = load_model(out)
+    for i in (12, 33, 47):
+        messages = [{"role": "user", "content": f"{i} plus 1?"}]
+        ours = stream_text(model, tokenizer, messages, 30, temperature=0)
+        answer = "".join(ours)
+        choice = theirs.create_chat_completion(messages, max_tokens=30, temperature=0)["choices"][0]
+        assert choice["message"]["content"] == answer and answer.endswith("!")
+        assert (choice["finish_reason"], ours.reason) == ("stop", "stop")

@@ -1,0 +1,28 @@
+# Teach an open model to answer, from conversations (data/chat/prepare.py). Shape and tokenizer are its own:
+#   python -m sologpt.hf import HuggingFaceTB/SmolLM2-135M out/smollm2
+#   python data/chat/prepare.py --input conversations.jsonl --tokenizer out/smollm2/best.pt
+#   python train.py config/chat.py --init_from=out/smollm2/best.pt
+#   python sample.py --ckpt out/chat/best.pt --chat --interactive
+out_dir = "out/chat"
+dataset = "chat"
+
+sequence_len = 1024
+batch_size = 4
+gradient_accumulation_steps = 4
+max_iters = 200
+warmup_iters = 10
+warmdown = 1.0
+
+optimizer = "adamw"
+learning_rate = 5e-5
+embd_lr = 5e-5
+head_lr = 5e-5
+beta1 = 0.9
+beta2 = 0.99
+grad_clip = 1.0
+
+eval_interval = 50
+eval_iters = 32
+log_interval = 5
+sample_prompt = ""
+sample_tokens = 200
