@@ -22,7 +22,7 @@ import configurator
 from gpt import GPTConfig
 from sologpt import errors, parallel, run
 from sologpt.data import Dataset
-from sologpt.device import keep_freed_memory, make_autocast, map_large_tensors
+from sologpt.device import keep_freed_memory, make_autocast
 from sologpt.load import make_config
 from sologpt.log import Clock, Log, Progress, flops_per_token
 from sologpt.loss import chunked_cross_entropy, masked_cross_entropy
@@ -287,10 +287,8 @@ def train(config: Config, world: World) -> None:
 
 def main() -> None:
     config = configurator.parse(Config)
-    if config.activation_checkpointing or config.quantize:  # both are there to save memory
-        map_large_tensors()
-    else:
-        keep_freed_memory()
+    saves_memory = config.activation_checkpointing or config.lora_rank  # then large tensors go back at once
+    keep_freed_memory(below=2**22 if saves_memory else 0)
     world = parallel.join(config.device, config.shard)
     try:
         asked = config.gradient_accumulation_steps

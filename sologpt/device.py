@@ -63,27 +63,21 @@ def make_autocast(name: str, device: torch.device) -> AbstractContextManager:
     return nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype)
 
 
-def keep_freed_memory() -> None:
+def keep_freed_memory(below: int = 0) -> None:
     """Make glibc keep freed memory for the next allocation, and not return large tensors to the kernel.
 
     The kernel hands out such memory again page by page, zeroed. That took a quarter of a training step of
-    a model of 124M parameters on a CPU.
+    a model of 124M parameters on a CPU. below: keep only allocations of fewer bytes. Then larger ones leave
+    no holes between tensors that live, so the peak is lower; at most 2**25.
     """
     if sys.platform == "linux":
         libc = ctypes.CDLL(None)
         with suppress(AttributeError):  # musl has no mallopt
-            libc.mallopt(-4, 0)  # M_MMAP_MAX: do not serve large allocations by mmap
+            if below:
+                libc.mallopt(-3, below)  # M_MMAP_THRESHOLD
+            else:
+                libc.mallopt(-4, 0)  # M_MMAP_MAX: do not serve large allocations by mmap
             libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: keep as much unused memory at the heap's end
-
-
-def map_large_tensors() -> None:
-    """Make glibc serve allocations from 1 MB on by mmap: freed ones go back to the kernel at once.
-
-    Otherwise glibc raises that threshold, and freed memory stays between tensors that live.
-    """
-    if sys.platform == "linux":
-        with suppress(AttributeError):  # musl has no mallopt
-            ctypes.CDLL(None).mallopt(-3, 2**20)  # M_MMAP_THRESHOLD
 
 
 def return_freed_memory() -> None:
