@@ -1,0 +1,442 @@
+"""Many requests, one model: continuous batching over the rows of one KVCache.
+
+    engine = Engine(model, tokenizer, rows=8)
+    for text in engine.generate("def main(", max_tokens=100, temperature=0.8):
+        print(text, end="")
+    engine.close()
+
+`generate` may be called from many threads at once. One thread computes, in rounds: prefill a chunk of the
+oldest prompt that waits, then decode one token of each running row.
+
+Running rows are the first ones of the cache, so that a decoder reads a slice of it. The rows after them keep
+the tokens of requests that have ended, for prompts that begin with the same ones.
+"""
+
+import math
+import operator
+import re
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from queue import SimpleQueue
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gpt import GPT, Decoder, KVCache, Sampling
+from sologpt import fast
+from sologpt.errors import RunError, UserError
+from sologpt.stream import Prompt, Stop, TextRow
+from sologpt.tokenizer import Tokenizer
+
+
+class QueueFull(RunError):
+    """As many requests wait as may wait."""
+
+
+@dataclass(frozen=True)
+class Token:
+    """A token of an answer. Log probabilities are the model's own, before the filters of `Sampling`."""
+
+    id: int
+    start: int  # the character at which it begins, in all that is sent
+    logprob: float | None = None  # None if nobody asked, and for the first token of a prompt
+    top: Sequence[tuple[int, float]] = ()  # the most likely ids in its place, with their log probabilities
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A part of an answer: text that is certain, and tokens that are. The last has a reason.
+
+    Without stop sequences each has one token. Its text is empty until a character is complete.
+    """
+
+    text: str
+    tokens: list[Token]
+    reason: str = ""  # stop, length, cancelled or error
+    error: Exception | None = None
+
+
+@dataclass(eq=False)
+class Request:
+    """A prompt and its answer. `Engine.request` makes one, `Engine.submit` starts it."""
+
+    prompt: list[int]
+    max_tokens: int
+    sampling: Sampling
+    generator: torch.Generator
+    answer: TextRow
+    receive: Callable[[Piece], None]  # called by the engine's thread
+    logprobs: int | None = (
+        None  # so many of the most likely tokens with each token; None: no log probabilities
+    )
+    echo: bool = False  # the first piece is the prompt
+    cancelled: bool = False  # may be set by any thread, at any time
+    cached: int = 0  # tokens of the prompt that needed no prefill
+    offset: int = 0  # characters of the prompt that were sent
+    held: list[Token] = field(default_factory=list)  # tokens that are not sent yet
+    seen: Tensor | None = None  # the tokens so far, (1, V), for a repetition penalty
+    submitted: float = 0.0  # time.perf_counter() then, at the first token and at the last
+    first: float = 0.0
+    last: float = 0.0
+
+    def send(self, text: str, error: Exception | None = None) -> None:
+        """Send text that is certain, with its tokens. Those of a stop sequence are never sent."""
+        answer = self.answer
+        stopped_by_text = answer.reason == "stop" and answer.tokens[-1] not in answer.eos_tokens
+        may_be_stop = bool(answer.stop) and (stopped_by_text or not answer.reason)
+        certain = self.offset + len(answer.text) if may_be_stop else math.inf
+        tokens = [token for token in self.held if token.start < certain]
+        self.held = self.held[len(tokens) :]
+        if tokens or text or answer.reason:
+            self.receive(Piece(text, tokens, answer.reason, error))
+
+
+class Engine:
+    """Generates for many requests at once.
+
+    rows: requests that run at once. max_waiting: requests that may wait for a row. chunk: tokens that are
+    prefilled between two steps of decoding. max_len: tokens of a prompt and its answer; 0 is the window, or
+    less if such a cache would take more than a quarter of the free memory. decode: as for `GPT.generate`.
+    """
+
+    def __init__(
+        self,
+        model: GPT,
+        tokenizer: Tokenizer,
+        rows: int = 8,
+        decode: Decoder | None = None,
+        max_waiting: int = 128,
+        chunk: int = 256,
+        max_len: int = 0,
+    ) -> None:
+        for name, value, least in (("rows", rows, 1), ("chunk", chunk, 1), ("max_waiting", max_waiting, 0)):
+            if value < least:
+                raise UserError(f"{name} must be at least {least}, not {value}")
+        if not 0 <= max_len <= model.config.sequence_len:
+            raise UserError(
+                f"max_len {max_len} must be at most the window, {model.config.sequence_len} tokens"
+            )
+        self.model = model.eval()
+        self.tokenizer = tokenizer
+        self.decode = decode or fast.prepare(model, rows=rows)
+        self.max_len = max_len or fitting_len(model, rows)
+        self.capacity = rows + max_waiting
+        self.chunk = chunk
+        self.cache = KVCache(model.config, rows, self.max_len, model.device, model.dtype)
+        self.never = torch.tensor(tokenizer.gaps(model.config.vocab_size), device=model.device).long()
+        self.running: list[Request] = []  # those of the first rows, in their order
+        self.prefilling: Request | None = None  # that of the row after them
+        self.ended = [0.0] * rows  # when the last request of each row ended
+        self.changed = threading.Condition()  # guards what follows
+        self.waiting: deque[Request] = deque()
+        self.active: set[Request] = set()  # waiting, prefilling and running ones
+        self.closed = False
+        self.thread = threading.Thread(target=self._work, name="engine", daemon=True)
+        self.thread.start()
+
+    # ---- Any thread
+    def generate(self, prompt: Prompt, max_tokens: int = 500, **settings: Any) -> Generator[str, None, str]:
+        """Yield the text after a prompt, in pieces. Return why it ended: stop or length.
+
+        settings are those of `request`. Closing the generator cancels the request.
+        """
+        pieces: SimpleQueue[Piece] = SimpleQueue()
+        request = self.request(prompt, max_tokens, receive=pieces.put, **settings)
+        self.submit(request)
+        return self._stream(request, pieces)
+
+    @staticmethod
+    def _stream(request: Request, pieces: SimpleQueue[Piece]) -> Generator[str, None, str]:
+        try:
+            while True:
+                piece = pieces.get()
+                if piece.error:
+                    raise piece.error
+                if piece.text:
+                    yield piece.text
+                if piece.reason:
+                    return piece.reason
+        finally:
+            request.cancelled = True
+
+    def request(
+        self,
+        prompt: Prompt,
+        max_tokens: int | None = None,
+        stop: Stop = (),
+        seed: int | None = 42,
+        logprobs: int | None = None,
+        echo: bool = False,
+        continues: bool = True,
+        receive: Callable[[Piece], None] = lambda piece: None,
+        **sampling: Any,
+    ) -> Request:
+        """Return a request. UserError for bad arguments, and for a prompt that is too long.
+
+        prompt: text, token ids, or messages. max_tokens: None is as many as fit. continues: the answer's
+        leading space is kept, as after a text. sampling: the fields of `gpt.Sampling`. See also `Request`.
+        """
+        is_chat = not isinstance(prompt, str) and len(prompt) > 0 and isinstance(prompt[0], Mapping)
+        ids: Any = prompt
+        if is_chat:
+            ids = self.tokenizer.encode_chat(ids)
+        elif isinstance(prompt, str):
+            ids = self.tokenizer.encode_prompt(prompt)
+        if seed is not None and not -(2**63) <= seed < 2**64:
+            raise UserError(f"seed must be a whole number of at most 64 bits, not {seed}")
+        try:
+            prompt_ids = self.model.token_ids(ids)
+            filters = Sampling(**sampling)
+        except ValueError as e:
+            raise UserError(str(e)) from e
+        if not prompt_ids:
+            raise UserError("the prompt is empty: it needs at least one token")
+        if unknown := {*prompt_ids} - {*self.tokenizer.ids}:
+            raise UserError(f"token id {min(unknown)} of the prompt is not in the vocabulary")
+        if len(prompt_ids) > self.max_len:
+            raise UserError(
+                f"the prompt has {len(prompt_ids)} tokens, more than the context of {self.max_len}"
+            )
+        room = self.max_len - len(prompt_ids) + 1  # the last token is drawn, but not read
+        generator = torch.Generator(self.model.device)
+        generator.seed() if seed is None else generator.manual_seed(operator.index(seed))
+        answer = TextRow(self.tokenizer, stop, continues=continues and not is_chat)
+        limit = room if max_tokens is None else min(max_tokens, room)
+        return Request(prompt_ids, limit, filters, generator, answer, receive, logprobs, echo)
+
+    def submit(self, *requests: Request) -> None:
+        """Start requests, all or none. QueueFull if there are too many, RunError if the engine is closed."""
+        with self.changed:
+            if self.closed:
+                raise RunError("the engine is closed")
+            if len(self.active) + len(requests) > self.capacity:
+                raise QueueFull(f"{len(self.active)} requests run or wait, and {self.capacity} may")
+            for request in requests:
+                request.submitted = time.perf_counter()
+            self.waiting += requests
+            self.active |= {*requests}
+            self.changed.notify()
+
+    def close(self) -> None:
+        """Stop after this round. Requests that have not ended end with an error."""
+        with self.changed:
+            self.closed = True
+            self.changed.notify()
+        self.thread.join()
+
+    # ---- The engine's thread
+    def _work(self) -> None:
+        while True:
+            with self.changed:
+                self.changed.wait_for(lambda: self.active or self.closed)
+                if self.closed:
+                    break
+            try:
+                self._round()
+            except Exception as e:  # such as out of memory: fails these requests, but not the engine
+                self._forget(slice(None))
+                self._fail(e)
+        self._fail(RunError("the engine was closed"))
+
+    def _fail(self, error: Exception) -> None:
+        with self.changed:
+            failed = [*self.active]
+            self.active.clear()
+            self.waiting.clear()
+        self.running.clear()
+        self.prefilling = None
+        for request in failed:
+            if not request.answer.reason:
+                request.send(request.answer.end("error"), error)
+
+    @torch.inference_mode()
+    def _round(self) -> None:
+        self._drop_cancelled()
+        room = self.chunk
+        while room and (request := self.prefilling or self._admit()):
+            room -= self._prefill(request, room)
+        if self.running:
+            self._decode()
+
+    def _drop_cancelled(self) -> None:
+        with self.changed:
+            gone = [request for request in self.active if request.cancelled]
+            self.active.difference_update(gone)
+            self.waiting = deque(request for request in self.waiting if request in self.active)
+        for request in gone:
+            request.send(request.answer.end("cancelled"))
+        if self.prefilling in gone:
+            self.ended[len(self.running)] = time.monotonic()
+            self.prefilling = None
+        self._free_rows()
+
+    def _admit(self) -> Request | None:
+        """Give the oldest waiting request the first idle row, with what its prompt shares with any row."""
+        cache, first = self.cache, len(self.running)
+        with self.changed:
+            if not self.waiting or first == cache.batch_size:
+                return None
+            request = self.prefilling = self.waiting.popleft()
+        if request.sampling.repetition_penalty != 1:
+            request.seen = torch.zeros(
+                1, self.model.config.vocab_size, dtype=torch.bool, device=cache.k.device
+            )
+            request.seen[0, request.prompt] = True
+        prompt = torch.tensor(
+            request.prompt[:-1], device=cache.k.device
+        )  # the last one is read for its logits
+        equal = (cache.ids[:, : len(prompt)] == prompt).long().cumprod(dim=1).sum(dim=1)  # (rows,)
+        shared = torch.minimum(equal.cpu(), cache.lengths)
+        source = int(shared.argmax())
+        request.cached = 0 if request.echo else int(shared[source])
+        b = source
+        if source < first or 2 * request.cached < int(cache.lengths[source]):
+            # It runs, or most of it would be lost: copy to the row that ended first
+            b = min(range(first, cache.batch_size), key=self.ended.__getitem__)
+            if b != source:
+                for x in (cache.k, cache.v):  # (n_layer, rows, G, max_len, D)
+                    x[:, b, :, : request.cached] = x[:, source, :, : request.cached]
+                cache.ids[b] = cache.ids[source]
+        cache.lengths[b] = request.cached
+        self._swap(b, first)
+        return request
+
+    def _swap(self, a: int, b: int) -> None:
+        """Swap two rows."""
+        if a == b:
+            return
+        cache = self.cache
+        m, n = int(cache.lengths[a]), int(cache.lengths[b])
+        for x in (cache.k, cache.v):  # (n_layer, rows, G, max_len, D)
+            kept = x[:, a, :, :m].clone()
+            x[:, a, :, :n] = x[:, b, :, :n]
+            x[:, b, :, :m] = kept
+        for y in (cache.ids, cache.lengths):
+            y[[a, b]] = y[[b, a]]
+        self.ended[a], self.ended[b] = self.ended[b], self.ended[a]
+
+    def _prefill(self, request: Request, room: int) -> int:
+        """Read up to room tokens of a prompt. After the last one, the request runs. Return how many."""
+        b = len(self.running)
+        row = self.cache.rows(slice(b, b + 1))
+        n = int(row.lengths)
+        chunk = request.prompt[n : n + room]
+        x = self.model.hidden(torch.tensor([chunk], device=row.k.device), row)  # (1, T, C)
+        if request.echo:
+            self._echo(request, n, x[0])
+        if n + len(chunk) == len(request.prompt):
+            self.running.append(request)
+            self.prefilling = None
+            if request.echo:
+                self._send_prompt(request)
+            if request.max_tokens:
+                self._draw(request, self.model.logits(x[:, -1]))
+            else:
+                request.send(request.answer.end("length"))
+            self._free_rows()
+        return len(chunk)
+
+    def _echo(self, request: Request, n: int, x: Tensor) -> None:
+        """Hold the tokens of the prompt that hidden states x (T, C) from position n predict."""
+        predicted = request.prompt[n + 1 : n + 1 + len(x)]
+        for i in range(0, len(predicted), 64):  # bounds the memory for logits
+            logits = self.model.logits(x[i : i + 64])  # (64, V)
+            for token, row in zip(predicted[i : i + 64], logits, strict=False):
+                request.held.append(self._token(token, 0, row, request.logprobs))
+
+    def _send_prompt(self, request: Request) -> None:
+        """Send the prompt as the first piece of its answer."""
+        decoder, text, tokens = self.tokenizer.decoder(), "", list[Token]()
+        for token in (Token(request.prompt[0], 0), *request.held):
+            tokens.append(replace(token, start=len(text)))
+            text += decoder.decode(token.id)
+        text += decoder.flush()
+        request.held, request.offset = [], len(text)
+        request.receive(Piece(text, tokens))
+
+    def _decode(self) -> None:
+        """Decode one token of each running row, and draw the next ones."""
+        ids = torch.tensor([request.answer.tokens[-1] for request in self.running])
+        rows = self.cache.rows(slice(0, len(ids)))
+        logits = self.decode(ids.to(rows.k.device), rows)  # (B, V)
+        for request, row in zip(self.running, logits, strict=True):
+            self._draw(request, row[None])
+        self._free_rows()
+
+    def _draw(self, request: Request, logits: Tensor) -> None:
+        """Draw a token from logits (1, V), and send it."""
+        answer = request.answer
+        allowed = logits.index_fill(1, self.never, -math.inf) if len(self.never) else logits
+        try:
+            token = int(request.sampling.draw(allowed, request.generator, request.seen))
+        except RuntimeError as e:  # the logits are not finite
+            request.send(answer.end("error"), e)
+            return
+        if request.seen is not None:
+            request.seen[0, token] = True
+        request.last = time.perf_counter()
+        request.first = request.first or request.last
+        start = request.offset + len(answer.text) + len(answer.held)
+        request.held.append(self._token(token, start, logits[0], request.logprobs))
+        text = answer.push(token)
+        if len(answer.tokens) == request.max_tokens:
+            text += answer.end("length")
+        request.send(text)
+
+    def _token(self, token: int, start: int, logits: Tensor, logprobs: int | None) -> Token:
+        """A token with what logits (V,) say about it."""
+        if logprobs is None:
+            return Token(token, start)
+        distribution = logits.log_softmax(dim=-1)
+        top: list[tuple[int, float]] = []
+        if logprobs:
+            known = distribution.index_fill(0, self.never, -math.inf) if len(self.never) else distribution
+            values, ids = known.topk(min(logprobs, len(known) - len(self.never)))
+            top = [*zip(ids.tolist(), values.tolist(), strict=True)]
+        return Token(token, start, float(distribution[token]), top)
+
+    def _free_rows(self) -> None:
+        """Move the rows that have ended behind those that run."""
+        for b in reversed(range(len(self.running))):
+            if self.running[b].answer.reason:
+                last = len(self.running) - 1
+                self.ended[b] = time.monotonic()
+                if self.running[b].answer.reason == "error":
+                    self._forget(slice(b, b + 1))
+                self._swap(b, last)
+                if self.prefilling:
+                    self._swap(last, last + 1)
+                with self.changed:
+                    self.active.discard(self.running[b])
+                self.running[b] = self.running[last]
+                self.running.pop()
+
+    def _forget(self, rows: slice) -> None:
+        """Clear rows after an error. NaNs would reach the rows beside them: even masked, 0 * NaN is NaN."""
+        self.cache.k[:, rows] = 0
+        self.cache.v[:, rows] = 0
+        self.cache.lengths[rows] = 0
+
+
+def fitting_len(model: GPT, rows: int) -> int:
+    """The window, or fewer tokens if a cache of so many rows would take over a quarter of the free memory."""
+    c = model.config
+    bytes_of_token = 2 * c.n_layer * rows * c.n_kv_head * c.head_dim * model.dtype.itemsize
+    return max(1, min(c.sequence_len, free_memory(model.device) // 4 // bytes_of_token))
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes of memory that are free, 4 GB where the system does not say."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    with suppress(OSError):
+        found = re.search(r"MemAvailable:\s*(\d+) kB", Path("/proc/meminfo").read_text())
+        if found:
+            return 1024 * int(found[1])
+    return 2**32
