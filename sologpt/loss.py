@@ -28,7 +28,7 @@ def chunked_cross_entropy(model: GPT, x: Tensor, targets: Tensor, reduction: str
     wants_grad = torch.is_grad_enabled() and (x.requires_grad or trains_head)
     if reduction == "sum" and wants_grad:
         if not trains_head:
-            return frozen_cross_entropy(model, x, targets)
+            return FrozenCrossEntropy.apply(x, model, targets)
         return SumCrossEntropy.apply(x, model.head_weight, targets, model.config.softcap)
     rows = rows_per_chunk(len(x), model.config.vocab_size)
     chunks = zip(x.split(rows), targets.split(rows), strict=True)  # (R, C), (R,)
@@ -122,8 +122,3 @@ class FrozenCrossEntropy(torch.autograd.Function):
             raise RuntimeError("the loss has no second derivative: it cannot be used with create_graph=True")
         (dx,) = ctx.saved_tensors
         return dx * grad, None, None
-
-
-@torch.compiler.disable  # torch.compile takes no model as an argument of an autograd.Function
-def frozen_cross_entropy(model: GPT, x: Tensor, targets: Tensor) -> Tensor:
-    return FrozenCrossEntropy.apply(x, model, targets)

@@ -22,6 +22,7 @@ from sologpt.device import autocast_dtype, pick_device
 from sologpt.errors import RunError, UserError
 from sologpt.graphs import compile_rotate
 from sologpt.optim import Muon
+from sologpt.quantize import QuantizedLinear, WidenedLinear
 
 
 @dataclass(frozen=True)
@@ -193,8 +194,21 @@ def wrap_model(
         )
     if compile:
         compile_rotate()
+        keep_frozen_parts_eager(model)
         forward = torch.compile(forward)
     return model, forward
+
+
+def keep_frozen_parts_eager(model: GPT) -> None:
+    """Keep torch.compile from frozen weights that are widened, and from the loss of a frozen head.
+
+    Their backward passes are our own. A decorator there would import the compiler at each start.
+    """
+    for module in model.modules():
+        if isinstance(module, WidenedLinear | QuantizedLinear):
+            module.forward = torch.compiler.disable(module.forward)  # type: ignore[method-assign]
+    if not any(p.requires_grad for p in (model.lm_head or model.wte).parameters()):
+        model.loss = torch.compiler.disable(model.loss)
 
 
 def gradient_sync(forward: Any, last: bool) -> AbstractContextManager:

@@ -463,7 +463,6 @@ class FrozenLinear(torch.autograd.Function):
         return quantized_linear_backward(grad, ctx.K, *ctx.saved_tensors), None, None
 
 
-@torch.compiler.disable  # one buffer for all chunks is not what torch.compile would make of it
 def frozen_linear(x: Tensor, q: Tensor, scale: Tensor | None = None) -> Tensor:
     """`quantized_linear`, differentiable by x."""
     return cast(Tensor, FrozenLinear.apply(x, q, scale))
