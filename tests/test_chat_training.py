@@ -257,15 +257,10 @@ def test_two_processes_train_as_one_does(chatting, questions, tmp_path, flags):
 
 @pytest.mark.slow
 def test_compiled_training_on_conversations(chatting, questions, tmp_path):
-    run(
-        "train.py",
-        *FLAGS,
-        f"--dataset={questions}",
-        f"--out_dir={tmp_path}",
-        "--sample_tokens=0",
-        "--compile",
-    )
-    assert numbers(tmp_path, "loss") == pytest.approx(numbers(chatting[0], "loss"), rel=1e-3)
+    """Batches differ in their length."""
+    flags = [*FLAGS, f"--dataset={questions}", f"--out_dir={tmp_path}", "--sample_tokens=0", "--compile"]
+    run("train.py", *flags, "--max_iters=5", "--warmdown=0")
+    assert numbers(tmp_path, "loss") == pytest.approx(numbers(chatting[0], "loss")[:5], rel=1e-3)
 
 
 def test_frozen_parameters_stay_and_a_run_with_them_resumes_exactly(questions, tmp_path, monkeypatch):
