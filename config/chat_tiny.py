@@ -1,7 +1,7 @@
 # Teach the model of config/tiny.py to answer: questions about the Python standard library, answered by its
 # docstrings, offline. Half a minute on a laptop's CPU.
 #   python train.py config/tiny.py && python train.py config/chat_tiny.py
-#   python sample.py --chat --prompt "What does os.path.join do?"
+#   python sample.py --chat --prompt "What does os.path.join do?" --temperature 0
 out_dir = "out/chat_tiny"
 init_from = "out/tiny/best.pt"
 dataset = "docstrings"
