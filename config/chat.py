@@ -3,7 +3,7 @@
 #   python data/chat/prepare.py --input conversations.jsonl --tokenizer out/smollm2/best.pt
 #   python train.py config/chat.py --init_from=out/smollm2/best.pt
 #   python sample.py --ckpt out/chat/best.pt --chat --interactive
-# Adapters instead of all weights: --lora_rank=16 --learning_rate=5e-4
+# Adapters instead of all weights: --lora_rank=16 --learning_rate=1e-3
 out_dir = "out/chat"
 dataset = "chat"
 
