@@ -24,6 +24,7 @@ from conftest import ROOT, make_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from gpt import GPT
 from sologpt.engine import Engine
 from sologpt.errors import UserError
 from sologpt.serve import MAX_BODY, Server, main, make_app
@@ -518,13 +519,23 @@ def test_random_fields(web, fields):
     assert "choices" in answer.json() if answer.status_code == 200 else "error" in answer.json()
 
 
+def endless_model() -> GPT:
+    """A window in which an answer takes long."""
+    model = make_model(vocab_size=260, sequence_len=20_000).eval()
+    with torch.no_grad():
+        model.lm_head.weight[256] = 0  # end of text is never the most likely
+    return model
+
+
+LONG = {"prompt": "x", "max_tokens": 19_000, "temperature": 0}
+
+
 def test_too_many_requests():
     with (
-        serving(engine_options=dict(rows=1, max_waiting=1)) as (url, engine),
+        serving(endless_model(), engine_options=dict(rows=1, max_waiting=1)) as (url, engine),
         httpx.Client(base_url=url) as web,
     ):
-        body = {"prompt": "x", "n": 2, "max_tokens": 200, "temperature": 0, "stream": True}
-        with web.stream("POST", "/v1/completions", json=body) as stream:
+        with web.stream("POST", "/v1/completions", json=LONG | {"n": 2, "stream": True}) as stream:
             next(stream.iter_bytes())
             answer = web.post("/v1/completions", json={"prompt": "x"})
             assert answer.status_code == 503 and int(answer.headers["retry-after"]) > 0
@@ -612,15 +623,8 @@ def test_cors():
 
 @pytest.fixture(scope="module")
 def slow_server():
-    """A window in which an answer takes long."""
-    model = make_model(vocab_size=260, sequence_len=20_000).eval()
-    with torch.no_grad():
-        model.lm_head.weight[256] = 0  # end of text is never the most likely
-    with serving(model, engine_options=dict(rows=2)) as (url, engine):
+    with serving(endless_model(), engine_options=dict(rows=2)) as (url, engine):
         yield url, engine
-
-
-LONG = {"prompt": "x", "max_tokens": 19_000, "temperature": 0}
 
 
 def test_leaving_a_stream_ends_it(slow_server):
