@@ -10,7 +10,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gpt import GPT, cross_entropy, in_float32
-from sologpt.quantize import QuantizedLinear, WidenedLinear, quantized_linear_backward
 
 LOGITS_PER_CHUNK = 2**24  # logits computed at a time, unless that takes too many chunks
 MAX_CHUNKS = 16  # each chunk reads and writes the whole gradient of the head
@@ -20,14 +19,18 @@ def rows_per_chunk(rows: int, vocab_size: int) -> int:
     return max(LOGITS_PER_CHUNK // vocab_size, -(-rows // MAX_CHUNKS), 1)
 
 
+def trains_head(model: GPT) -> bool:
+    """Whether the head's weight requires a gradient. `head_weight` would dequantize a quantized one."""
+    return any(p.requires_grad for p in (model.lm_head or model.wte).parameters())
+
+
 def chunked_cross_entropy(model: GPT, x: Tensor, targets: Tensor, reduction: str) -> Tensor:
     """`gpt.cross_entropy`, a chunk of rows at a time: the logits of all rows never exist at once."""
     if reduction == "mean":
         return chunked_cross_entropy(model, x, targets, "sum") / (targets != -1).sum().clamp(min=1)
-    trains_head = any(p.requires_grad for p in (model.lm_head or model.wte).parameters())
-    wants_grad = torch.is_grad_enabled() and (x.requires_grad or trains_head)
+    wants_grad = torch.is_grad_enabled() and (x.requires_grad or trains_head(model))
     if reduction == "sum" and wants_grad:
-        if not trains_head:
+        if not trains_head(model):
             return FrozenCrossEntropy.apply(x, model, targets)
         return SumCrossEntropy.apply(x, model.head_weight, targets, model.config.softcap)
     rows = rows_per_chunk(len(x), model.config.vocab_size)
@@ -96,23 +99,17 @@ class FrozenCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, model: GPT, targets: Tensor) -> Tensor:
-        head: Any = model.lm_head or model.wte
         dx = torch.empty_like(x)
         losses = in_float32(x.new_empty(len(x)))  # (N,)
         rows = rows_per_chunk(len(x), model.config.vocab_size)
         for i in range(0, len(x), rows):
-            chunk = x[i : i + rows]  # (R, C)
-            logits = F.linear(chunk, head.weight) if model.lm_head is None else head(chunk)  # (R, V)
-            losses[i : i + rows], d = softmax_backward(
-                in_float32(logits), targets[i : i + rows], model.config.softcap
-            )
-            d = d.to(x.dtype)
-            if isinstance(head, QuantizedLinear):
-                dx[i : i + rows] = quantized_linear_backward(d, x.size(1), head.q, head.scale)
-            elif isinstance(head, WidenedLinear):
-                dx[i : i + rows] = quantized_linear_backward(d, x.size(1), head.weight)
-            else:
-                dx[i : i + rows] = d @ head.weight  # (R, V) @ (V, C) -> (R, C)
+            with torch.enable_grad():  # the head knows its own backward pass
+                chunk = x[i : i + rows].detach().requires_grad_()  # (R, C)
+                head = model.lm_head
+                logits = F.linear(chunk, model.wte.weight) if head is None else head(chunk)  # (R, V)
+            z, target = in_float32(logits.detach()), targets[i : i + rows]
+            losses[i : i + rows], d = softmax_backward(z, target, model.config.softcap)
+            (dx[i : i + rows],) = torch.autograd.grad(logits, chunk, d.to(logits.dtype))
         ctx.save_for_backward(dx)
         return losses.sum()
 

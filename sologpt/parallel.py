@@ -21,6 +21,7 @@ from gpt import GPT
 from sologpt.device import autocast_dtype, pick_device
 from sologpt.errors import RunError, UserError
 from sologpt.graphs import compile_rotate
+from sologpt.loss import trains_head
 from sologpt.optim import Muon
 from sologpt.quantize import QuantizedLinear, WidenedLinear
 
@@ -207,7 +208,7 @@ def keep_frozen_parts_eager(model: GPT) -> None:
     for module in model.modules():
         if isinstance(module, WidenedLinear | QuantizedLinear):
             module.forward = torch.compiler.disable(module.forward)  # type: ignore[method-assign]
-    if not any(p.requires_grad for p in (model.lm_head or model.wte).parameters()):
+    if not trains_head(model):
         model.loss = torch.compiler.disable(model.loss)
 
 
