@@ -452,7 +452,7 @@ def sample(
 
 
 # ---- Inference: generation ----
-Decoder: TypeAlias = Callable[[Tensor, KVCache], Tensor]  # as `GPT.step`; those of sologpt/fast.py are faster
+Decoder: TypeAlias = Callable[[Tensor, KVCache], Tensor]  # as `GPT.step`; it may have a `prefill` of its own
 PREFILL_CHUNK = 1024  # tokens of each row in one forward of a prefill; bounds the memory for activations
 
 
@@ -542,7 +542,7 @@ class GPT(Transformer):
         # 1. Prefill the prompt
         max_len = min(self.config.sequence_len, len(prompt) + max_tokens)
         cache = kv_cache or KVCache(self.config, 1, max_len, self.device, self.dtype)
-        logits = self.in_eval_mode(self.prefill, [prompt], cache)  # (1, V)
+        logits = self.in_eval_mode(getattr(decode, "prefill", self.prefill), [prompt], cache)  # (1, V)
         seen = torch.zeros_like(logits, dtype=torch.bool)  # (1, V), for the penalty
         if repetition_penalty != 1:
             seen[0, cache.tokens()[0]] = True
@@ -584,7 +584,7 @@ class GPT(Transformer):
         # 1. Prefill the prompts, and copy each row for its samples
         max_len = min(self.config.sequence_len, max(map(len, texts)) + max_tokens)
         cache = kv_cache or KVCache(self.config, len(texts), max_len, self.device, self.dtype)
-        logits = self.in_eval_mode(self.prefill, texts, cache)  # (B, V)
+        logits = self.in_eval_mode(getattr(decode, "prefill", self.prefill), texts, cache)  # (B, V)
         if num_samples > 1:
             cache, logits = cache.expand(num_samples), logits.repeat_interleave(num_samples, dim=0)
         seen = torch.zeros_like(logits, dtype=torch.bool)  # (B, V), for the penalty

@@ -13,7 +13,7 @@
 
 namespace {
 
-constexpr int64_t MAX_TOKENS = 8;  // in one call
+constexpr int64_t MAX_TOKENS = 32;  // in one call
 
 template <class T>
 T* pointer(const Tensor& x) {
@@ -59,20 +59,16 @@ void map(float* x, int64_t n, const F& f) {
   }
 }
 
-// y = weights (S,) times 2 * W * L columns of v (S, D)
+// y = weights (S,) times W * L columns of v (S, D)
 template <int W, class T>
 void add_values(const float* weights, const T* v, int64_t S, int64_t D, float* y) {
-  Vec even[W], odd[W];
-  for (int i = 0; i < W; i++) even[i] = odd[i] = Vec(0);
+  Vec sums[W];
+  std::fill_n(sums, W, Vec(0));
   for (int64_t s = 0; s < S; s++) {
     const Vec weight(weights[s]);
-    for (int i = 0; i < W; i++) {
-      auto [first, second] = widen(v + s * D + 2 * i * L);
-      even[i] = fmadd(first, weight, even[i]);
-      odd[i] = fmadd(second, weight, odd[i]);
-    }
+    for (int i = 0; i < W; i++) sums[i] = fmadd(widen(v + s * D + i * L), weight, sums[i]);
   }
-  for (int i = 0; i < W; i++) even[i].store(y + 2 * i * L), odd[i].store(y + (2 * i + 1) * L);
+  for (int i = 0; i < W; i++) sums[i].store(y + i * L);
 }
 
 // softmax(q k^T / sqrt(D)) v of one head: q (D,), k and v (S, D), to y (D,)
@@ -80,7 +76,7 @@ template <class T>
 void attend(const float* q, const T* k, const T* v, int64_t S, int64_t D, float* y) {
   Floats weights((S + L - 1) / L * L, -INFINITY);  // whole vectors
   int64_t s = 0;
-  for (; s + TILE <= S; s += TILE) dot<TILE, 1>(k + s * D, q, D, &weights[s]);
+  for (; s + 4 <= S; s += 4) dot<4, 1>(k + s * D, q, D, &weights[s]);
   for (; s < S; s++) dot<1, 1>(k + s * D, q, D, &weights[s]);
   const float most = *std::max_element(weights.begin(), weights.end());
   const float scale = 1 / std::sqrt(float(D));
@@ -92,8 +88,8 @@ void attend(const float* q, const T* k, const T* v, int64_t S, int64_t D, float*
   }
   map(weights.data(), weights.size(), [scale = Vec(1 / sum(total))](Vec weight) { return weight * scale; });
   int64_t d = 0;
-  for (; d + 4 * L <= D; d += 4 * L) add_values<2>(weights.data(), v + d, S, D, y + d);
-  for (; d + 2 * L <= D; d += 2 * L) add_values<1>(weights.data(), v + d, S, D, y + d);
+  for (; d + 8 * L <= D; d += 8 * L) add_values<8>(weights.data(), v + d, S, D, y + d);
+  for (; d + L <= D; d += L) add_values<1>(weights.data(), v + d, S, D, y + d);
   for (; d < D; d++) {
     y[d] = 0;
     for (s = 0; s < S; s++) y[d] += weights[s] * float(v[s * D + d]);
@@ -300,12 +296,12 @@ void mlp(Weights& weights, int64_t M, Floats& x) {
   for (int64_t i = 0; i < M * C; i++) x[i] += out[i];
 }
 
-// Read idx (B, T) after what the cache holds. Return the logits (B, T, V)
+// Read idx (B, T) after what the cache holds. Return the logits (B, T, V), or those of each row's last token
 Tensor decode(Tensor idx, Tensor k, Tensor v, Tensor cached_ids, Tensor lengths, Tensor rotary,
               std::vector<Tensor> tensors, int64_t vocab_size, int64_t n_embd, int64_t n_head,
               int64_t n_hidden, std::string mlp_kind, std::string norm_kind, std::string layer_types,
               int64_t sliding_window, bool learned_positions, bool qk_norm, bool embd_norm, bool norm_weight,
-              bool bias, bool qkv_bias, bool tie_embd, double norm_eps, double softcap) {
+              bool bias, bool qkv_bias, bool tie_embd, double norm_eps, double softcap, bool is_last) {
   const Config config{vocab_size,  n_embd,         n_head,            n_hidden, mlp_kind,  norm_kind,
                       layer_types, sliding_window, learned_positions, qk_norm,  embd_norm, norm_weight,
                       bias,        qkv_bias,       tie_embd,          norm_eps, softcap};
@@ -339,14 +335,16 @@ Tensor decode(Tensor idx, Tensor k, Tensor v, Tensor cached_ids, Tensor lengths,
   const Linear head = tie_embd ? wte : weights.linear(V, C, false);
   STD_TORCH_CHECK(weights.next == tensors.size(), "decode: the model has weights that are not known here");
 
-  Tokens normed(M, C);
-  normalize(norm, x, normed, M);
-  Tensor logits = torch::stable::new_empty(idx, {B, T, V}, ScalarType::Float);
+  const int64_t wanted = is_last ? 1 : T;
+  for (int64_t b = 0; is_last && b < B; b++) std::copy_n(&x[((b + 1) * T - 1) * C], C, &x[b * C]);
+  Tokens normed(B * wanted, C);
+  normalize(norm, x, normed, B * wanted);
+  Tensor logits = torch::stable::new_empty(idx, {B, wanted, V}, ScalarType::Float);
   float* y = pointer<float>(logits);
-  linear(normed, M, {{&head, y}});
+  linear(normed, B * wanted, {{&head, y}});
   if (softcap) {
     const Vec cap(softcap);
-    parallel_for(0, M * V, 4096, [&](int64_t begin, int64_t end) {
+    parallel_for(0, B * wanted * V, 4096, [&](int64_t begin, int64_t end) {
       map(y + begin, end - begin, [&](Vec x) { return cap * (x / cap).tanh(); });
     });
   }
@@ -378,7 +376,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(sologpt, m) {
       "decode(Tensor idx, Tensor(a!) k, Tensor(b!) v, Tensor(c!) cached_ids, Tensor(d!) lengths, "
       "Tensor rotary, Tensor[] weights, int vocab_size, int n_embd, int n_head, int n_hidden, str mlp, "
       "str norm, str layer_types, int sliding_window, bool learned_positions, bool qk_norm, bool embd_norm, "
-      "bool norm_weight, bool bias, bool qkv_bias, bool tie_embd, float norm_eps, float softcap) -> Tensor");
+      "bool norm_weight, bool bias, bool qkv_bias, bool tie_embd, float norm_eps, float softcap, "
+      "bool is_last) -> Tensor");
   m.def("linear(Tensor x, Tensor[] weights) -> Tensor");
 }
 

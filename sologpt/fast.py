@@ -47,7 +47,7 @@ def prepare(
 
 
 def is_large(model: GPT, rows: int) -> bool:
-    """Whether decode.cpp is worth its compilation. For more than 8 rows, packed weights are faster."""
+    """Whether decode.cpp is worth its compilation. For more than 32 rows, packed weights are faster."""
     tensors = (*model.parameters(), *model.buffers())
     is_quantized = any(isinstance(module, QuantizedLinear) for module in model.modules())
     return sum(x.nbytes for x in tensors) > SMALL and (is_quantized or rows <= native.MAX_TOKENS)

@@ -23,6 +23,7 @@ class Lookup:
         self.model = model
         self.n = n
         self.decode = decode or model.step
+        self.prefill = getattr(decode, "prefill", model.prefill)
         self.ids = torch.zeros(0, dtype=torch.long)  # what the cache holds if the whole draft is right, (S,)
         self.logits: list[Tensor] = []  # after each draft token that is still to come, (1, V)
 

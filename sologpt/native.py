@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
 from functools import cache, partial
@@ -25,7 +26,7 @@ from gpt import GPT, KVCache, rope
 from sologpt.graphs import check_cache
 from sologpt.quantize import DTYPES, PackedLinear, widen_products
 
-MAX_TOKENS = 8  # that decode.cpp reads at once
+MAX_TOKENS = 32  # that decode.cpp reads at once
 
 # -----------------------------------------------------------------------------
 # Compilation, once for each source, version of PyTorch, compiler and kind of CPU
@@ -154,7 +155,7 @@ def is_packed(model: GPT) -> bool:
 
 
 class Native:
-    """A decoder: decode.cpp reads up to 8 tokens in one call, those of several rows or several of one."""
+    """A decoder: decode.cpp reads up to 32 tokens in one call, those of several rows or several of one."""
 
     def __init__(self, model: GPT) -> None:
         c = model.config
@@ -188,9 +189,22 @@ class Native:
     def __call__(self, ids: Tensor, kv_cache: KVCache) -> Tensor:
         return self.read(ids[:, None], kv_cache)[:, -1]  # (B, 1) -> (B, 1, V) -> (B, V)
 
+    def prefill(self, prompts: Sequence[Sequence[int]], kv_cache: KVCache) -> Tensor:
+        """`GPT.prefill`, in one call for a short prompt. A long one takes PyTorch's attention."""
+        T = len(prompts[0])
+        room = min(kv_cache.max_len, self.model.config.sequence_len) - int(kv_cache.lengths.max())
+        if len(prompts) > 1 or not 1 <= T <= min(MAX_TOKENS, room):
+            return self.model.prefill(prompts, kv_cache)
+        return self.read(torch.tensor(prompts), kv_cache, is_last=True)[
+            :, -1
+        ]  # (1, T) -> (1, 1, V) -> (1, V)
+
     @torch.inference_mode()
-    def read(self, idx: Tensor, kv_cache: KVCache) -> Tensor:
-        """Read idx (B, T) after what the cache holds. Return the logits (B, T, V), as `GPT.forward` does."""
+    def read(self, idx: Tensor, kv_cache: KVCache, is_last: bool = False) -> Tensor:
+        """Read idx (B, T) after what the cache holds. Return the logits (B, T, V), as `GPT.forward` does.
+
+        is_last: only those of the last token of each row, (B, 1, V).
+        """
         B, T = idx.shape
         end = int(kv_cache.lengths.max()) + T
         if kv_cache.batch_size != B or end > min(kv_cache.max_len, self.model.config.sequence_len):
@@ -198,10 +212,10 @@ class Native:
         check_cache(self.model, kv_cache)
         if B > MAX_TOKENS:
             rows = (slice(b, b + MAX_TOKENS) for b in range(0, B, MAX_TOKENS))
-            return torch.cat([self.read(idx[part], kv_cache.rows(part)) for part in rows])
+            return torch.cat([self.read(idx[part], kv_cache.rows(part), is_last) for part in rows])
         if B * T > MAX_TOKENS:
-            parts = idx.split(MAX_TOKENS // B, dim=1)
-            return torch.cat([self.read(part, kv_cache) for part in parts], dim=1)
+            parts = [self.read(part, kv_cache, is_last) for part in idx.split(MAX_TOKENS // B, dim=1)]
+            return parts[-1] if is_last else torch.cat(parts, dim=1)
         if any(parent.get(name) is not module for parent, name, module in self.modules):
             self.find_weights()
         if self.packed:
@@ -211,7 +225,7 @@ class Native:
             self.rotary = rope(positions[None], self.model.config, torch.float32)[0, :, 0].contiguous()
         return torch.ops.sologpt.decode(
             idx.contiguous(), kv_cache.k, kv_cache.v, kv_cache.ids, kv_cache.lengths, self.rotary,
-            [tensors[name] for tensors, name in self.places], *self.switches,
+            [tensors[name] for tensors, name in self.places], *self.switches, is_last,
         )  # fmt: skip
 
 

@@ -1,6 +1,7 @@
 // Products for decode.cpp: a few tokens x (M, K) times the weights (N, K) of Linears, plain or quantized.
 //
-// Their time is that of reading the weights, so each weight is read once for all tokens, and prefetched.
+// For one token, the time is that of reading the weights, so they are prefetched. For more, it is that of the
+// arithmetic: each weight is loaded once for several tokens, and each token once for several rows of weights.
 // Quantized weights are multiplied by activations that are rounded to 8 bits, as in llama.cpp: each group of
 // 32 has a scale. at::vec are PyTorch's own vectors, for each CPU.
 
@@ -19,16 +20,16 @@
 
 namespace {
 
-using at::vec::Vectorized, at::vec::convert, at::vec::fmadd;
+using at::vec::convert, at::vec::fmadd;
 using torch::headeronly::ScalarType, torch::stable::Tensor, torch::stable::parallel_for;
-using Vec = Vectorized<float>;
+using Vec = at::vec::Vectorized<float>;
 using Floats = std::vector<float>;
 
 constexpr int L = Vec::size();  // floats in a vector
 constexpr int AHEAD = 4096;  // bytes to prefetch ahead: far enough for DRAM, and in the L1 cache until read
-constexpr int TILE = 4;  // products that are computed side by side
 constexpr int64_t GROUP = 32;  // activations that share a scale
-constexpr int64_t UNIT = 16;  // rows of weights: the least that a thread takes
+constexpr int64_t UNIT = 12;  // rows of weights: the least that a thread takes
+constexpr int64_t BLOCK = 32;  // tokens. Both stay in the cache until they are multiplied
 
 // f(T()) for the C++ type T of a dtype
 template <class F>
@@ -47,25 +48,20 @@ void prefetch(const void* p) {
   for (int i = 0; i < bytes; i += 64) __builtin_prefetch(static_cast<const char*>(p) + AHEAD + i);
 }
 
-// 2 * L numbers as floats
+// L numbers as floats
 template <class T>
-std::array<Vec, 2> widen(const T* p) {
-  if constexpr (sizeof(T) == 4) {
-    return {Vec::loadu(p), Vec::loadu(p + L)};
-  } else {
-    auto pair = convert<float, 2, T, 1>(Vectorized<T>::loadu(p));
-    return {pair[0], pair[1]};
-  }
+Vec widen(const T* p) {
+  Vec x;
+  if constexpr (sizeof(T) == 4) x = Vec::loadu(p);
+  else at::vec::load_to_float(p, x);
+  return x;
 }
 
 // n numbers as floats
 template <class T>
 void widen(const T* from, int64_t n, float* to) {
   int64_t i = 0;
-  for (; i + 2 * L <= n; i += 2 * L) {
-    auto [first, second] = widen(from + i);
-    first.store(to + i), second.store(to + i + L);
-  }
+  for (; i + L <= n; i += L) widen(from + i).store(to + i);
   for (; i < n; i++) to[i] = from[i];
 }
 
@@ -78,25 +74,32 @@ float sum(Vec x) {
   return reduce(x, [](Vec& a, Vec& b) { return a + b; });
 }
 
-// A tile of R rows of weights times M tokens: y (R, M) of w (R, K) and x (M, K). Each weight is read once
+// A tile of R rows of weights times M tokens: y (R, M) of w (R, K) and x (M, K)
 template <int R, int M, class T>
 __attribute__((noinline)) void dot(const T* w, const float* x, int64_t K, float* y) {
-  Vec even[R * M], odd[R * M];
-  for (int i = 0; i < R * M; i++) even[i] = odd[i] = Vec(0);
+  constexpr int CHAINS = R * M < 8 ? 2 : 1;  // 8 sums side by side hide the latency of fmadd
+  Vec sums[R][M][CHAINS];
+  for (auto& row : sums)
+    for (auto& token : row) std::fill_n(token, CHAINS, Vec(0));
   int64_t k = 0;
   for (; k + 2 * L <= K; k += 2 * L) {
-    for (int r = 0; r < R; r++) {
-      prefetch<2 * L * sizeof(T)>(w + R * k + r * 2 * L);
-      auto [first, second] = widen(w + r * K + k);
+    for (int r = 0; r < R; r++) prefetch<2 * L * sizeof(T)>(w + R * k + r * 2 * L);
+    for (int half = 0; half < 2; half++) {
+      Vec weights[R];
+      for (int r = 0; r < R; r++) weights[r] = widen(w + r * K + k + half * L);
       for (int m = 0; m < M; m++) {
-        even[r * M + m] = fmadd(first, Vec::loadu(x + m * K + k), even[r * M + m]);
-        odd[r * M + m] = fmadd(second, Vec::loadu(x + m * K + k + L), odd[r * M + m]);
+        const Vec token = Vec::loadu(x + m * K + k + half * L);
+        for (int r = 0; r < R; r++) {
+          Vec& of = sums[r][m][half % CHAINS];
+          of = fmadd(weights[r], token, of);
+        }
       }
     }
   }
   for (int i = 0; i < R * M; i++) {
-    y[i] = sum(even[i] + odd[i]);
-    for (int64_t j = k; j < K; j++) y[i] += float(w[i / M * K + j]) * x[i % M * K + j];
+    const int r = i / M, m = i % M;
+    y[i] = sum(CHAINS == 1 ? sums[r][m][0] : sums[r][m][0] + sums[r][m][CHAINS - 1]);
+    for (int64_t j = k; j < K; j++) y[i] += float(w[r * K + j]) * x[m * K + j];
   }
 }
 
@@ -116,21 +119,19 @@ Bytes load(const uint8_t* p) {
 
 // |w| times x with w's sign: the instructions take one unsigned factor
 template <bool is_unsigned>
-Sums add_products(Bytes w, Bytes x, float scale, Sums sums) {
+Sums multiply(Bytes w, Bytes x) {
   __m256i a = is_unsigned ? w : _mm256_abs_epi8(w), b = is_unsigned ? x : _mm256_sign_epi8(x, w);
 #ifdef __AVX512VNNI__
-  __m256i products = _mm256_dpbusd_epi32(_mm256_setzero_si256(), a, b);
+  return _mm256_cvtepi32_ps(_mm256_dpbusd_epi32(_mm256_setzero_si256(), a, b));
 #else
-  __m256i products = _mm256_madd_epi16(_mm256_maddubs_epi16(a, b), _mm256_set1_epi16(1));
+  return _mm256_cvtepi32_ps(_mm256_madd_epi16(_mm256_maddubs_epi16(a, b), _mm256_set1_epi16(1)));
 #endif
-  return _mm256_fmadd_ps(_mm256_cvtepi32_ps(products), _mm256_set1_ps(scale), sums);
 }
 
-Sums add_products(const float* a, const float* b, Sums sums) {
-  return _mm256_fmadd_ps(_mm256_loadu_ps(a), _mm256_loadu_ps(b), sums);
-}
+Sums add(const float* p, Sums sums) { return _mm256_add_ps(_mm256_loadu_ps(p), sums); }
+Sums add(Sums x, float scale, Sums sums) { return _mm256_fmadd_ps(x, _mm256_set1_ps(scale), sums); }
 
-void sum(const Sums (&x)[TILE], float* y) {
+void sum(const Sums* x, float* y) {
   __m256 sums = _mm256_hadd_ps(_mm256_hadd_ps(x[0], x[1]), _mm256_hadd_ps(x[2], x[3]));
   _mm_storeu_ps(y, _mm_add_ps(_mm256_castps256_ps128(sums), _mm256_extractf128_ps(sums, 1)));
 }
@@ -146,17 +147,15 @@ Bytes load(const uint8_t* p) {
 }
 
 template <bool is_unsigned>
-Sums add_products(Bytes w, Bytes x, float scale, Sums sums) {
-  int32x4_t products = vdotq_s32(vdotq_s32(vdupq_n_s32(0), w.val[0], x.val[0]), w.val[1], x.val[1]);
-  return vfmaq_n_f32(sums, vcvtq_f32_s32(products), scale);
+Sums multiply(Bytes w, Bytes x) {
+  return vcvtq_f32_s32(vdotq_s32(vdotq_s32(vdupq_n_s32(0), w.val[0], x.val[0]), w.val[1], x.val[1]));
 }
 
-Sums add_products(const float* a, const float* b, Sums sums) {
-  return vfmaq_f32(sums, vld1q_f32(a), vld1q_f32(b));
-}
+Sums add(const float* p, Sums sums) { return vaddq_f32(vld1q_f32(p), sums); }
+Sums add(Sums x, float scale, Sums sums) { return vfmaq_n_f32(sums, x, scale); }
 
-void sum(const Sums (&x)[TILE], float* y) {
-  for (int i = 0; i < TILE; i++) y[i] = vaddvq_f32(x[i]);
+void sum(const Sums* x, float* y) {
+  for (int i = 0; i < 4; i++) y[i] = vaddvq_f32(x[i]);
 }
 #else
 using Bytes = std::array<int8_t, GROUP>;
@@ -175,15 +174,16 @@ Bytes load(const uint8_t* p) {
 }
 
 template <bool is_unsigned>
-Sums add_products(const Bytes& w, const Bytes& x, float scale, Sums sums) {
+Sums multiply(const Bytes& w, const Bytes& x) {
   int products = 0;
   for (int i = 0; i < GROUP; i++) products += w[i] * x[i];
-  return sums + scale * products;
+  return products;
 }
 
-Sums add_products(const float* a, const float* b, Sums sums) { return sums + *a * *b; }
+Sums add(const float* p, Sums sums) { return *p + sums; }
+Sums add(Sums x, float scale, Sums sums) { return sums + scale * x; }
 
-void sum(const Sums (&x)[TILE], float* y) { std::copy(x, x + TILE, y); }
+void sum(const Sums* x, float* y) { std::copy(x, x + 4, y); }
 #endif
 
 // Tokens (M, K), also rounded to 8 bits, each group of 32 with a scale of its own: x = q * scale
@@ -194,60 +194,65 @@ struct Tokens {
 
   Tokens(int64_t tokens, int64_t K) : K(K) {
     groups = (K + GROUP * L - 1) / (GROUP * L) * L;
-    M = tokens > 2 ? (tokens + TILE - 1) / TILE * TILE : tokens;
+    M = tokens > 2 ? (tokens + 3) / 4 * 4 : tokens;
     x.resize(M * K), scale.resize(M * groups), sums.resize(M * groups), q.resize(M * groups * GROUP);
   }
 
   void round() {
-    for (int64_t i = 0; i < M * groups; i++) {
-      const int64_t k = i % groups * GROUP, n = std::clamp<int64_t>(K - k, 0, GROUP);
-      float group[GROUP] = {};
-      std::copy_n(x.begin() + i / groups * K + std::min(k, K), n, group);
-      Vec most(0);  // NaN if one of them is
-      for (int j = 0; j < GROUP; j += L) most = at::vec::maximum(most, Vec::loadu(group + j).abs());
-      const float largest = reduce(most, [](Vec& a, Vec& b) { return at::vec::maximum(a, b); });
-      const bool is_finite = std::isfinite(largest);
-      const Vec inverse(std::isfinite(127 / largest) ? 127 / largest : 0);  // 0 for what is almost 0
-      int32_t rounded[GROUP] = {}, sum = 0;
-      for (int j = 0; is_finite && j < GROUP; j += L) {
-        convert<int32_t>((Vec::loadu(group + j) * inverse).round()).store(rounded + j);
+    for (int64_t m = 0; m < M; m++) {
+      for (int64_t k = 0; k < K; k += GROUP) {
+        const int64_t i = m * groups + k / GROUP, n = std::min(K - k, GROUP);
+        float group[GROUP] = {};
+        if (n < GROUP) std::copy_n(&x[m * K + k], n, group);
+        round(n == GROUP ? &x[m * K + k] : group, &q[i * GROUP], scale[i], sums[i]);
       }
-      for (int j = 0; j < GROUP; j++) q[i * GROUP + j] = rounded[j], sum += rounded[j];
-      scale[i] = is_finite ? largest / 127 : NAN;
-      sums[i] = scale[i] * sum;
     }
+  }
+
+  static void round(const float* group, int8_t* q, float& scale, float& total) {
+    Vec most(0);  // NaN if one of them is
+    for (int j = 0; j < GROUP; j += L) most = at::vec::maximum(most, Vec::loadu(group + j).abs());
+    const float largest = reduce(most, [](Vec& a, Vec& b) { return at::vec::maximum(a, b); });
+    const bool is_finite = std::isfinite(largest);
+    const Vec inverse(std::isfinite(127 / largest) ? 127 / largest : 0);  // 0 for what is almost 0
+    int32_t rounded[GROUP] = {}, sum = 0;
+    for (int j = 0; is_finite && j < GROUP; j += L) {
+      convert<int32_t>((Vec::loadu(group + j) * inverse).round()).store(rounded + j);
+    }
+    for (int j = 0; j < GROUP; j++) sum += rounded[j];
+    std::copy_n(rounded, GROUP, q);
+    scale = is_finite ? largest / 127 : NAN;
+    total = scale * sum;
   }
 };
 
 // A tile of quantized weights, for tokens from m0 on: y (R, M), sums of scale * (w times q) over the groups.
-// The scales of int8 are those of the tokens, (M, groups). Those of int4 are (R, M, groups), and zeros
-// (R, groups) times the tokens' sums come on top.
+// The scales of int8 are those of the tokens, those of int4 are (R, M, groups). int4 sums begin at (R, M, L).
 template <int R, int M, class W>
 __attribute__((noinline)) void dot_groups(const W* w, const Tokens& x, int64_t m0, const float* scale,
-                                          const float* zeros, float* y) {
+                                          const float* start, float* y) {
   constexpr bool is_int4 = std::is_same_v<W, uint8_t>;
   constexpr size_t BYTES = is_int4 ? GROUP / 2 : GROUP;
   const int64_t K = x.K, groups = x.groups;
   const size_t stride = is_int4 ? K / 2 : K;
   const int8_t* q = &x.q[m0 * groups * GROUP];
-  Sums sums[TILE] = {};
+  Sums sums[(R * M + 3) / 4 * 4] = {};
+  for (int i = 0; is_int4 && i < R * M; i++) {
+    for (size_t j = 0; j < L; j += sizeof(Sums) / sizeof(float)) sums[i] = add(start + i * L + j, sums[i]);
+  }
   for (int64_t i = 0; i < K / GROUP; i++) {
     prefetch<R * BYTES>(w + i * R * BYTES);
-    for (int r = 0; r < R; r++) {
-      Bytes bytes = load(w + r * stride + i * BYTES);
-      for (int m = 0; m < M; m++) {
+    Bytes bytes[R];
+    for (int r = 0; r < R; r++) bytes[r] = load(w + r * stride + i * BYTES);
+    for (int m = 0; m < M; m++) {
+      const Bytes token = load(q + (m * groups + i) * GROUP);
+      for (int r = 0; r < R; r++) {
         const float factor = scale[(is_int4 ? r * M + m : m) * groups + i];
-        Sums& of = sums[r * M + m];
-        of = add_products<is_int4>(bytes, load(q + (m * groups + i) * GROUP), factor, of);
+        sums[r * M + m] = add(multiply<is_int4>(bytes[r], token), factor, sums[r * M + m]);
       }
     }
   }
-  for (int64_t i = 0; is_int4 && i < groups; i += sizeof(Sums) / sizeof(float)) {
-    for (int j = 0; j < R * M; j++) {
-      sums[j] = add_products(zeros + j / M * groups + i, &x.sums[(m0 + j % M) * groups + i], sums[j]);
-    }
-  }
-  sum(sums, y);
+  for (int i = 0; i < R * M; i += 4) sum(sums + i, y + i);
   for (int j = 0; !is_int4 && K % GROUP && j < R * M; j++) {  // rows of int8 may end in half a group
     int rest = 0;
     for (int64_t k = K / GROUP * GROUP; k < K; k++) rest += w[j / M * K + k] * q[j % M * groups * GROUP + k];
@@ -264,30 +269,36 @@ struct Linear {
 
   int64_t units() const { return (N + UNIT - 1) / UNIT; }
 
-  // Rows `begin` to `end` of the result y (tokens, N), some at a time: they stay in the cache for all tokens
-  template <int M>
+  // Rows `begin` to `end` of the result y (tokens, N), in tiles of R rows and M tokens
+  template <int R, int M>
   void rows(const Tokens& x, float* y, int64_t tokens, int64_t begin, int64_t end) const {
-    Floats scratch((4 * TILE + 1) * x.groups);  // of dot_int4
-    for (; begin < end; begin += UNIT) {
-      for (int64_t m = 0; m < x.M; m += M) {
-        const int64_t last = std::min(begin + UNIT, end);
-        int64_t n = begin;
-        for (; n + TILE / M <= last; n += TILE / M) tile<TILE / M, M>(n, m, x, scratch.data(), y, tokens);
-        for (; n < last; n++) tile<1, M>(n, m, x, scratch.data(), y, tokens);
+    Floats factors(UNIT * M * x.groups), starts(UNIT * M * L);
+    for (int64_t m0 = 0; m0 < x.M; m0 += BLOCK) {
+      for (int64_t first = begin; first < end; first += UNIT) {
+        const int64_t last = std::min(first + UNIT, end);
+        for (int64_t m = m0; m < std::min(m0 + BLOCK, x.M); m += M) {
+          if (dtype == ScalarType::Byte) fold<M>(first, last - first, m, x, factors.data(), starts.data());
+          for (int64_t n = first; n < last;) {
+            const float *factor = &factors[(n - first) * M * x.groups], *start = &starts[(n - first) * M * L];
+            if (n + R <= last) tile<R, M>(n, m, x, factor, start, y, tokens), n += R;
+            else tile<1, M>(n, m, x, factor, start, y, tokens), n++;
+          }
+        }
       }
     }
   }
 
   template <int R, int M>
-  void tile(int64_t n, int64_t m, const Tokens& x, float* scratch, float* y, int64_t tokens) const {
-    float out[TILE];
+  void tile(int64_t n, int64_t m, const Tokens& x, const float* factors, const float* starts, float* y,
+            int64_t tokens) const {
+    float out[R * M + 3];  // `sum` writes four at a time
     if (dtype == ScalarType::Char) {
       dot_groups<R, M>(static_cast<const int8_t*>(w) + n * K, x, m, &x.scale[m * x.groups], nullptr, out);
       with_type(scale_dtype, [&](auto T) {
         for (int i = 0; i < R * M; i++) out[i] *= float(static_cast<const decltype(T)*>(scale)[n + i / M]);
       });
     } else if (dtype == ScalarType::Byte) {
-      dot_int4<R, M>(n, x, m, scratch, out);
+      dot_groups<R, M>(static_cast<const uint8_t*>(w) + n * K / 2, x, m, factors, starts, out);
     } else {
       with_type(dtype, [&](auto T) {
         dot<R, M>(static_cast<const decltype(T)*>(w) + n * K, &x.x[m * K], K, out);
@@ -299,26 +310,35 @@ struct Linear {
     }
   }
 
-  // A weight is (q - 8) * scale + zero, so each group is scale * (q times x) + (zero - 8 * scale) * sum(x)
-  template <int R, int M>
-  void dot_int4(int64_t n, const Tokens& x, int64_t m0, float* scratch, float* out) const {
-    const int64_t groups = x.groups, stored = K / group, repeat = group / GROUP;
-    float *pairs = scratch, *factors = pairs + (2 * R + 1) * groups, *zeros = factors + R * M * groups;
-    with_type(scale_dtype, [&](auto T) {
-      widen(static_cast<const decltype(T)*>(scale) + n * 2 * stored, R * 2 * stored, pairs);
-    });
-    for (int64_t i = R * 2 * stored * repeat; repeat > 1 && i-- > 0;) pairs[i] = pairs[i / repeat];
-    for (int r = 0; r < R; r++) {
-      const float *scales = pairs + 2 * r * stored * repeat, *start = scales + stored * repeat;
-      for (int64_t j = 0; j < groups; j += L) {
-        Vec scale = Vec::loadu(scales + j);
-        fmadd(Vec(-8), scale, Vec::loadu(start + j)).store(zeros + r * groups + j);
-        for (int m = 0; m < M; m++) {
-          (scale * Vec::loadu(&x.scale[(m0 + m) * groups + j])).store(factors + (r * M + m) * groups + j);
-        }
+  // An int4 weight is (q - 8) * scale + zero, so a group is scale * (q times x) + (zero - 8 * scale) * sum(x):
+  // the factors of (q times x), (rows, M, groups), and the rest of all groups as partial sums (rows, M, L)
+  template <int M>
+  void fold(int64_t n, int64_t rows, int64_t m, const Tokens& x, float* factors, float* starts) const {
+    with_type(scale_dtype, [=, &x, this](auto type) {
+      using T = decltype(type);
+      const int64_t groups = x.groups, stored = K / group, all = K / GROUP, repeat = all / stored;
+      const float *x_scale = &x.scale[m * groups], *x_sum = &x.sums[m * groups];
+      const T* from = static_cast<const T*>(scale) + n * 2 * stored;
+      std::vector<T> copy;
+      if (repeat > 1 || (N - n - rows) * 2 * all < L) {  // vectors read past the end of the rows
+        copy.resize(rows * 2 * all + L);
+        for (int64_t i = 0; i < rows * 2 * all; i++) copy[i] = from[i / repeat];
+        from = copy.data();
       }
-    }
-    dot_groups<R, M>(static_cast<const uint8_t*>(w) + n * K / 2, x, m0, factors, zeros, out);
+      float* to = factors;
+      for (int64_t r = 0; r < rows; r++, to += M * groups, from += 2 * all) {
+        Vec sums[M];
+        std::fill_n(sums, M, Vec(0));
+        for (int64_t i = 0; i < groups; i += L) {
+          const Vec scale = widen(from + i), rest = fmadd(Vec(-8), scale, widen(from + all + i));
+          for (int j = 0; j < M; j++) {
+            (scale * Vec::loadu(x_scale + j * groups + i)).store(to + j * groups + i);
+            sums[j] = fmadd(rest, Vec::loadu(x_sum + j * groups + i), sums[j]);
+          }
+        }
+        for (int j = 0; j < M; j++) sums[j].store(starts + (r * M + j) * L);
+      }
+    });
   }
 };
 
@@ -334,9 +354,10 @@ void linear(Tokens& x, int64_t tokens, const std::vector<std::pair<const Linear*
   parallel_for(0, units, 1, [&](int64_t begin, int64_t end) {
     for (auto [weight, y] : products) {
       const int64_t first = std::max<int64_t>(begin, 0) * UNIT, last = std::min(end * UNIT, weight->N);
-      if (x.M == 1) weight->rows<1>(x, y, tokens, first, last);
-      else if (x.M == 2) weight->rows<2>(x, y, tokens, first, last);
-      else weight->rows<4>(x, y, tokens, first, last);
+      if (x.M == 1) weight->rows<4, 1>(x, y, tokens, first, last);
+      else if (x.M == 2) weight->rows<4, 2>(x, y, tokens, first, last);
+      else if (weight->scale) weight->rows<2, 4>(x, y, tokens, first, last);
+      else weight->rows<3, 4>(x, y, tokens, first, last);
       begin -= weight->units(), end -= weight->units();  // to the next weight
     }
   });

@@ -102,7 +102,7 @@ def pack(model: GPT) -> None:
 def widen_products(model: GPT, is_native: bool = False) -> None:
     """Make a model's Linears multiply in float32 on a CPU that has no instructions for their dtype, in place.
 
-    is_native: decode.cpp is loaded, for a few rows of x.
+    is_native: decode.cpp is loaded, and multiplies.
     """
     is_slow = model.device.type == "cpu" and product_dtype(model.dtype) != model.dtype
     for name, module in [*model.named_modules()]:
@@ -114,7 +114,7 @@ def widen_products(model: GPT, is_native: bool = False) -> None:
 
 
 class WidenedLinear(nn.Linear):
-    """A Linear that widens its weight to float32, a chunk at a time: PyTorch's product is slower."""
+    """A Linear that widens its weight to float32: PyTorch's product is slower."""
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__(linear.in_features, linear.out_features, device="meta")
@@ -128,7 +128,7 @@ class WidenedLinear(nn.Linear):
         rows = x.reshape(-1, self.in_features).contiguous()  # (M, K)
         if torch.is_grad_enabled() and x.requires_grad:
             y = frozen_linear(rows, self.weight)  # (M, N)
-        elif self.is_native and len(rows) <= NATIVE_ROWS[torch.float32]:
+        elif self.is_native:
             y = torch.ops.sologpt.linear(in_float32(rows), [self.weight]).to(x.dtype)
         else:
             y = quantized_linear(rows, self.weight)
@@ -166,7 +166,7 @@ GROUP_SIZES = (128, 64, 32)  # of int4: weights of a row that share a scale and 
 PAIRED = 32  # int4 packs so many weights into half as many bytes: the first half of them is in the low bits
 CHUNK = 2**20  # weights that are quantized, or widened, at a time
 INT8_ROWS = 16  # up to this many rows of x, PyTorch's int8 kernel is faster than widening (docs/notes.md)
-NATIVE_ROWS = {torch.uint8: 64, torch.int8: 32, torch.float32: 12}  # and decode.cpp's products are, by dtype
+NATIVE_ROWS = 256  # and decode.cpp's products are, in 8 and 4 bits
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -278,7 +278,7 @@ class QuantizedLinear(InferenceOnly):
         rows = x.to(self.scale.dtype).reshape(-1, self.in_features).contiguous()  # (M, K)
         if torch.is_grad_enabled() and x.requires_grad:
             y = frozen_linear(rows, self.q, self.scale)
-        elif self.is_native and len(rows) <= NATIVE_ROWS[self.q.dtype]:
+        elif self.is_native and len(rows) <= NATIVE_ROWS:
             y = torch.ops.sologpt.linear(rows.float(), [self.q, self.scale]).to(rows.dtype)
         else:
             y = quantized_linear(rows, self.q, self.scale)

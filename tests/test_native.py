@@ -104,7 +104,7 @@ def test_a_row_past_a_full_window(switches):
     assert len(errors) == 39 and max(errors) < 1e-5  # the terms of some hundred sums, rounded by 6e-8 each
 
 
-@pytest.mark.parametrize("rows", [2, 3, 5, 8, 11])
+@pytest.mark.parametrize("rows", [2, 3, 5, 8, 35])
 @pytest.mark.parametrize("name", ["ours", "qwen", "gpt2", "windows"])
 def test_rows_of_different_lengths_that_end(name, rows):
     model, errors = make_model(torch.float32, sequence_len=16, **ARCHITECTURES[name]), []
@@ -170,6 +170,32 @@ def test_several_tokens_at_once(switches):
                 for name in ("k", "v"):
                     ours, theirs = (getattr(cache, name)[:, b, :, : n + T] for cache in caches)
                     torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
+
+
+@each_architecture
+@torch.inference_mode()
+def test_prefill(switches):
+    """The last logits and the cache are those of `GPT.prefill`: short prompts, long ones, and a full window."""
+    model = make_model(torch.float32, sequence_len=40, **switches)
+    decode, exact = prepare(model), in_float64(model)
+    for held, new in ((0, 1), (0, 2), (0, 7), (0, 32), (0, 33), (5, 3), (8, 32), (9, 32), (38, 5)):
+        tokens = torch.randint(61, (held + new,)).tolist()
+        caches = [cache_for(model, 1, 40) for _ in range(2)]
+        for cache, prefill in zip(caches, (decode.prefill, model.prefill), strict=True):
+            if held:
+                model.prefill([tokens[:held]], cache)
+            logits = prefill([tokens[held:]], cache)
+            assert logits.shape == (1, 61)
+            assert relative_error(logits[0], exact(torch.tensor([tokens[-40:]]))[0, -1]) < 1e-5
+        ours, theirs = caches
+        assert ours.tokens() == theirs.tokens() == [tokens[-40:]]
+        n = len(tokens[-40:])
+        torch.testing.assert_close(ours.k[:, 0, :, :n], theirs.k[:, 0, :, :n], atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(ours.v[:, 0, :, :n], theirs.v[:, 0, :, :n], atol=1e-5, rtol=1e-5)
+    for prompts, cache in (([[]], cache_for(model, 1, 40)), ([[1, 2, 3]], cache_for(model, 1, 2))):
+        with pytest.raises(ValueError, match=r"empty|do not fit"):
+            decode.prefill(prompts, cache)
+        assert cache.tokens() == [[]]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -397,7 +423,7 @@ REFUSED = {  # arguments of the operator, from good ones
     "a negative window": lambda a: dict(layer_types="SSS", sliding_window=-5),
     "int32 ids": lambda a: dict(idx=a["idx"].int()),
     "ids of one dimension": lambda a: dict(idx=a["idx"][:, 0]),
-    "too many tokens": lambda a: dict(idx=torch.zeros(2, 5, dtype=torch.long)),
+    "too many tokens": lambda a: dict(idx=torch.zeros(2, 17, dtype=torch.long)),
     "too many rows": lambda a: dict(idx=torch.zeros(3, 1, dtype=torch.long)),
     "strided ids": lambda a: dict(idx=torch.zeros(2, 2, dtype=torch.long).T),
     "an id of -1": lambda a: dict(idx=torch.tensor([[1], [-1]])),
@@ -406,14 +432,14 @@ REFUSED = {  # arguments of the operator, from good ones
     "keys of a slot less": lambda a: dict(k=a["k"][:, :, :, :-1]),
     "strided keys": lambda a: {name: a[name].mT.contiguous().mT for name in "kv"},
     "keys of one layer": lambda a: dict(k=a["k"][:1], v=a["v"][:1]),
-    "keys of other channels": lambda a: dict.fromkeys("kv", torch.zeros(3, 2, 2, 8, 6)),
-    "keys of no heads": lambda a: dict.fromkeys("kv", torch.zeros(3, 2, 0, 8, 8)),
+    "keys of other channels": lambda a: dict.fromkeys("kv", torch.zeros(3, 2, 2, 20, 6)),
+    "keys of no heads": lambda a: dict.fromkeys("kv", torch.zeros(3, 2, 0, 20, 8)),
     "doubles": lambda a: dict(k=a["k"].double(), v=a["v"].double()),
     "half the keys": lambda a: dict(k=a["k"].half()),
     "int32 cached ids": lambda a: dict(cached_ids=a["cached_ids"].int()),
     "few cached ids": lambda a: dict(cached_ids=a["cached_ids"][:, :-1]),
     "a length of -1": lambda a: dict(lengths=torch.tensor([1, -1])),
-    "a full row": lambda a: dict(lengths=torch.tensor([8, 1])),
+    "a full row": lambda a: dict(lengths=torch.tensor([20, 1])),
     "an absurd length": lambda a: dict(lengths=torch.tensor([1, 2**63 - 1])),
     "lengths of one row": lambda a: dict(lengths=torch.tensor([1])),
     "no angles": lambda a: dict(rotary=a["rotary"][:1]),
@@ -452,11 +478,13 @@ def with_head(arguments: dict, *head: torch.Tensor) -> dict:
 @pytest.mark.parametrize("change", REFUSED.values(), ids=REFUSED)
 def test_the_operator_refuses(change):
     model = make_model(torch.float32)
-    decode, cache = prepare(model), cache_for(model, 2, 8)
+    decode, cache = prepare(model), cache_for(model, 2, 20)
     decode(torch.tensor([1, 2]), cache)
     names = [argument.name for argument in torch.ops.sologpt.decode.default._schema.arguments]
     values = torch.tensor([[3], [4]]), cache.k, cache.v, cache.ids, cache.lengths, decode.rotary
-    good = dict(zip(names, (*values, [x[name] for x, name in decode.places], *decode.switches), strict=True))
+    good = dict(
+        zip(names, (*values, [x[name] for x, name in decode.places], *decode.switches, False), strict=True)
+    )
     with pytest.raises(RuntimeError):
         torch.ops.sologpt.decode(**good | change(good))
     assert cache.tokens() == [[1], [2]]
@@ -547,9 +575,9 @@ def test_fast_prepare(monkeypatch):
     assert types(dtype=torch.float64, compile=True) == ("method", torch.nn.Linear)
     assert types(compile=True) == types(compile=True, lookup=3) == ("Native", torch.nn.Linear)
     monkeypatch.setattr(fast, "SMALL", 2**16)  # now it is large
-    assert types() == types(rows=8) == ("Native", torch.nn.Linear)
-    assert types(rows=9) == ("method", packed)
-    assert types(quantize="int8") == types(quantize="int8", rows=9) == ("Native", Int8Linear)
+    assert types() == types(rows=32) == ("Native", torch.nn.Linear)
+    assert types(rows=33) == ("method", packed)
+    assert types(quantize="int8") == types(quantize="int8", rows=33) == ("Native", Int8Linear)
 
 
 @pytest.mark.parametrize("n", [1, 4, 20])
