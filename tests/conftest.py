@@ -5,13 +5,28 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from types import ModuleType
 
 import pytest
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # tests run side by side; torch reads it when it is imported
+
 import torch
 
 from gpt import GPT, GPTConfig
+from sologpt import errors
 
 ROOT = Path(__file__).resolve().parent.parent
+
+
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """How many processes share the tests: all of them, one a core, at most 4; some that are named, none but this."""
+    return min(os.cpu_count() or 1, 4) if config.args_source != config.ArgsSource.ARGS else 0
+
+
+def pytest_report_header(config: pytest.Config) -> str:
+    return "pytest takes about 5 minutes on 2 cores; pytest -m '' also runs the slow tests, in about 15"
+
 
 # Tests and the processes that they start run on the CPU. test_cuda.py gives its processes these GPUs.
 GPUS = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(torch.cuda.device_count())))
@@ -57,19 +72,23 @@ LLAMA3 = {
 
 # Each script runs in a process of its own, forked from one that has imported PyTorch: that takes longest.
 FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["torch", "torch._dynamo", "numpy", "tiktoken", "matplotlib.pyplot", "gpt"])
+FORKS.set_forkserver_preload(
+    ["torch", "torch._dynamo", "torch.distributed.fsdp", "numpy", "tiktoken", "matplotlib.pyplot", "gpt"]
+)
 
 
-def script(args: list[str], streams: list[str], env: dict[str, str]) -> None:
+def script(args: list[str], streams: list[str], cwd: Path, env: dict[str, str], plot: bool) -> None:
     """In such a process: what `python *args` does, with its standard streams in files."""
     for fd, (path, mode) in enumerate(zip(streams, (os.O_RDONLY, os.O_WRONLY, os.O_WRONLY), strict=True)):
         os.dup2(os.open(path, mode), fd)
     sys.stdin = os.fdopen(0, closefd=False)
     os.environ.clear()
     os.environ.update(env)
-    os.chdir(ROOT)
+    os.chdir(cwd)
     if "OMP_NUM_THREADS" in env:  # was read before the fork
         torch.set_num_threads(int(env["OMP_NUM_THREADS"]))
+    if not plot:
+        sys.modules["matplotlib"] = None  # as if it were not installed
     if args[0] == "-c":
         sys.argv = ["-c", *args[2:]]
         exec(args[1], {"__name__": "__main__"})
@@ -79,15 +98,21 @@ def script(args: list[str], streams: list[str], env: dict[str, str]) -> None:
 
 
 class Script:
-    """A script of the repository that runs: `process` is a multiprocessing.Process."""
+    """A script of the repository that runs: `process` is a multiprocessing.Process.
 
-    def __init__(self, *args: str | Path, stdin: str = "", **env: str) -> None:
+    plot: whether train.py draws loss.png, which takes as long as all the rest of a short run.
+    """
+
+    def __init__(
+        self, *args: str | Path, cwd: Path = ROOT, stdin: str = "", plot: bool = False, **env: str
+    ) -> None:
         self.args = [str(arg) for arg in args]
         self.folder = tempfile.TemporaryDirectory()
         streams = [f"{self.folder.name}/{name}" for name in ("stdin", "stdout", "stderr")]
         for path, text in zip(streams, (stdin, "", ""), strict=True):
             Path(path).write_text(text)
-        self.process = FORKS.Process(target=script, args=(self.args, streams, dict(os.environ) | env))
+        env = dict(os.environ) | env
+        self.process = FORKS.Process(target=script, args=(self.args, streams, cwd, env, plot))
         self.process.start()
 
     def wait(self, timeout: float = 300) -> subprocess.CompletedProcess:
@@ -99,11 +124,11 @@ class Script:
 
 
 def run(
-    *args: str | Path, cwd: Path = ROOT, status: int = 0, stdin: str = "", **env: str
+    *args: str | Path, cwd: Path = ROOT, status: int = 0, stdin: str = "", plot: bool = False, **env: str
 ) -> subprocess.CompletedProcess:
     """Run a script of the repository as a user would, and check its exit status."""
-    if cwd == ROOT:
-        done = Script(*args, stdin=stdin, **env).wait()
+    if cwd == ROOT or Path(args[0]).parent == ROOT:
+        done = Script(*args, cwd=cwd, stdin=stdin, plot=plot, **env).wait()
     else:
         done = subprocess.run(
             [sys.executable, *map(str, args)],
@@ -123,6 +148,22 @@ def error(*args: str | Path, status: int = 2, **kwargs) -> str:
     lines = done.stderr.splitlines()
     assert len(lines) == 1 and lines[0].startswith("error: "), done.stderr
     return lines[0]
+
+
+@pytest.fixture
+def error_here(monkeypatch, capsys):
+    """What `error` returns, of a script that runs in this process, to be fast."""
+
+    def error_here(script: ModuleType, *args: str | Path, status: int = 2) -> str:
+        monkeypatch.setattr(sys, "argv", [script.__file__, *map(str, args)])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as e:
+            errors.run(script.main)
+        lines = capsys.readouterr().err.splitlines()
+        assert e.value.code == status and len(lines) == 1 and lines[0].startswith("error: "), lines
+        return lines[0]
+
+    return error_here
 
 
 @pytest.fixture(scope="session")
@@ -157,7 +198,6 @@ SMALL = ["--n_layer=2", "--n_head=2", "--n_embd=16", "--sequence_len=16", "--bat
 def trained(tmp_path_factory, dataset) -> Path:
     """The out_dir of a short run."""
     out = tmp_path_factory.mktemp("out") / "run"
-    run(
-        "train.py", *SMALL, f"--dataset={dataset}", f"--out_dir={out}", "--max_iters=20", "--eval_interval=10"
-    )
+    flags = [*SMALL, f"--dataset={dataset}", f"--out_dir={out}", "--max_iters=20", "--eval_interval=10"]
+    run("train.py", *flags, plot=True)
     return out

@@ -3,9 +3,10 @@ import json
 import numpy as np
 import pytest
 import torch
-from conftest import error, make_model
+from conftest import make_model
 from torch.utils.flop_counter import FlopCounterMode
 
+import bench.__main__
 from bench import measures, peers, report, time_to_loss
 from gpt import GPT, GPTConfig, KVCache
 
@@ -89,6 +90,7 @@ def clones(tmp_path) -> dict[str, str]:
     return {name: str(tmp_path / name) for name in ("nanogpt", "gpt-fast")}
 
 
+@pytest.mark.slow
 def test_every_benchmark_measures_each_candidate_that_can_do_it(monkeypatch, clones, tmp_path):
     shape = GPTConfig(sequence_len=1024, vocab_size=64, n_layer=1, n_head=2, n_embd=16)
     monkeypatch.setitem(peers.SHAPES, "tiny", shape)
@@ -205,12 +207,10 @@ def test_mean_loss_is_that_of_all_windows():
         assert time_to_loss.mean_loss(model, ids) == pytest.approx(float(model(idx, targets)))
 
 
+@pytest.mark.slow
 def test_a_benchmark_that_dies_is_an_error_and_not_a_hang():
     with pytest.raises(RuntimeError, match="exit status"):
         list(measures.run_in_subprocess(("decode",), "no such shape", torch.float32, CPU, {}, 1, 1, False))
-
-
-BENCH = "import runpy; runpy.run_module('bench', run_name='__main__', alter_sys=True)"
 
 
 @pytest.mark.parametrize(
@@ -225,5 +225,5 @@ BENCH = "import runpy; runpy.run_module('bench', run_name='__main__', alter_sys=
         ("--shape=hf:nowhere/nothing/at/all", "nowhere/nothing/at/all"),
     ],
 )
-def test_bad_flags_are_one_line(flag, words):
-    assert words in error("-c", BENCH, flag)
+def test_bad_flags_are_one_line(flag, words, error_here):
+    assert words in error_here(bench.__main__, flag)

@@ -15,24 +15,8 @@ from torch._dynamo.utils import counters
 import sample
 import train
 from gpt import GPT
-from sologpt import errors, parallel
+from sologpt import parallel
 from sologpt.tokenizer import Tokenizer
-
-
-@pytest.fixture
-def error_here(monkeypatch, capsys):
-    """The line on stderr of a script that ends with status 2. It runs in this process, to be fast."""
-
-    def error_here(script, *args) -> str:
-        monkeypatch.setattr(sys, "argv", [script.__file__, *map(str, args)])
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as e:
-            errors.run(script.main)
-        lines = capsys.readouterr().err.splitlines()
-        assert e.value.code == 2 and len(lines) == 1 and lines[0].startswith("error: "), lines
-        return lines[0]
-
-    return error_here
 
 
 def records(out) -> list[dict]:

@@ -143,7 +143,7 @@ def test_a_forgotten_resume_loses_nothing(dataset, tmp_path):
         "--eval_interval=2",
     ]
     for n in (4, 6, 8):
-        run("train.py", *flags, f"--max_iters={n}", "--keep_checkpoints=1", "--tensorboard")
+        run("train.py", *flags, f"--max_iters={n}", "--keep_checkpoints=1", "--tensorboard", plot=True)
     for folder, n in ((tmp_path / "old-1", 4), (tmp_path / "old-2", 6), (tmp_path, 8)):
         assert GPT.load_checkpoint(folder / "ckpt.pt")[1]["step"] == steps(folder)[-1] == n
         assert (
@@ -261,7 +261,7 @@ def rewrite(path, **changes):
         ),
         dict(optimizers=lambda o: [{"state": {i: {"momentum_buffer": "x"} for i in o[0]["state"]}}, o[1]]),
     ],
-    ids=str,
+    ids=" ".join,
 )
 def test_a_state_with_wrong_values_is_damaged(changes, trained, dataset, tmp_path, monkeypatch, capsys):
     shutil.copytree(trained, tmp_path / "out")
