@@ -9,6 +9,7 @@ line, and a comment line of its own, `# ---- data`, begins a group of --help.
 
 import ast
 import difflib
+import functools
 import inspect
 import operator
 import re
@@ -118,6 +119,7 @@ def keys(cls: type) -> dict[str, Key]:
     return found
 
 
+@functools.cache  # reading the source takes longer than all the rest
 def read_comments(cls: type) -> dict[str, tuple[str, str]]:
     """Return the comment on each field's line and the title of its group, base classes included."""
     found: dict[str, tuple[str, str]] = {}
