@@ -11,7 +11,7 @@ import peft
 import pytest
 import torch
 import transformers
-from conftest import GPT2, LLAMA, QWEN, Script, error, make_model, run
+from conftest import GPT2, LLAMA, QWEN, error, make_model, run
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
@@ -20,6 +20,7 @@ from test_parallel import records, together
 from torch import nn
 from transformers import AutoModelForCausalLM
 
+import train as train_script
 from gpt import GPT
 from gpt import cross_entropy as gpt_cross_entropy
 from sologpt import fast, hf, lora, loss
@@ -704,14 +705,7 @@ def test_the_adapter_of_a_run_is_peft_s(base, lora_run, tmp_path):
 @pytest.mark.parametrize("flags", [[], ["--quantize=int4", "--dtype=bfloat16", "--optimizer=muon"]])
 def test_resume_bit_for_bit(base, dataset, lora_run, flags, tmp_path):
     whole = train(base, dataset, tmp_path / "whole", *flags) if flags else lora_run
-    part = train(base, dataset, tmp_path / "part", *flags, "--max_iters=7", "--warmdown=0")
-    # The learning rate of step 6 is that of the whole run in neither: begin again at a checkpoint of the same run
-    shutil.rmtree(part)
-    script = Script(
-        "train.py", *LORA, *flags, f"--init_from={base}", f"--dataset={dataset}", f"--out_dir={part}",
-        "--ckpt_interval=1", "--keep_checkpoints=20",
-    )  # fmt: skip
-    assert script.wait().returncode == 0
+    part = train(base, dataset, tmp_path / "part", *flags, "--ckpt_interval=1", "--keep_checkpoints=20")
     shutil.copy(part / "ckpt_00000007.pt", part / "ckpt.pt")
     done = run("train.py", *LORA, *flags, "--init_from=resume", f"--dataset={dataset}", f"--out_dir={part}")
     assert "resumed at step 7" in done.stdout
@@ -730,7 +724,7 @@ def test_resume_bit_for_bit(base, dataset, lora_run, flags, tmp_path):
         (2, ["--shard", "--activation_checkpointing"]),
     ],
 )
-@pytest.mark.parametrize("kind", [[], ["--quantize=int4"]])
+@pytest.mark.parametrize("kind", [[], pytest.param(["--quantize=int4"], marks=pytest.mark.slow)])
 def test_processes_share_one_run(base, dataset, lora_run, n, flags, kind, tmp_path):
     alone = train(base, dataset, tmp_path / "alone", *kind) if kind else lora_run
     out, where = (
@@ -754,6 +748,7 @@ def test_processes_share_one_run(base, dataset, lora_run, n, flags, kind, tmp_pa
     assert a.keys() == b.keys()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("flags", [["--shard"], []])
 def test_processes_with_a_bfloat16_base(base, dataset, flags, tmp_path):
     """FSDP gathers frozen weights in bfloat16, adapters in float32."""
@@ -779,7 +774,7 @@ def test_quantized_or_not_a_run_learns_the_same(base, dataset, lora_run, tmp_pat
     assert max(losses) - min(losses) < 0.1, losses
 
 
-def test_what_a_run_refuses(base, lora_run, dataset, tmp_path):
+def test_what_a_run_refuses(base, lora_run, dataset, tmp_path, error_here):
     flags = [*LORA, f"--dataset={dataset}", f"--out_dir={tmp_path}"]
     for more, message in (
         (["--init_from=scratch"], "lora_rank needs a model to adapt"),
@@ -790,7 +785,7 @@ def test_what_a_run_refuses(base, lora_run, dataset, tmp_path):
         ([f"--init_from={lora_run}", f"--out_dir={lora_run}"], "choose another --out_dir"),
         ([f"--init_from={lora_run / 'ckpt.pt'}"], "without their base: best.pt is the whole model"),
     ):
-        assert message in error("train.py", *flags, *more)
+        assert message in error_here(train_script, *flags, *more)
     shutil.copytree(lora_run, tmp_path / "run")
     flags = [*LORA, f"--dataset={dataset}", f"--out_dir={tmp_path / 'run'}", "--init_from=resume"]
     for more, message in (
@@ -801,7 +796,7 @@ def test_what_a_run_refuses(base, lora_run, dataset, tmp_path):
         (["--quantize=int8"], "not trained with quantize=int8"),
         (["--optimizer=muon"], "not trained with optimizer=muon"),
     ):
-        assert message in error("train.py", *flags, *more)
+        assert message in error_here(train_script, *flags, *more)
     saved = load_ckpt(lora_run)
     for change, message in (
         ({"adapters": {}}, "adapters do not fit"),
@@ -810,9 +805,9 @@ def test_what_a_run_refuses(base, lora_run, dataset, tmp_path):
         ({"tokenizer": {}}, "tokenizer cannot be read"),
     ):
         torch.save(saved | change, tmp_path / "run" / "ckpt.pt")
-        assert message in error("train.py", *flags, status=1)
+        assert message in error_here(train_script, *flags, status=1)
     shutil.copy(base.parent / "ckpt.pt", tmp_path / "run" / "ckpt.pt")
-    assert "not trained with lora_rank=4" in error("train.py", *flags, "--optimizer=muon")
+    assert "not trained with lora_rank=4" in error_here(train_script, *flags, "--optimizer=muon")
 
 
 def test_another_base(base, dataset, tmp_path):
