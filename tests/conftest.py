@@ -25,7 +25,7 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
 
 
 def pytest_report_header(config: pytest.Config) -> str:
-    return "pytest takes about 5 minutes on 2 cores; pytest -m '' also runs the slow tests, in about 15"
+    return "pytest runs the quick tests, which takes some minutes; pytest -m '' also runs the slow ones"
 
 
 # Tests and the processes that they start run on the CPU. test_cuda.py gives its processes these GPUs.
