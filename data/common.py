@@ -209,10 +209,11 @@ def open_tokenizer_and_window(spec: str, texts: Iterable[str] = ()) -> tuple[Tok
         return Tokenizer.from_spec(spec, texts), MAX_ROW
     try:
         if path.suffix == ".pt":
-            from sologpt.load import read_checkpoint  # imports torch
+            from sologpt.load import make_config, read_checkpoint  # imports torch
 
             content = read_checkpoint(path)
-            window = min(MAX_ROW, content["config"]["sequence_len"]) if "config" in content else MAX_ROW
+            config = make_config(content.get("config", {"sequence_len": MAX_ROW}))
+            window = min(MAX_ROW, config.sequence_len)
         else:
             content = json.loads(path.read_bytes())
             window = int(content.get("sequence_len", MAX_ROW))

@@ -5,15 +5,18 @@
 Files come from strangers: no code in them is run, and their sizes are checked before memory is allocated.
 """
 
+import functools
 import importlib
 import os
 import re
+import reprlib
 import zipfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, get_type_hints
 
 import torch
+from torch import Tensor
 
 import sologpt.quantize
 from gpt import GPT, Device, Dtype, GPTConfig
@@ -83,10 +86,7 @@ def load_model(
         raise RunError(
             f"{path} holds no tokenizer: save it with model.save(PATH, tokenizer=tokenizer.to_dict())"
         )
-    try:
-        tokenizer = Tokenizer.from_dict(about.pop("tokenizer"))
-    except ValueError as e:
-        raise RunError(f"{path} is damaged: its tokenizer cannot be read") from e
+    tokenizer = read_tokenizer(path, about.pop("tokenizer"))
     if quantize:
         sologpt.quantize.quantize(model, quantize)
     return model, tokenizer, about | {"source": str(path)}
@@ -132,7 +132,7 @@ def load_checkpoint(
 ) -> tuple[GPT, dict[str, Any]]:
     """Return the model that `GPT.save` wrote, in eval mode, and a dict of what else was saved.
 
-    OSError if the file cannot be opened, UserError for a folder or an unknown config field, RunError for a
+    OSError if the file cannot be opened, UserError for a folder or a wrong config field, RunError for a
     damaged file.
     """
     if os.path.isdir(path):
@@ -143,22 +143,53 @@ def load_checkpoint(
         raise UserError(f"{path} holds the adapters of a LoRA run without their base: {hint}")
     if not {"config", "model"} <= checkpoint.keys():
         raise RunError(f"{path} has no config or no model. Is it a plain state_dict? Use model.save(PATH)")
-    values = checkpoint["config"]
-    if isinstance(values, dict) and not values.keys() <= TYPES.keys():
-        unknown = min(str(key) for key in values.keys() - TYPES.keys())
-        raise UserError(f"{path} has the unknown config field {unknown!r}: was it saved with another gpt.py?")
+    if not isinstance(checkpoint["config"], dict) or not isinstance(checkpoint["model"], dict):
+        raise RunError(f"{path} is damaged: its config or its model is no dict")
     try:
-        config = make_config(values)
-        if config.n_layer > len(checkpoint["model"]):  # building all the layers would take forever
-            raise ValueError("fewer tensors than layers")
-        del checkpoint["config"]
-        model = empty_model(config)
-        model.load_state_dict(checkpoint.pop("model"), assign=True)
+        config = make_config(checkpoint.pop("config"))
+    except UserError as e:
+        raise UserError(f"{path}: {e}") from e
+    try:
+        model = fill_model(config, checkpoint.pop("model"))
     except Exception as e:  # strangers' values can fail anywhere: a type, a missing key, a shape
         if is_out_of_memory(e):
             raise
         raise RunError(f"{path} is damaged: its weights do not fit its config") from e
     return model.to(device, dtype).eval(), checkpoint
+
+
+def fill_model(config: GPTConfig, state: Mapping[str, Any]) -> GPT:
+    """Return the model with the tensors of a state dict, in the widest of their dtypes.
+
+    RuntimeError or ValueError if they do not fit.
+    """
+    if config.n_layer > len(state):  # building all the layers would take forever
+        raise ValueError("fewer tensors than layers")
+    if strange := [name for name, x in state.items() if not is_plain(x)]:
+        raise ValueError(f"{strange[0]} is no plain tensor")
+    model = empty_model(config)
+    model.load_state_dict({name: x.contiguous() for name, x in state.items()}, assign=True)
+    return model.to(widest(x.dtype for x in state.values()))
+
+
+def is_plain(x: Any) -> bool:
+    """Whether x is a tensor of floats with all its bytes in the file: not sparse, quantized, expanded, ..."""
+    return (
+        type(x) is Tensor
+        and x.layout == torch.strided
+        and x.device.type == "cpu"
+        and x.dtype in FLOATS
+        and not (x.is_nested or x.is_neg())
+        and x.nbytes <= x.untyped_storage().nbytes()
+    )
+
+
+FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+def widest(dtypes: Iterable[torch.dtype]) -> torch.dtype:
+    """Return the dtype that holds the numbers of all."""
+    return functools.reduce(torch.promote_types, dtypes)
 
 
 def empty_model(config: GPTConfig) -> GPT:
@@ -191,9 +222,19 @@ def check_archive(f: BinaryIO) -> None:
     for record in archive.infolist():
         if record.compress_type != zipfile.ZIP_STORED:  # torch.save compresses nothing, a zip bomb does
             raise ValueError(f"{record.filename} is compressed")
+    if len({*archive.namelist()}) < len(archive.namelist()):  # the CRC of one would be compared twice
+        raise ValueError("two records have the same name")
     if archive.testzip() is not None:
         raise ValueError("a CRC does not match")
     f.seek(0)
+
+
+def read_tokenizer(path: str | Path, saved: Any) -> Tokenizer:
+    """Return the tokenizer that a checkpoint holds. RunError if it is damaged."""
+    try:
+        return Tokenizer.from_dict(saved)
+    except ValueError as e:
+        raise RunError(f"{path} is damaged: its tokenizer cannot be read") from e
 
 
 def is_out_of_memory(e: Exception) -> bool:
@@ -207,7 +248,7 @@ TYPES = get_type_hints(GPTConfig)
 LEAST = {"vocab_size": 1, "sequence_len": 1, "rope_base": 1, "norm_eps": 0}  # what GPTConfig does not check
 MAX_LAYERS = 10_000
 MAX_SIZE = 2**31 - 1  # the product of two fits in an int64
-MAX_NUMBER = 1e18  # what gpt.py computes with it stays finite
+MAX_NUMBER = 1e18  # what gpt.py computes with it, or with its inverse, stays finite
 ROPE_SCALINGS = {  # the numbers that each rope_type takes, by Hugging Face's names
     "linear": {"factor"},
     "llama3": {"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"},
@@ -224,8 +265,10 @@ def make_config(values: Mapping[str, Any]) -> GPTConfig:
 
 
 def check_config(values: Mapping[str, Any]) -> None:
-    """Raise UserError for what only strangers get wrong: types, absurd sizes, the numbers of rope_scaling."""
+    """Raise UserError for what only strangers get wrong: names, types, sizes, the numbers of rope_scaling."""
     for field, value in values.items():
+        if field not in TYPES:
+            raise UserError(f"the config field {shown(field)} is unknown: was it saved with another gpt.py?")
         check_value(field, value, field)
         if field in LEAST and value < LEAST[field]:
             raise UserError(f"{field} must be at least {LEAST[field]}, not {value!r}")
@@ -240,27 +283,40 @@ def check_value(field: str, value: Any, key: str) -> None:
     elif type(value) is bool:
         valid = TYPES[field] is bool
     elif TYPES[field] is float:
-        valid = isinstance(value, int | float) and abs(value) < MAX_NUMBER  # false for NaN
+        valid = isinstance(value, int | float) and (value == 0 or is_number(abs(value)))
     elif type(value) is int:
         most = MAX_LAYERS if field == "n_layer" else MAX_SIZE
         valid = isinstance(value, TYPES[field]) and abs(value) <= most
     else:
-        valid = isinstance(value, TYPES[field])
+        valid = isinstance(value, TYPES[field]) and len(value) <= MAX_LAYERS  # GPTConfig repeats layer_types
     if not valid:
-        raise UserError(f"{key} has the wrong type or size: {value!r}")
+        raise UserError(f"{key} has the wrong type or size: {shown(value)}")
+
+
+def is_number(x: Any) -> bool:
+    """Whether x is a positive number that gpt.py can compute with. False for NaN."""
+    return type(x) in (int, float) and 1 / MAX_NUMBER < x < MAX_NUMBER
+
+
+def shown(value: Any) -> str:
+    """Return the beginning of a value's repr: a list that holds another one many times may be endless."""
+    short = reprlib.Repr()
+    short.maxlevel = 2
+    short.maxstring = short.maxlong = short.maxother = 80
+    return short.repr(value)
 
 
 def check_rope_scaling(scaling: dict[str, Any], key: str) -> None:
     """Raise UserError, with the key, unless it is a rope_type with exactly its numbers."""
     numbers = dict(scaling)
     rope_type = numbers.pop("rope_type", None)
-    wanted = ROPE_SCALINGS.get(str(rope_type))
+    wanted = ROPE_SCALINGS.get(rope_type) if isinstance(rope_type, str) else None
     if wanted is None:
-        raise UserError(f"{key}: rope_type must be one of {', '.join(ROPE_SCALINGS)}, not {rope_type!r}")
-    valid = all(type(x) in (int, float) and 0 < x < MAX_NUMBER for x in numbers.values())
+        raise UserError(f"{key}: rope_type must be one of {', '.join(ROPE_SCALINGS)}, not {shown(rope_type)}")
+    valid = all(map(is_number, numbers.values()))
     if numbers.keys() != wanted or not valid:
         names = ", ".join(sorted(wanted))
-        raise UserError(f"{key}: {rope_type!r} takes positive numbers {names}, not {numbers or 'nothing'}")
+        raise UserError(f"{key}: {rope_type!r} takes positive numbers {names}, not {shown(numbers)}")
     if rope_type == "llama3" and numbers["low_freq_factor"] >= numbers["high_freq_factor"]:
         low, high = numbers["low_freq_factor"], numbers["high_freq_factor"]
         raise UserError(f"{key}: low_freq_factor {low} must be below high_freq_factor {high}")

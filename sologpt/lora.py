@@ -17,7 +17,7 @@ from torch import Tensor
 
 from gpt import GPT, in_float32
 from sologpt.errors import RunError, UserError
-from sologpt.load import empty_model
+from sologpt.load import empty_model, is_plain
 from sologpt.quantize import InferenceEmbedding, QuantizedLinear, product_dtype, widen_products
 
 
@@ -159,7 +159,7 @@ def adapter_state(model: GPT) -> dict[str, Tensor]:
 def load_adapter_state(model: GPT, state: Any) -> None:
     """Load what `adapter_state` returned, before FSDP shards the model. RunError if it does not fit."""
     own = adapter_parameters(model)
-    shapes = {name: x.shape for name, x in state.items() if torch.is_tensor(x)}
+    shapes = {name: x.shape for name, x in state.items() if is_plain(x)}
     if shapes != {name: p.shape for name, p in own.items()} or len(shapes) != len(state):
         raise RunError("the checkpoint is damaged: its adapters do not fit this model")
     for name, p in own.items():

@@ -6,7 +6,7 @@ from pathlib import Path
 from gpt import GPT, Dtype
 from sologpt.errors import UserError
 from sologpt.hf import FAMILIES, GPT2, from_theirs, tensor_names
-from sologpt.load import empty_model, is_out_of_memory, make_config, read_checkpoint
+from sologpt.load import empty_model, fill_model, is_out_of_memory, make_config, read_checkpoint
 from sologpt.tokenizer import Tokenizer
 
 
@@ -24,10 +24,10 @@ def load_nanogpt(path: str | Path, tokenizer: str = "gpt2", dtype: Dtype = None)
         state = {name.removeprefix("_orig_mod."): x for name, x in checkpoint["model"].items()}
         if config.n_layer > len(state):
             raise ValueError("it has fewer tensors than layers")
-        model = empty_model(config)
-        names = tensor_names(model, replace(FAMILIES["gpt2"], transposed=False))
-        weights = {name.ours: from_theirs(state[name.theirs], name).clone() for name in names}
-        model.load_state_dict(weights, assign=True)
+        names = tensor_names(empty_model(config), replace(FAMILIES["gpt2"], transposed=False))
+        model = fill_model(config, {name.ours: from_theirs(state[name.theirs], name) for name in names})
+    except UserError as e:
+        raise UserError(f"{path} is not a checkpoint of nanoGPT: {e}") from e
     except Exception as e:  # a missing key, a shape, ...
         if is_out_of_memory(e):
             raise

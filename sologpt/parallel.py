@@ -21,6 +21,7 @@ from gpt import GPT
 from sologpt.device import autocast_dtype, pick_device
 from sologpt.errors import RunError, UserError
 from sologpt.graphs import compile_rotate
+from sologpt.load import is_plain
 from sologpt.loss import trains_head
 from sologpt.optim import Muon
 from sologpt.quantize import QuantizedLinear, WidenedLinear
@@ -287,7 +288,7 @@ def fits(optimizer: torch.optim.Optimizer, state: Any) -> bool:
         if not isinstance(values, dict) or values.keys() != names:
             return False
         shapes = {name: torch.Size() if name == "step" else p.shape for name in names}
-        return all(torch.is_tensor(values[name]) and values[name].shape == shapes[name] for name in names)
+        return all(is_plain(values[name]) and values[name].shape == shapes[name] for name in names)
 
     states = state.get("state") if isinstance(state, dict) else None
     if states == {}:

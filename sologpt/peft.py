@@ -20,7 +20,7 @@ from torch import Tensor
 from gpt import GPT, in_float32
 from sologpt import hf
 from sologpt.errors import UserError, replacing, writing
-from sologpt.load import MAX_NUMBER, empty_model
+from sologpt.load import MAX_NUMBER, empty_model, is_plain
 from sologpt.lora import LoRALinear, adapter_state
 from sologpt.quantize import BEFORE, InferenceEmbedding
 
@@ -138,11 +138,7 @@ def load_adapter(model: GPT, folder: str | Path) -> None:
         weights = [model.get_parameter(name.ours) for name in groups[module]]
         N, K = sum(map(len, weights)), weights[0].size(1)
         A, B = (hf.read_tensor(found, f"{PREFIX}{module}.lora_{leaf}.weight") for leaf in "AB")
-        if (
-            A.shape != (rank, K)
-            or B.shape != (N, rank)
-            or not (A.is_floating_point() and B.is_floating_point())
-        ):
+        if A.shape != (rank, K) or B.shape != (N, rank) or not (is_plain(A) and is_plain(B)):
             wanted = f"floats ({rank}, {K}) and ({N}, {rank})"
             have = f"{A.dtype} {tuple(A.shape)} and {B.dtype} {tuple(B.shape)}"
             raise UserError(f"{path}: {module} has {have}, not {wanted}")

@@ -24,7 +24,7 @@ from sologpt import data, lora, parallel, peft
 from sologpt.data import Dataset
 from sologpt.device import autocast_dtype
 from sologpt.errors import RunError, UserError, replacing, writing
-from sologpt.load import find_checkpoint, load_model, make_config, read_checkpoint
+from sologpt.load import find_checkpoint, load_model, make_config, read_checkpoint, read_tokenizer
 from sologpt.log import Log
 from sologpt.optim import configure_optimizers
 from sologpt.parallel import World
@@ -165,10 +165,7 @@ def load_adapted(config: Any, path: Path, world: World) -> tuple[GPT, Tokenizer,
         raise UserError(f"{source} is not the model that it was when {path} was trained on it")
     set_dropout(model, shape.dropout)
     lora.load_adapter_state(model, saved["adapters"])
-    try:
-        return model, Tokenizer.from_dict(saved["tokenizer"]), saved
-    except ValueError as e:
-        raise RunError(f"{path} is damaged: its tokenizer cannot be read") from e
+    return model, read_tokenizer(path, saved["tokenizer"]), saved
 
 
 def check_fixed(config: Any, path: Path, saved: dict[str, Any]) -> None:

@@ -34,6 +34,8 @@ BPE_PATTERN = (
     r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 
+TYPES: dict[str, type] = {"tokens": list, "eos_tokens": list, "special_tokens": dict}  # of to_dict
+TYPES |= dict.fromkeys(("kind", "name", "pattern", "tokenizer_json", "chat_template"), str)
 MAX_SPACE = 400_000  # tiktoken's regular expressions overflow their stack at a million whitespace characters
 BYTES = [bytes([i]) for i in range(256)]
 
@@ -125,6 +127,10 @@ class Tokenizer:
     def from_dict(cls, d: dict[str, Any]) -> "Tokenizer":
         """Return the tokenizer of a dict from `to_dict`. UserError for any other dict."""
         try:
+            if not isinstance(d, dict) or any(type(d[key]) is not TYPES[key] for key in d):
+                raise TypeError("not the types of to_dict")
+            if not {*map(type, d["special_tokens"].values())} <= {int, str}:
+                raise TypeError("a special token is neither an id nor a text")
             if d["kind"] == "tokenizers":
                 return PretrainedTokenizer(**{key: value for key, value in d.items() if key != "kind"})
             if d["kind"] != "tiktoken":

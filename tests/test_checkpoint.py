@@ -15,6 +15,7 @@ from gpt import GPT
 from sologpt.errors import RunError, UserError
 from sologpt.load import load_checkpoint
 from sologpt.optim import configure_optimizers
+from sologpt.parallel import load_optimizers
 
 
 def test_a_model_saved_and_loaded_is_the_same(tmp_path):
@@ -140,7 +141,7 @@ def test_sizes_that_the_tensors_do_not_have_are_refused_before_a_model_is_built(
     torch.save({"model": model.state_dict(), "config": asdict(model.config) | lie}, tmp_path / "m.pt")
     built: list = []
     monkeypatch.setattr(gpt, "Block", lambda config, make=gpt.Block: built.append(config) or make(config))
-    with pytest.raises(RunError, match="damaged"):
+    with pytest.raises((RunError, UserError), match=f"damaged|m.pt: {min(lie)}"):
         load_checkpoint(tmp_path / "m.pt")
     assert len(built) <= model.config.n_layer
 
@@ -168,6 +169,103 @@ def test_a_compressed_record_is_damage(tmp_path):
             bomb.writestr(name, good.read(name))
     with pytest.raises(RunError, match=r"bomb\.pt is damaged"):
         load_checkpoint(tmp_path / "bomb.pt")
+
+
+@pytest.mark.filterwarnings("ignore:Duplicate name")
+def test_a_record_that_hides_behind_another_of_its_name_is_damage(tmp_path):
+    make_model(torch.float32).save(tmp_path / "m.pt")
+    good = zipfile.ZipFile(tmp_path / "m.pt")
+    with zipfile.ZipFile(tmp_path / "two.pt", "w") as two:
+        for name in good.namelist():
+            if name.endswith("data/3"):
+                two.writestr(name, bytes(len(good.read(name))))
+            two.writestr(name, good.read(name))
+    with pytest.raises(RunError, match=r"two\.pt is damaged"):
+        load_checkpoint(tmp_path / "two.pt")
+
+
+FRIEND: list = ["lol"]
+for _ in range(40):
+    FRIEND = [FRIEND] * 10  # a few hundred bytes in a file, and no end to its repr
+
+
+@pytest.mark.parametrize(
+    "field, value",
+    [
+        ("n_layer", "3"),
+        ("n_embd", FRIEND),
+        ("rope_scaling", {"rope_type": FRIEND}),
+        ("qk_norm", torch.ones(3)),
+        ("layer_types", "F" * 10**6),
+        ("softcap", 1e-300),
+        ("norm_eps", float("inf")),
+        (7, 7),
+    ],
+)
+def test_a_wrong_value_in_the_config_is_named(field, value, tmp_path):
+    model = make_model(torch.float32)
+    torch.save(
+        {"model": model.state_dict(), "config": asdict(model.config) | {field: value}}, tmp_path / "m.pt"
+    )
+    with pytest.raises(UserError, match=rf"m\.pt: .*{field}") as e:
+        load_checkpoint(tmp_path / "m.pt")
+    assert len(str(e.value)) < 1000
+
+
+STRANGE = {
+    "expanded": lambda x: torch.zeros(1).expand(x.shape),
+    "sparse": lambda x: x.to_sparse(),
+    "meta": lambda x: x.to("meta"),
+    "negated": lambda x: torch._neg_view(x),
+    "quantized": lambda x: torch.quantize_per_tensor(x, 0.1, 0, torch.qint8),
+    "complex": lambda x: x.to(torch.complex64),
+    "integer": lambda x: torch.nn.Parameter(x.long(), requires_grad=False),
+    "bool": lambda x: x > 0,
+    "float8": lambda x: x.to(torch.float8_e4m3fn),
+    "nested": lambda x: torch.nested.nested_tensor([x]),
+    "none": lambda x: None,
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*(nested|quantize|[Ss]parse)")
+@pytest.mark.parametrize("kind", STRANGE)
+def test_tensors_that_are_no_plain_floats_are_damage(kind, tmp_path):
+    """As weights, and as the state of an optimizer."""
+    model = make_model(torch.float32)
+    optimizers = configure_optimizers(model)
+    model(torch.ones(2, 8).long(), torch.ones(2, 8).long()).backward()
+    for optimizer in optimizers:
+        optimizer.step()
+    state = model.state_dict()
+    states = [optimizer.state_dict() for optimizer in optimizers]
+    torch.save({"config": asdict(model.config), "model": state}, tmp_path / "good.pt")
+    load_checkpoint(tmp_path / "good.pt")
+    load_optimizers(optimizers, states)
+    for name in ("wte.weight", "h.1.mlp.c_fc.weight"):
+        changed = state | {name: STRANGE[kind](state[name])}
+        torch.save({"config": asdict(model.config), "model": changed}, tmp_path / "m.pt")
+        with pytest.raises(RunError, match=r"m\.pt is damaged"):
+            load_checkpoint(tmp_path / "m.pt")
+    for values in (states[0]["state"][0], states[1]["state"][0]):
+        for key, x in [*values.items()]:
+            if key == "step":
+                continue
+            values[key] = STRANGE[kind](x)
+            with pytest.raises(RunError, match="optimizer states do not fit"):
+                load_optimizers(optimizers, states)
+            values[key] = x
+
+
+def test_a_transposed_weight_and_two_dtypes_are_no_damage(tmp_path):
+    model, idx = make_model(torch.float32), torch.randint(61, (2, 20))
+    state = model.state_dict()
+    state["wte.weight"] = state["wte.weight"].T.contiguous().T
+    half = {name: x.bfloat16() if "c_fc" in name else x for name, x in state.items()}
+    torch.save({"config": asdict(model.config), "model": half}, tmp_path / "m.pt")
+    loaded, _ = load_checkpoint(tmp_path / "m.pt")
+    for name in half:
+        model.get_parameter(name).data = half[name].float()
+    assert torch.equal(loaded(idx), model(idx))
 
 
 def test_no_code_is_run_from_a_checkpoint(tmp_path):

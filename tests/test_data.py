@@ -291,6 +291,7 @@ def test_a_file_without_a_tokenizer_is_one_line(tmp_path):
     torch.save({"tokenizer": print}, tmp_path / "code.pt")
     for name, content in {
         "cut.pt": whole[:-100],
+        "flipped.pt": whole.replace(b"[\\s\\S]{1,32}", b"[\\s\\S]{1,33}"),
         "short.pt": whole[:1000],
         "text.pt": b"hello",
         "empty.pt": b"",

@@ -16,7 +16,7 @@ from sologpt import hf, load
 from sologpt.device import pick_device
 from sologpt.errors import UserError
 from sologpt.load import check_config, describe_run, find_checkpoint, load_model, make_config
-from sologpt.tokenizer import Tokenizer
+from sologpt.tokenizer import EOT, Tokenizer
 
 BYTES = Tokenizer.from_spec("bytes")
 MODEL = make_model(torch.float32, vocab_size=257, **hf.LLAMA)
@@ -159,6 +159,8 @@ def test_a_good_config_passes(scaling):
         (dict(mlp=["relu2"]), ("mlp", "['relu2']")),
         (dict(softcap=math.nan), ("softcap", "nan")),
         (dict(norm_eps=math.inf), ("norm_eps", "inf")),
+        (dict(softcap=1e-300), ("softcap", "1e-300")),
+        (dict(n_expert=8), ("n_expert", "another gpt.py")),
         (dict(norm_eps=True), ("norm_eps", "True")),
         (dict(norm_eps=-1e-6), ("norm_eps", "-1e-06")),
         (dict(vocab_size=0), ("vocab_size", "0")),
@@ -169,7 +171,7 @@ def test_a_good_config_passes(scaling):
         (dict(rope_scaling={}), ("linear", "llama3", "None")),
         (dict(rope_scaling={"rope_type": ["linear"]}), ("linear", "llama3", "['linear']")),
         (dict(rope_scaling={"rope_type": "yarn", "factor": 2.0}), ("linear", "llama3", "'yarn'")),
-        (dict(rope_scaling={"rope_type": "linear"}), ("factor", "nothing")),
+        (dict(rope_scaling={"rope_type": "linear"}), ("factor", "{}")),
         (dict(rope_scaling={"rope_type": "linear", "factor": 2.0, "beta": 1}), ("factor", "beta")),
         (dict(rope_scaling={"rope_type": "linear", "factor": 0}), ("factor", "0")),
         (dict(rope_scaling={"rope_type": "linear", "factor": True}), ("factor", "True")),
@@ -267,9 +269,18 @@ def test_a_checkpoint_without_a_tokenizer_is_a_runtime_error(tmp_path):
     MODEL.save(tmp_path / "plain.pt")
     with pytest.raises(RuntimeError, match=r"plain\.pt holds no tokenizer"):
         load_model(tmp_path / "plain.pt")
-    MODEL.save(tmp_path / "odd.pt", tokenizer={"kind": "odd"})
-    with pytest.raises(RuntimeError, match=r"odd\.pt is damaged: its tokenizer"):
-        load_model(tmp_path / "odd.pt")
+    for odd in (
+        {"kind": "odd"},
+        torch.ones(3),
+        torch.ones(3).to_sparse(),
+        BYTES.to_dict() | {"name": torch.ones(3)},
+        BYTES.to_dict() | {"special_tokens": {EOT: torch.tensor(256)}},
+        BYTES.to_dict() | {"special_tokens": torch.ones(3).to_sparse()},
+        BYTES.to_dict() | {"chat_template": 3},
+    ):
+        MODEL.save(tmp_path / "odd.pt", tokenizer=odd)
+        with pytest.raises(RuntimeError, match=r"odd\.pt is damaged: its tokenizer"):
+            load_model(tmp_path / "odd.pt")
 
 
 def test_a_missing_extra_is_an_import_error(folder, tmp_path, monkeypatch):

@@ -6,6 +6,7 @@ from conftest import error, run
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from sologpt import hf
+from sologpt.errors import RunError
 from sologpt.load import load_model
 from sologpt.nanogpt import load_nanogpt
 
@@ -69,10 +70,27 @@ def test_an_imported_checkpoint_computes_the_same(bias, prefix, tmp_path):
             hf.save(ours, tokenizer, tmp_path / "theirs")
 
 
-@pytest.mark.parametrize("changes", [dict(n_layer=3), dict(n_layer=10**9), dict(n_embd=64), dict(n_head="4")])
-def test_a_checkpoint_that_lies_is_one_line(changes, tmp_path):
+@pytest.mark.parametrize(
+    "changes, word",
+    [
+        (dict(n_layer=3), ""),
+        (dict(n_layer=10**9), "n_layer"),
+        (dict(n_embd=64), ""),
+        (dict(n_head="4"), "n_head"),
+    ],
+)
+def test_a_checkpoint_that_lies_is_one_line(changes, word, tmp_path):
     checkpoint(tmp_path / "ckpt.pt", True, **changes)
-    with pytest.raises(ValueError, match=r"ckpt\.pt is not a checkpoint of nanoGPT"):
+    with pytest.raises(ValueError, match=rf"ckpt\.pt is not a checkpoint of nanoGPT: .*{word}"):
+        load_nanogpt(tmp_path / "ckpt.pt", "bytes")
+
+
+def test_a_flipped_bit_in_a_weight_is_damage(tmp_path):
+    weight = checkpoint(tmp_path / "ckpt.pt", True).lm_head.weight
+    content = bytearray((tmp_path / "ckpt.pt").read_bytes())
+    content[content.index(weight[0].detach().numpy().tobytes()) + 3] ^= 64
+    (tmp_path / "ckpt.pt").write_bytes(content)
+    with pytest.raises(RunError, match=r"ckpt\.pt is damaged"):
         load_nanogpt(tmp_path / "ckpt.pt", "bytes")
 
 
