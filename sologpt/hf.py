@@ -13,7 +13,6 @@ from safetensors only, never from a pickle. No code that comes with a model is r
 
 import argparse
 import base64
-import functools
 import itertools
 import json
 import math
@@ -31,7 +30,7 @@ from torch import Tensor
 from gpt import GPT, Device, Dtype, GPTConfig
 from sologpt import errors
 from sologpt.errors import UserError
-from sologpt.load import check_rope_scaling, check_value, empty_model, load_model, make_config
+from sologpt.load import check_rope_scaling, check_value, empty_model, load_model, make_config, widest
 from sologpt.quantize import fill
 from sologpt.tokenizer import BYTE_LEVEL, PretrainedTokenizer, Tokenizer
 
@@ -324,6 +323,8 @@ def to_gpt_config(config_json: dict[str, Any]) -> GPTConfig:
     if family is None:
         raise UserError(f"model_type {model_type!r} is not supported, only {', '.join(FAMILIES)}")
     config_json = DEFAULTS | family.defaults | config_json
+    if config_json.get("sliding_window") in (0, -1):  # off, in configs that other programs write
+        config_json["sliding_window"] = None
     for key, value in (SUPPORTED | family.supported).items():
         if config_json.get(key, value) != value:
             raise UserError(f"{key} is {config_json[key]!r}, but only {value!r} is supported")
@@ -354,9 +355,12 @@ def read_rope(config_json: dict[str, Any]) -> dict[str, Any]:
     rope.pop("type", None)
     base = rope.pop("rope_theta", config_json.get("rope_theta", 10_000.0))
     check_value("rope_base", base, "rope_theta")
-    if rope.get("partial_rotary_factor") == 1:
-        del rope["partial_rotary_factor"]
-    if rope == {"rope_type": "default"}:
+    if rope.get("partial_rotary_factor") in (None, 1):
+        rope.pop("partial_rotary_factor", None)
+    if rope["rope_type"] == "default":  # transformers ignores the numbers beside it
+        others = [name for name, x in rope.items() if isinstance(x, dict) or name == "partial_rotary_factor"]
+        if others:
+            raise UserError(f"{key}: rope_type 'default' with {list_names(others)} is not supported")
         return {"rope_base": float(base), "rope_scaling": None}
     check_rope_scaling(rope, key)
     return {"rope_base": float(base), "rope_scaling": rope}
@@ -579,9 +583,11 @@ def load(
         model = empty_model(config)
     except RuntimeError as e:
         raise UserError(f"{path}: no tensor can be as large as it says") from e
-    names = tensor_names(model, FAMILIES[config_json["model_type"]])
-    if "wte.weight" in found:  # GPT-2's own files
-        names = [replace(name, theirs=name.theirs.removeprefix("transformer.")) for name in names]
+    family = FAMILIES[config_json["model_type"]]
+    names = tensor_names(model, family)
+    prefix = family.block.partition(".")[0] + "."
+    if not any(name.startswith(prefix) for name in found):  # saved without its head, by AutoModel
+        names = [replace(name, theirs=name.theirs.removeprefix(prefix)) for name in names]
     check_tensors(folder, found, names, model)
     fill(model, read_weights(found, names, device, dtype, copy=not quantize), quantize)
     return model.eval(), tokenizer
@@ -663,7 +669,7 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
 
 
 # Tensors that are computed, but are saved in older files: rotary frequencies, the causal mask
-COMPUTED = re.compile(r".*(\.rotary_emb\.inv_freq|\.attn\.(masked_)?bias)")
+COMPUTED = re.compile(r"(.*\.)?(rotary_emb\.inv_freq|attn\.(masked_)?bias)")
 
 
 def check_tensors(folder: Path, found: dict[str, TensorInfo], names: list[TensorName], model: GPT) -> None:
@@ -692,9 +698,7 @@ def read_weights(
     found: dict[str, TensorInfo], names: list[TensorName], device: Device, dtype: Dtype, copy: bool
 ) -> Iterator[tuple[str, Tensor]]:
     """Yield name and tensor of each parameter. Without copy, tensors may be memory-mapped."""
-    if dtype is None:
-        dtypes = [DTYPES[found[name.theirs].dtype] for name in names]
-        dtype = functools.reduce(torch.promote_types, dtypes)
+    dtype = dtype or widest(DTYPES[found[name.theirs].dtype] for name in names)
     # Largest first: two copies of it exist for a moment
     for name in sorted(names, key=lambda name: -math.prod(found[name.theirs].shape)):
         x = from_theirs(read_tensor(found, name.theirs), name)
@@ -728,6 +732,8 @@ def save(model: GPT, tokenizer: Tokenizer, folder: str | Path) -> None:
     """
     target = Path(folder).absolute()
     config, weights = export(model)
+    for name, x in weights.items():
+        check_finite(name, x)
     config |= special_token_ids(tokenizer)
     is_empty = target.is_dir() and not any(target.iterdir())
     if target.exists() and not is_empty:
@@ -749,6 +755,13 @@ def save(model: GPT, tokenizer: Tokenizer, folder: str | Path) -> None:
         except SafetensorError as e:  # a full disk
             raise OSError(str(e)) from e
         os.replace(new, target)
+
+
+def check_finite(name: str, x: Tensor) -> None:
+    """Raise UserError, with the name, for a weight that is NaN or infinite."""
+    if not x.isfinite().all():
+        ranges = "bfloat16 and float32 have a larger range than float16"
+        raise UserError(f"{name} has a weight that is not finite in {x.dtype}: {ranges}")
 
 
 def special_token_ids(tokenizer: Tokenizer) -> dict[str, Any]:

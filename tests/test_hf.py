@@ -395,7 +395,7 @@ YARN = dict(rope_type="yarn", factor=4.0, original_max_position_embeddings=64)
             dict(rope_parameters=dict(rope_type="linear", factor=10**400)),
             ("rope_parameters", "0000"),
         ),
-        ("mistral", dict(sliding_window=0), ("sliding_window", "0")),
+        ("mistral", dict(sliding_window=-2), ("sliding_window", "-2")),
         ("mistral", dict(sliding_window="64"), ("sliding_window", "'64'")),
         (
             "mistral",
@@ -469,6 +469,8 @@ def test_defaults_of_missing_keys_are_those_of_transformers():
         dict(rope_theta=5e5, rope_scaling=LLAMA3 | dict(original_max_position_embeddings=64)),
         dict(rope_parameters=dict(rope_theta=5e5), rope_theta=7.0),
         dict(rope_parameters=dict(rope_type="linear", factor=2, partial_rotary_factor=1.0)),
+        dict(rope_theta=5e5, rope_scaling=dict(rope_type="default", factor=4.0, attention_factor=None)),
+        dict(rope_parameters=dict(rope_type="default", rope_theta=5e5, mrope_section=[1, 2])),
     ],
 )
 def test_rope_keys_of_older_and_newer_configs(rope_keys):
@@ -476,11 +478,36 @@ def test_rope_keys_of_older_and_newer_configs(rope_keys):
     theirs = AutoConfig.for_model(**json.loads(json.dumps(config_json))).rope_parameters
     ours = hf.to_gpt_config(config_json)
     assert ours.rope_base == theirs["rope_theta"]
-    assert (ours.rope_scaling or {"rope_type": "default"}) == {
+    if theirs["rope_type"] == "default":  # what stands beside it has no effect
+        assert ours.rope_scaling is None
+        return
+    assert ours.rope_scaling == {
         key: value
         for key, value in theirs.items()
         if key not in ("rope_theta", "type", "partial_rotary_factor")
     }
+
+
+@pytest.mark.parametrize("off", [0, -1])
+@pytest.mark.parametrize("name", ["llama", "mistral", "qwen2", "qwen3", "nanochat"])
+def test_a_sliding_window_of_0_or_less_is_none(name, off):
+    config_json = AutoConfig.for_model(name, **SHAPE | MODELS[name]).to_dict() | dict(sliding_window=None)
+    expected = hf.to_gpt_config(config_json | dict(layer_types=None, use_sliding_window=False))
+    windows = dict(sliding_window=off, use_sliding_window=True, max_window_layers=0, layer_types=None)
+    assert expected.sliding_window is None and hf.to_gpt_config(config_json | windows) == expected
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", [name for name in MODELS if name in hf.FAMILIES])
+def test_a_base_model_without_its_head_has_no_prefix(name, tmp_path):
+    """As AutoModel saves it. The head is the embedding."""
+    theirs = make_theirs(name, tie_word_embeddings=True)
+    theirs.base_model.save_pretrained(tmp_path)
+    hf.save_tokenizer(Tokenizer.from_spec("bytes"), tmp_path)
+    names = load_file(tmp_path / "model.safetensors").keys()
+    assert not any(name.startswith(("model.", "transformer.")) for name in names)
+    idx = torch.randint(theirs.config.vocab_size, (2, 40))
+    assert (hf.load(tmp_path)[0](idx) - theirs(idx).logits).abs().max() < 1e-4
 
 
 # -----------------------------------------------------------------------------
@@ -814,6 +841,20 @@ def test_errors_of_the_commands_are_one_line(args, word, status, good, tmp_path,
     [line] = capsys.readouterr().err.splitlines()
     assert e.value.code == status and line.startswith("error: ") and word in line, line
     assert sorted(map(str, tmp_path.rglob("*"))) == before
+
+
+@pytest.mark.parametrize("value, dtype", [(math.nan, "auto"), (-math.inf, "bfloat16"), (1e5, "float16")])
+@pytest.mark.parametrize("module, target", [(hf, "new"), (gguf, "new.gguf")])
+def test_a_weight_that_is_not_finite_is_not_exported(module, target, value, dtype, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    model = make_model(torch.float32, vocab_size=257, n_embd=64, **hf.LLAMA)
+    model.h[1].mlp.c_fc.weight.data[3, 4] = value
+    model.save("ours.pt", tokenizer=Tokenizer.from_spec("bytes").to_dict())
+    dtypes = [dtype, "q8_0"] if module is gguf and value != 1e5 else [dtype]
+    for dtype in dtypes:
+        with pytest.raises(errors.UserError, match=r"1.*up.*weight has a weight that is not finite in torch"):
+            module.main(["export", "ours.pt", target, f"--dtype={dtype}"])
+    assert [path.name for path in tmp_path.iterdir()] == ["ours.pt"]
 
 
 @pytest.mark.parametrize("args", [["import", "good", "out"], ["export", "ours.pt", "out/new"]])
