@@ -18,7 +18,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass, field, fields, replace
-from functools import partial, reduce
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -30,7 +30,7 @@ from torch import Tensor
 from gpt import GPT, Device, Dtype, GPTConfig, scale_frequencies
 from sologpt import errors, hf
 from sologpt.errors import UserError
-from sologpt.load import check_rope_scaling, empty_model, load_model
+from sologpt.load import check_rope_scaling, empty_model, load_model, widest
 from sologpt.quantize import fill
 from sologpt.tokenizer import BYTE_TOKEN, SENTENCEPIECE, STRIP, PretrainedTokenizer, Tokenizer
 
@@ -317,7 +317,7 @@ class Vocabulary:
 
 
 def to_tokenizer_metadata(tokenizer: Tokenizer, vocab_size: int) -> tuple[dict[str, Any], list[str]]:
-    """Return metadata, and notes on texts whose ids differ in llama.cpp. UserError if its split differs."""
+    """Return metadata, and notes on what llama.cpp does otherwise. UserError if its split differs."""
     if tokenizer.vocab_size > vocab_size:
         raise UserError(f"the tokenizer has {tokenizer.vocab_size} ids, but the model only {vocab_size}")
     try:
@@ -325,6 +325,9 @@ def to_tokenizer_metadata(tokenizer: Tokenizer, vocab_size: int) -> tuple[dict[s
         byte_level = getattr(tokenizer, "byte_level", True)
         values, notes = byte_level_metadata(v) if byte_level else sentencepiece_metadata(v)
         values |= special_token_metadata(tokenizer)
+        if lost := tokenizer.eos_tokens[len(END_KEYS) :]:
+            texts = ", ".join(repr(tokenizer.decode([i])) for i in lost)
+            notes.append(f"a GGUF file names {len(END_KEYS)} tokens that end a text: {texts} may not end one")
     except ValueError as e:
         known = "it can tokenize like bytes, bpe:N and gpt2"
         raise UserError(f"llama.cpp would not tokenize like {tokenizer.name}: {e}; {known}") from e
@@ -430,6 +433,9 @@ def space_merges(tokens: list[str]) -> list[tuple[str, str]]:
     return [("▁" * a, "▁" * b) for a in reversed(sizes) for b in sizes if a + b in sizes]
 
 
+END_KEYS = ("eos_token_id", "eot_token_id", "eom_token_id")  # the end of a text, a turn, a message
+
+
 def special_token_metadata(tokenizer: Tokenizer) -> dict[str, Any]:
     """Return the tokens that begin and end a text, and which of them a prompt gets."""
     plain = tokenizer.encode("a")
@@ -445,8 +451,7 @@ def special_token_metadata(tokenizer: Tokenizer) -> dict[str, Any]:
     if add_eos and prompt[-1] != ends[0]:
         raise UserError(f"the special token {prompt[-1]} ends a prompt")
     metadata = {"bos_token_id": ends[0] if bos is None else bos, "padding_token_id": ids["pad_token_id"]}
-    # Several tokens may end a text, among them the end of a turn and the end of a message
-    metadata |= dict(zip(("eos_token_id", "eot_token_id", "eom_token_id"), ends, strict=False))
+    metadata |= dict(zip(END_KEYS, ends, strict=False))
     metadata |= {"add_bos_token": add_bos, "add_eos_token": add_eos}
     return {key: value for key, value in metadata.items() if value is not None}
 
@@ -616,15 +621,22 @@ class Reader:
         self.metadata: dict[str, Any] = {}
         for _ in range(n_keys):
             key = self.string()
+            if key in self.metadata:
+                raise UserError(f"{key} is there twice")
             self.metadata[key] = self.value(self.scalar("I"))
         headers = {self.string(): self.tensor_header() for _ in range(n_tensors)}
         if len(headers) < n_tensors:
             raise UserError("two tensors have the same name")
         alignment = self.metadata.get("general.alignment", 32)
-        if not isinstance(alignment, int) or alignment < 1:
-            raise UserError(f"general.alignment is {alignment!r}")
-        start = -(-self.file.tell() // alignment) * alignment
-        self.tensors = {name: self.locate(name, start, *header) for name, header in headers.items()}
+        if type(alignment) is not int or alignment < 1 or alignment & (alignment - 1):
+            raise UserError(f"general.alignment is {alignment!r}, not a power of two")
+        position = start = -(-self.file.tell() // alignment) * alignment
+        self.tensors: dict[str, TensorInfo] = {}
+        for name, (shape, kind, offset) in headers.items():
+            if start + offset != position:  # as in llama.cpp, so that none overlap
+                raise UserError(f"{name} is at {offset}, but the tensor before it ends at {position - start}")
+            self.tensors[name] = self.locate(name, position, shape, kind)
+            position = -(-(position + self.tensors[name].nbytes) // alignment) * alignment
 
     def take(self, n: int) -> bytes:
         """Read the next n bytes."""
@@ -663,7 +675,7 @@ class Reader:
         shape = tuple(reversed([self.scalar("Q") for _ in range(n)]))
         return shape, self.scalar("I"), self.scalar("Q")
 
-    def locate(self, name: str, start: int, shape: tuple[int, ...], kind: int, offset: int) -> TensorInfo:
+    def locate(self, name: str, start: int, shape: tuple[int, ...], kind: int) -> TensorInfo:
         gguf = package()
         try:
             kind = gguf.GGMLQuantizationType(kind)
@@ -675,10 +687,9 @@ class Reader:
         if not shape or shape[-1] % block:
             raise UserError(f"{name} is {shape}, but its rows must be a multiple of {block} long")
         nbytes = math.prod(shape) // block * block_bytes
-        end = start + offset + nbytes
-        if end > self.size:
-            raise UserError(f"{name} ends at byte {end}, but the file at {self.size}")
-        return TensorInfo(shape, kind, start + offset, nbytes)
+        if start + nbytes > self.size:
+            raise UserError(f"{name} ends at byte {start + nbytes}, but the file at {self.size}")
+        return TensorInfo(shape, kind, start, nbytes)
 
     def tensor(self, name: str) -> Tensor:
         """Read a tensor in the file's dtype, in float32 if it is quantized."""
@@ -707,8 +718,7 @@ def load(
         raise UserError(f"{path}: {e}") from e
     if dtype is None:
         matrices = [reader.tensors[name] for name in names if len(reader.tensors[name].shape) > 1]
-        dtypes = [DTYPES.get(info.kind.name, torch.float32) for info in matrices]
-        dtype = reduce(torch.promote_types, dtypes)
+        dtype = widest(DTYPES.get(info.kind.name, torch.float32) for info in matrices)
     state = model.state_dict()
 
     def weights() -> Iterator[tuple[str, Tensor]]:
@@ -776,7 +786,7 @@ FILE_TYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "q8_0": "Q
 
 
 def save(model: GPT, tokenizer: Tokenizer, path: str | Path, dtype: str | None = None) -> list[str]:
-    """Write a new GGUF file, atomically. Return notes on the texts for which llama.cpp gives other ids.
+    """Write a new GGUF file, atomically. Return notes on what llama.cpp does otherwise with the tokenizer.
 
     dtype: a key of FILE_TYPES, of the matrices; None is the model's. Gains and biases are float32: llama.cpp
     wants them so. UserError if it has no such model or tokenizer, FileExistsError if there is such a file.
@@ -833,7 +843,7 @@ def write(writer: Any, model: GPT, arch: Architecture, metadata: dict[str, Any],
             if is_permuted(name, arch):
                 x = hf.to_half_split(x, model.config.head_dim, inverse_rotation=False)
             parts.append(x)
-        writer.write_tensor_data(encode(torch.cat(parts), kinds[theirs]))
+        writer.write_tensor_data(encode(theirs, torch.cat(parts), kinds[theirs]))
     writer.flush()
 
 
@@ -846,16 +856,14 @@ def tensor_type(shape: tuple[int, ...], kind: Any) -> Any:
     return kind if shape[-1] % block == 0 else gguf.GGMLQuantizationType.F16
 
 
-def encode(x: Tensor, kind: Any) -> np.ndarray:
-    """Return a tensor in a type of the file. UserError if a value does not fit."""
+def encode(name: str, x: Tensor, kind: Any) -> np.ndarray:
+    """Return a tensor in a type of the file. UserError, with the name, if a value does not fit."""
     x = x.cpu()
-    if kind.name not in DTYPES:
-        return package().quantize(x.float().contiguous().numpy(), kind)
-    dtype = DTYPES[kind.name]
-    encoded = x.to(dtype).contiguous()
-    if not encoded.isfinite().all():
-        raise UserError(f"a weight is not finite in {dtype}: bfloat16 and float32 have a larger range")
-    return encoded.view(torch.uint8).numpy()
+    encoded = x.to(DTYPES.get(kind.name, torch.float16)).contiguous()  # the scales of blocks are float16
+    hf.check_finite(name, encoded)
+    if kind.name in DTYPES:
+        return encoded.view(torch.uint8).numpy()
+    return package().quantize(x.float().contiguous().numpy(), kind)
 
 
 # -----------------------------------------------------------------------------

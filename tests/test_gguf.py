@@ -191,12 +191,8 @@ def test_a_model_that_llama_cpp_does_not_know_is_refused(config, words, tmp_path
     assert "\n" not in str(e.value) and not list(tmp_path.iterdir())
 
 
-def test_a_weight_beyond_float16_is_refused(tmp_path):
+def test_a_file_that_exists_is_refused(tmp_path):
     model = make()
-    model.h[0].mlp.c_fc.weight.data[0, 0] = 1e5
-    with pytest.raises(ValueError, match="float16"):
-        gguf.save(model, BYTES, tmp_path / "a.gguf", "float16")
-    assert not list(tmp_path.iterdir())
     gguf.save(model, BYTES, tmp_path / "a.gguf", "bfloat16")
     with pytest.raises(FileExistsError, match=r"a\.gguf exists already"):
         gguf.save(model, BYTES, tmp_path / "a.gguf")
@@ -248,7 +244,11 @@ TENSOR = HEADER + struct.pack("<QQ", 1, 0) + string("a")
         (KEY + struct.pack("<I", 8) + struct.pack("<Q", 2) + b"\xff\xfe", "utf-8"),
         (TENSOR + struct.pack("<I", 2**31), "2147483648 dimensions"),
         (TENSOR + struct.pack("<IQQIQ", 2, 2**60, 2**60, 0, 0), "ends at byte"),
-        (TENSOR + struct.pack("<IQIQ", 1, 8, 0, 2**60), "ends at byte"),
+        (TENSOR + struct.pack("<IQIQ", 1, 8, 0, 2**60), "a is at 1152921504606846976"),
+        (
+            HEADER + struct.pack("<QQ", 0, 2) + 2 * (string("a") + struct.pack("<IB", 7, 1)),
+            "a is there twice",
+        ),
         (TENSOR + struct.pack("<IQIQ", 1, 8, 999, 0), "type 999"),
         (TENSOR + struct.pack("<IQIQ", 1, 33, 8, 0), "multiple of 32"),
         (TENSOR + struct.pack("<IQIQ", 1, 8, 24, 0) + bytes(99), "type I8"),
@@ -269,6 +269,20 @@ def test_a_file_that_is_cut_off_is_a_value_error(good, tmp_path):
     for n in [*range(0, 400, 7), *range(400, len(good), len(good) // 40), len(good) - 64]:
         path.write_bytes(good[:n])
         with pytest.raises(ValueError, match=r"a\.gguf"):
+            gguf.load(path)
+
+
+@pytest.mark.parametrize("name", ["blk.1.ffn_up.weight", "blk.2.attn_k.weight", "output.weight"])
+def test_tensors_that_overlap_or_are_in_another_order_are_refused(name, good, tmp_path):
+    """Like llama.cpp, which wants each where the one before it ends, rounded up to the alignment."""
+    header = good.index(string(name)) + len(string(name)) + 4 + 2 * 8 + 4  # its dimensions, sizes and type
+    [offset] = struct.unpack_from("<Q", good, header)
+    path = tmp_path / "a.gguf"
+    for wrong in (offset - 1, offset - 32, offset + 4, 0):
+        path.write_bytes(good[:header] + struct.pack("<Q", wrong) + good[header + 8 :])
+        with pytest.raises(
+            ValueError, match=rf"{name} is at {wrong}, but the tensor before it ends at {offset}"
+        ):
             gguf.load(path)
 
 
@@ -330,6 +344,7 @@ def rewrite(good: bytes, path: Path, changes: dict, drop: str = "", extra: str =
         ({"llama.expert_count": 8}, "llama.expert_count is 8"),
         ({"llama.attention.sliding_window": 4096}, "sliding_window is 4096"),
         ({"general.alignment": 0}, "alignment"),
+        ({"general.alignment": 48}, "not a power of two"),
         ({"split.count": 3}, "llama-gguf-split"),
         ({"tokenizer.ggml.model": "bert"}, "tokenizer.ggml.model is 'bert'"),
         ({"tokenizer.ggml.model": None}, "tokenizer.ggml.model is None"),
@@ -465,6 +480,15 @@ def test_special_tokens_and_the_chat_template_go_along(saved):
     if getattr(tokenizer, "byte_level", False):
         assert again.encode_chat(messages) == tokenizer.encode_chat(messages)
     assert Tokenizer.from_dict(json.loads(json.dumps(again.to_dict()))).encode(TEXT) == again.encode(TEXT)
+
+
+def test_tokens_that_end_a_text_and_that_the_file_cannot_name_are_noted(tmp_path):
+    ends = [*range(256, 251, -1)]
+    tokenizer = BYTES.with_eos_tokens(ends)
+    [note] = gguf.save(make(), tokenizer, tmp_path / "a.gguf")
+    assert "names 3 tokens" in note and note.count("\ufffd") == 2
+    assert gguf.load(tmp_path / "a.gguf")[1].eos_tokens == ends[:3]
+    assert gguf.save(make(), BYTES.with_eos_tokens(ends[:3]), tmp_path / "b.gguf") == []
 
 
 OLD_PATTERN = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,2}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s+(?!\S)|\s+"
