@@ -1,28 +1,40 @@
-"""Chat templates of open models: a conversation to text, with the origin of each special token in it.
+"""Chat templates of open models: a conversation to text, with marks around the template's special tokens.
 
-A template is a Jinja program that comes with a model. `render` runs it in jinja2's sandbox, in a process of
-its own with limits on time and memory: it can neither run foreign code, nor hang, nor fill the memory.
+A template is a Jinja program that comes with a model. jinja2's sandbox runs no foreign code, but a template
+can still loop for ever or fill the memory, and no thread of Python can stop it. So templates are rendered in
+a worker process with limits. It lives as long as this one: to start it takes 100 ms, a render half of one.
 """
 
+import faulthandler
+import functools
 import importlib.util
 import json
+import os
 import re
+import string
 import subprocess
 import sys
-from collections.abc import Collection, Iterator, Mapping, Sequence
+import threading
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from datetime import datetime
-from itertools import chain
 from typing import Any, NoReturn
 
-SECONDS = 10
+from sologpt.errors import UserError
+
+SECONDS = 10  # for one conversation
 MEMORY = 2**29  # bytes; not on Windows, which has no module resource
-LENGTH = 10**7  # characters of the rendered text
+LENGTH = 10**7  # characters of a rendered text
+TIMEOUT, OUT_OF_MEMORY, FAILED = 1, 2, 3  # exit statuses of the worker; faulthandler's is 1
 REJECTED = "the chat template rejects this conversation: "
-# Unicode noncharacters, which are never used in text; a message loses its own
-MARK = "\ufdd0"  # in a special token that a message spells
-BEGIN, END = "\ufdd1", "\ufdd2"  # around what {% generation %} writes
-RESERVED = re.compile(f"[{MARK}{BEGIN}{END}]")
+
+# Marks are Unicode noncharacters, which are never used in text; a message loses its own
+OPEN, CLOSE = "\ufdd0", "\ufdd1"  # around a special token that the template writes
+CUT = "\ufdd2"  # before and after one that a message spells: it is encoded by itself, as transformers does
+BEGIN, END = "\ufdd3", "\ufdd4"  # around what {% generation %} writes
+RESERVED = re.compile(f"[{OPEN}-{END}]")
+MARKS = re.compile(f"[{OPEN}-{CUT}]")
+OWN = re.compile(f"{OPEN}([^{CLOSE}]*){CLOSE}")
 
 # The template of a tokenizer that has none: it needs no new ids, and each turn ends with the eos_token
 PLAIN = (
@@ -32,155 +44,245 @@ PLAIN = (
     "{% if add_generation_prompt %}{{ 'assistant\\n' }}{% endif %}"
 )
 
-Messages = Sequence[Mapping[str, str]]  # {"role": ..., "content": ...}
+Messages = Sequence[Mapping[str, Any]]  # {"role": ..., "content": ...}
 Cut = tuple[int, bool]  # the first n messages, with the generation prompt or without
-Answer = tuple[list[str], str]  # the texts of a conversation, and "" or an error
+
+
+class TooLong(UserError):
+    """A rendered text has more characters than allowed."""
 
 
 class SpecialTokens:
     """Distinguishes the special tokens that a template writes from those that a message spells.
 
-    `mark` puts a MARK between the characters of each special token in a message, in upper or lower case, and
-    at an end of the message where text beside it could complete one. The template may slice the message,
-    escape it, change its case, or join it to other text: a special token that begins or ends in a message
-    still has a MARK inside.
+    A template may slice a message, join it to other text, or change its letters, so a token can come from a
+    message that does not have it. Therefore each conversation is rendered a second time, with neutral
+    messages: none of their characters is in a special token. The special tokens of that text are the
+    template's own.
     """
 
     def __init__(self, texts: Collection[str]) -> None:
         longest_first = sorted(texts, key=len, reverse=True)
-        marked = (f"{MARK}*".join(map(re.escape, text)) for text in longest_first)
-        any_token = "|".join(map(re.escape, longest_first)) or "(?!)"
-        self.in_message = re.compile(f"(?=({any_token}))", re.IGNORECASE)  # lookahead: tokens may overlap
-        self.in_rendered = re.compile("|".join(marked) or "(?!)")
-        self.heads = {text[:n] for text in texts for n in range(1, len(text))}
-        self.tails = {text[n:] for text in texts for n in range(1, len(text))}
-        self.lengths = range(1, max(map(len, texts), default=0))
+        self.pattern = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
+        used = {*"".join(texts), *"".join(texts).lower()}
+        self.letter = next((c for c in string.ascii_lowercase if c not in used), "\ufffe")
+        kept = re.escape("".join(c for c in string.punctuation if c not in used))
+        if not any(c.isspace() for c in used):
+            kept += r"\s"
+        self.not_kept = re.compile(f"[^{kept}]+" if kept else r"[\s\S]+")
 
-    def mark(self, message: str) -> str:
-        """Return the message with MARKs, and without the RESERVED characters that it has itself."""
-        message = RESERVED.sub("", message)
-        before = MARK if any(message[:n] in self.tails for n in self.lengths) else ""
-        after = MARK if any(message[-n:] in self.heads for n in self.lengths) else ""
-        spans = [range(match.start(1) + 1, match.end(1)) for match in self.in_message.finditer(message)]
-        if spans:
-            inside = set(chain.from_iterable(spans))
-            message = "".join(MARK + c if i in inside else c for i, c in enumerate(message))
-        return before + message + after
+    def neutral(self, messages: Sequence[dict[str, str]]) -> list[dict[str, str]]:
+        """Return messages of the same lengths, whitespace and punctuation, as far as no token has them."""
 
-    def own(self, rendered: str) -> list[re.Match[str]]:
-        """Return the special tokens in a text that the template wrote."""
-        return [match for match in self.in_rendered.finditer(rendered) if MARK not in match[0]]
+        def of(text: str) -> str:
+            return self.not_kept.sub(lambda match: self.letter * len(match[0]), text)
 
-    def split(self, rendered: str) -> Iterator[tuple[str, bool]]:
-        """Yield pieces of a text, without MARKs: (piece, whether the template wrote its special tokens)."""
-        start = 0
-        for match in self.in_rendered.finditer(rendered):
-            if MARK in match[0]:
-                yield rendered[start : match.start()].replace(MARK, ""), True
-                yield match[0].replace(MARK, ""), False
-                start = match.end()
-        yield rendered[start:].replace(MARK, ""), True
+        return [{k: text if k == "role" else of(text) for k, text in m.items()} for m in messages]
+
+    def mark(self, text: str, neutral: str) -> str:
+        """Return a rendered text with marks around its special tokens.
+
+        Those that the neutral text has, too, at the same place, are the template's own. If the texts are not
+        of one length, all must be the template's, in the same order. UserError if one of its own is missing.
+        """
+        text = MARKS.sub("", text)  # a template can decode them from a message
+        neutral = MARKS.sub("", neutral)
+        in_place = len(text) == len(neutral)
+
+        def mark(match: re.Match[str]) -> str:
+            if in_place and not neutral.startswith(match[0], match.start()):
+                return CUT + match[0] + CUT
+            return OPEN + match[0] + CLOSE
+
+        marked = self.pattern.sub(mark, text)
+        if OWN.findall(marked) != self.pattern.findall(neutral):
+            error = "a message spells a special token that cannot be told from the chat template's own"
+            raise UserError(f"{error}: remove it")
+        return marked
 
 
-def render(template: str, values: dict[str, Any], messages: Messages) -> str:
-    """Return the text of a conversation, with the generation prompt.
+def check_messages(messages: Messages) -> list[dict[str, str]]:
+    """Return messages whose values are texts. Join text parts. UserError, with the index, for other content.
 
-    values are the special tokens, by name. UserError if the template raises an exception or exceeds a limit,
-    ImportError without the extra.
+    A role is trusted: templates write special tokens with it. So it must be a word.
     """
-    [[text]] = render_all(template, values, [(messages, [(len(messages), True)])])
-    return text
+    checked = []
+    for i, message in enumerate(messages):
+        if not isinstance(message, Mapping):
+            raise UserError(f"messages[{i}] must have a role and a content, and is {str(message)[:50]!r}")
+        role = message.get("role")
+        if not isinstance(role, str) or not re.fullmatch(r"[\w-]+", role):
+            raise UserError(f"messages[{i}]: role must be a word, such as 'user', not {str(role)[:50]!r}")
+        texts = {}
+        for key, value in {**message, "content": message.get("content")}.items():
+            text = as_text(value)
+            if text is not None:
+                texts[key] = RESERVED.sub("", text)
+            elif value or key == "content":
+                shown = repr(value)[:50]
+                raise UserError(f"messages[{i}]: {key} must be text, or a list of text parts, not {shown}")
+        checked.append(texts)
+    return checked
 
 
-def render_all(
+def as_text(value: Any) -> str | None:
+    """Return a text, or the joined texts of a list of parts. None if it is neither."""
+    parts = value if isinstance(value, list) else [{"type": "text", "text": value}]
+    texts = [part.get("text") for part in parts if isinstance(part, dict) and part.get("type") == "text"]
+    is_text = len(texts) == len(parts) and all(isinstance(text, str) for text in texts)
+    return "".join(map(str, texts)) if is_text else None
+
+
+def render(
     template: str,
-    values: dict[str, Any],
-    conversations: Sequence[tuple[Messages, Sequence[Cut]]],
+    values: dict[str, str],
+    special: SpecialTokens,
+    messages: Messages,
+    cuts: Sequence[Cut],
+    limit: int = LENGTH,
     mark_generation: bool = False,
-) -> Iterator[list[str]]:
-    """Yield the texts of each conversation, one for each Cut. One process renders all.
+) -> list[str]:
+    """Return the texts of a conversation, one for each Cut, with marks around special tokens.
 
-    With mark_generation, BEGIN and END stand around what the template writes in {% generation %}. UserError
-    in the place of a conversation that fails, ImportError without the extra.
+    values are the special tokens, by name. With mark_generation, BEGIN and END stand around what the template
+    writes in {% generation %}. UserError for bad messages, or if the template raises an exception or exceeds
+    a limit (TooLong for that of characters). ImportError without the extra.
     """
-    from sologpt.errors import UserError  # here: the other process has no path to the package
-
-    if importlib.util.find_spec("jinja2") is None:
-        raise ImportError("a chat template needs the extra 'hf': pip install jinja2")
-    job: dict[str, Any] = {"path": [str(path) for path in sys.path], "template": template, "values": values}
-    job |= {"conversations": conversations, "mark_generation": mark_generation}
-    answers, failure = run(json.dumps(job))
-    answers = answers or [([], failure)] * len(conversations)
-    for conversation, (texts, error) in zip(conversations, answers, strict=True):
-        if error and len(conversations) > 1:  # the time or the memory may have been another one's: try alone
-            yield from render_all(template, values, [conversation], mark_generation)
-        elif error:
-            raise UserError(error)
-        else:
-            yield texts
+    checked = check_messages(messages)
+    job: dict[str, Any] = {"template": template, "values": values, "cuts": cuts, "limit": limit}
+    job |= {"conversations": [checked, special.neutral(checked)], "mark_generation": mark_generation}
+    texts, neutral = WORKER.ask(job)
+    return [special.mark(*pair) for pair in zip(texts, neutral, strict=True)]
 
 
-def run(job: str) -> tuple[list[Answer], str]:
-    """Run this file in a process of its own. Return its answers, or none and why it has failed."""
-    try:
-        done = subprocess.run(
-            [sys.executable, "-I", "-S", __file__],  # without site, which takes a while to import
-            input=job,
-            capture_output=True,
-            text=True,
-            timeout=SECONDS,
-            start_new_session=True,  # Ctrl-C is for this process
-        )
-    except subprocess.TimeoutExpired:
-        return [], f"the chat template takes more than {SECONDS} s"
-    if done.returncode:  # the process was killed, or has crashed
-        return [], f"the chat template ends its process with status {done.returncode}"
-    return json.loads(done.stdout), ""
+class Worker:
+    """The process that renders: started by the first job, and again after a job that it does not survive."""
+
+    START = (
+        "import json, sys; sys.path[:] = json.loads(sys.argv[1]); import sologpt.chat_template as c; c.main()"
+    )
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()  # a server renders in several threads
+        self.process: subprocess.Popen[bytes] | None = None
+        self.parent = 0
+
+    def ask(self, job: dict[str, Any]) -> list[list[str]]:
+        """Return the texts of each conversation of a job. UserError if it fails."""
+        line = json.dumps(job | {"seconds": SECONDS}).encode() + b"\n"
+        with self.lock:
+            process = self.running()
+            assert process.stdin and process.stdout
+            try:
+                process.stdin.write(line)
+                process.stdin.flush()
+                answer = process.stdout.readline()
+            except BaseException:  # Ctrl-C, say: the answer would be taken for that of the next job
+                self.stop()
+                raise
+            if not answer:
+                raise UserError(failure(self.stop()))
+        texts, error, is_too_long = json.loads(answer)
+        if error:
+            raise (TooLong if is_too_long else UserError)(error)
+        return texts
+
+    def running(self) -> subprocess.Popen[bytes]:
+        if self.parent != os.getpid():  # a fork: the worker is the other process's
+            self.process = None
+        if self.process is None or self.process.poll() is not None:
+            if importlib.util.find_spec("jinja2") is None:
+                raise ImportError("a chat template needs the extra 'hf': pip install jinja2")
+            self.parent = os.getpid()
+            self.process = subprocess.Popen(
+                # without site, which takes a while to import
+                [sys.executable, "-I", "-S", "-c", self.START, json.dumps([str(path) for path in sys.path])],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+                start_new_session=True,  # Ctrl-C is for this process
+            )
+        return self.process
+
+    def stop(self) -> int:
+        """Wait for the end of the worker, which has died or must. Return its exit status."""
+        process = self.process
+        self.process = None
+        assert process and process.stdin and process.stdout
+        process.kill()  # nothing happens to one that has exited
+        with suppress(OSError):  # a broken pipe
+            process.stdin.close()
+        process.stdout.close()
+        return process.wait()
+
+
+WORKER = Worker()  # one for all templates: what a render leaves behind does not reach the next
+
+
+def failure(status: int) -> str:
+    if status == TIMEOUT:
+        return f"the chat template takes more than {SECONDS} s"
+    if status == OUT_OF_MEMORY:
+        return REJECTED + "out of memory"
+    return f"the chat template ends its process with status {status}"
 
 
 # -----------------------------------------------------------------------------
-# In the process of its own
+# In the worker
 
 
 def main() -> None:
-    """Read a job from standard input and write its answers, in ASCII: the streams may have any encoding."""
-    job = json.load(sys.stdin)
-    sys.path[:] = job["path"]
+    """Answer each job, a line of standard input, by a line in ASCII: the streams may have any encoding."""
     with suppress(ImportError, ValueError, OSError):  # the system has no such limit, or a lower one
         import resource
 
-        resource.setrlimit(resource.RLIMIT_CPU, (SECONDS, SECONDS))  # in case the parent has died
         resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
-    answers = list(render_job(job))
     try:
-        answer = json.dumps(answers)
+        for line in sys.stdin.buffer:
+            job = json.loads(line)
+            # A watchdog thread in C: a template that computes in C does not let one in Python run
+            faulthandler.dump_traceback_later(job.pop("seconds"), exit=True)
+            answer = json.dumps(answer_job(**job))
+            faulthandler.cancel_dump_traceback_later()
+            print(answer, flush=True)
     except MemoryError:
-        answer = json.dumps([([], REJECTED + "out of memory")] * len(job["conversations"]))
-    sys.stdout.write(answer)
+        os._exit(OUT_OF_MEMORY)  # memory may be in pieces: the next job gets a new process
+    except BaseException:
+        os._exit(FAILED)
 
 
-def render_job(job: dict[str, Any]) -> Iterator[Answer]:
-    template = None
-    for messages, cuts in job["conversations"]:
-        try:
-            template = template or environment(job["mark_generation"]).from_string(job["template"])
-            yield [render_cut(template, job["values"], messages, *cut) for cut in cuts], ""
-        except MemoryError:
-            yield [], REJECTED + "out of memory"
-        except Exception as e:  # a template can raise anything
-            yield [], REJECTED + (" ".join(str(e).split())[:300] or type(e).__name__)
+def answer_job(
+    template: str,
+    values: dict[str, str],
+    conversations: list[list[dict[str, str]]],
+    cuts: list[Cut],
+    limit: int,
+    mark_generation: bool,
+) -> tuple[list[list[str]], str, bool]:
+    """Return the texts of each conversation, or an error and whether it is that of a text too long."""
+    try:
+        compiled = compile_template(template, mark_generation)
+        cut = functools.partial(render_cut, compiled, values, limit)
+        return [[cut(messages[:n], prompt) for n, prompt in cuts] for messages in conversations], "", False
+    except MemoryError:
+        raise
+    except TooLong as e:
+        return [], str(e), True
+    except Exception as e:  # a template can raise anything
+        return [], REJECTED + (" ".join(str(e).split())[:300] or type(e).__name__), False
 
 
-def render_cut(template: Any, values: dict[str, Any], messages: list[Any], n: int, prompt: bool) -> str:
-    given = dict(messages=messages[:n], tools=None, documents=None, add_generation_prompt=prompt)
+def render_cut(template: Any, values: dict[str, str], limit: int, messages: list[Any], prompt: bool) -> str:
+    given = dict(messages=messages, tools=None, documents=None, add_generation_prompt=prompt)
     text = template.render(values | given)
-    if len(text) > LENGTH:
-        raise ValueError(f"more than {LENGTH:,} characters")
+    if len(text) > limit:
+        raise TooLong(f"the chat template makes more than {limit:,} characters of this conversation")
     return text
 
 
-def environment(mark_generation: bool) -> Any:
-    """Return a sandboxed Jinja environment, with the extensions that `transformers` gives to templates."""
+@functools.lru_cache(maxsize=8)
+def compile_template(source: str, mark_generation: bool) -> Any:
+    """Return a sandboxed Jinja template, with the extensions that `transformers` gives to it."""
     from jinja2 import nodes
     from jinja2.ext import Extension, loopcontrols
     from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -202,17 +304,11 @@ def environment(mark_generation: bool) -> Any:
         raise ValueError(message)
 
     def tojson(value: Any, ensure_ascii: bool = False, **options: Any) -> str:
-        text = json.dumps(value, ensure_ascii=False, **options)  # Jinja's own filter escapes HTML
-        others = f"[^\x00-\x7e{MARK}]"  # not the MARK: escaped, it would be text
-        return re.sub(others, lambda match: json.dumps(match[0])[1:-1], text) if ensure_ascii else text
+        return json.dumps(value, ensure_ascii=ensure_ascii, **options)  # Jinja's own filter escapes HTML
 
     extensions = [loopcontrols, Generation]
     jinja = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=extensions)
     jinja.filters["tojson"] = tojson
     jinja.globals["raise_exception"] = raise_exception
     jinja.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
-    return jinja
-
-
-if __name__ == "__main__":
-    main()
+    return jinja.from_string(source)

@@ -12,12 +12,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-from sologpt.chat_template import BEGIN, END, Cut, SpecialTokens, render_all
+from sologpt.chat_template import BEGIN, END, OWN, Cut
 from sologpt.errors import UserError
 from sologpt.tokenizer import Tokenizer
 
 GENERATION = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
-BATCH = 2**24  # characters that one process renders, roughly
 ROLE_TOKENS = 16  # what a template writes around a message, generously
 
 
@@ -83,26 +82,21 @@ def encode_examples(
     UserError, with the place, if the template rejects a conversation, begins an answer otherwise than with
     the generation prompt, or does not end it with a special token.
     """
-    for batch in batches(examples):
-        jobs = [Job(example, *until_last_answer(example.messages)) for example in batch]
+    for example in examples:
+        jobs = [Job(example, *until_last_answer(example.messages))]
         while jobs:
-            too_long = []
-            for job, row in encode_jobs(tokenizer, jobs):
+            for job, row in encode_job(tokenizer, jobs.pop(0)):
                 excess = len(row.ids) - sequence_len
-                if excess > 0:
-                    too_long.append((job, excess))
-                elif row.trained[1:].any():
-                    job.example.rows.append(row)
-                    job.example.shortened += job.is_shortened
-                else:
-                    job.example.untrained += 1
-            jobs = []
-            for job, excess in too_long:
-                if shorter := job.shorten(tokenizer, excess):
+                if excess <= 0 and row.trained[1:].any():
+                    example.rows.append(row)
+                    example.shortened += job.is_shortened
+                elif excess <= 0:
+                    example.untrained += 1
+                elif shorter := job.shorten(tokenizer, excess):
                     jobs.append(shorter)
                 else:
-                    job.example.too_long += 1
-        yield from batch
+                    example.too_long += 1
+        yield example
 
 
 def until_last_answer(messages: list[dict[str, str]]) -> tuple[list[dict[str, str]], int]:
@@ -111,59 +105,39 @@ def until_last_answer(messages: list[dict[str, str]]) -> tuple[list[dict[str, st
     return messages[: answers[-1] + 1], len(answers)
 
 
-def batches(examples: Iterable[Example]) -> Iterator[list[Example]]:
-    """Yield examples in lists for one process. A conversation is rendered about twice per answer."""
-    batch: list[Example] = []
-    size = 0
-    for example in examples:
-        batch.append(example)
-        size += sum(len(message["content"]) for message in example.messages) * len(example.messages)
-        if size >= BATCH:
-            yield batch
-            batch = []
-            size = 0
-    if batch:
-        yield batch
-
-
 # -----------------------------------------------------------------------------
 # One conversation
 
 
 class Piece(NamedTuple):
-    """A part of a rendered conversation, with MARKs."""
+    """A part of a rendered conversation."""
 
     text: str
     trained: bool
 
 
-def encode_jobs(tokenizer: Tokenizer, jobs: Sequence[Job]) -> Iterator[tuple[Job, Row]]:
-    """Yield the rows of each job, each with the job that would give this row alone."""
-    special = tokenizer.chat_tokens
+def encode_job(tokenizer: Tokenizer, job: Job) -> Iterator[tuple[Job, Row]]:
+    """Yield the rows of a job, each with the job that would give this row alone."""
     has_tag = GENERATION.search(tokenizer.chat_template) is not None
-    cuts = [[(len(job.messages), False)] if has_tag else job.cuts() for job in jobs]
-    marked = [tokenizer.mark_chat(job.messages) for job in jobs]
-    conversations = list(zip(marked, cuts, strict=True))
-    renders = render_all(tokenizer.chat_template, tokenizer.special_tokens, conversations, has_tag)
-    for job, its_cuts in zip(jobs, cuts, strict=True):
-        try:
-            texts = next(renders)
-            rows = [tagged_pieces(special, texts[0])] if has_tag else answer_pieces(special, texts)
-            encoded = [encode_pieces(tokenizer, pieces) for pieces in rows]
-        except UserError as e:
-            raise UserError(f"{job.example.place}: {e}") from e
-        if has_tag:
-            yield job, encoded[0]
-            continue
-        ends = [n for n, is_prompt in its_cuts if not is_prompt]
-        for pieces, row in zip(rows, encoded, strict=True):
-            n_answers = sum(piece.trained for piece in pieces)
-            end = ends[n_answers - 1]
-            del ends[:n_answers]
-            yield replace(job, messages=job.messages[:end], n_answers=n_answers), row
+    cuts = [(len(job.messages), False)] if has_tag else job.cuts()
+    try:
+        texts = tokenizer.render_cuts(job.messages, cuts, mark_generation=has_tag)
+        rows = [tagged_pieces(texts[0])] if has_tag else answer_pieces(texts)
+        encoded = [encode_pieces(tokenizer, pieces) for pieces in rows]
+    except UserError as e:
+        raise UserError(f"{job.example.place}: {e}") from e
+    if has_tag:
+        yield job, encoded[0]
+        return
+    ends = [n for n, is_prompt in cuts if not is_prompt]
+    for pieces, row in zip(rows, encoded, strict=True):
+        n_answers = sum(piece.trained for piece in pieces)
+        end = ends[n_answers - 1]
+        del ends[:n_answers]
+        yield replace(job, messages=job.messages[:end], n_answers=n_answers), row
 
 
-def answer_pieces(special: SpecialTokens, texts: Sequence[str]) -> list[list[Piece]]:
+def answer_pieces(texts: Sequence[str]) -> list[list[Piece]]:
     """Return the pieces of each row, from the renders of `Job.cuts`."""
     rows: list[list[Piece]] = []
     row_text = ""
@@ -171,7 +145,7 @@ def answer_pieces(special: SpecialTokens, texts: Sequence[str]) -> list[list[Pie
         if not text.startswith(prompt):
             raise UserError("the chat template does not begin an answer with its generation prompt")
         answer = text[len(prompt) :]
-        answer = answer[: end_of_turn(special, answer)]
+        answer = answer[: end_of_turn(answer)]
         if not rows or not prompt.startswith(row_text):
             rows.append([])
             row_text = ""
@@ -180,29 +154,29 @@ def answer_pieces(special: SpecialTokens, texts: Sequence[str]) -> list[list[Pie
     return rows
 
 
-def tagged_pieces(special: SpecialTokens, text: str) -> list[Piece]:
+def tagged_pieces(text: str) -> list[Piece]:
     """Return the pieces of a render with BEGIN and END: what is between them is trained.
 
     So is the token that ends the turn, if the template writes it right behind the tag.
     """
     parts = re.split(f"[{BEGIN}{END}]", text)
     for i in range(1, len(parts), 2):
-        own = special.own(parts[i])
+        own = list(OWN.finditer(parts[i]))
         if not own or parts[i][own[-1].end() :].strip():
             behind = parts[i + 1]
-            token = next(iter(special.own(behind)), None)
+            token = OWN.search(behind)
             if token and not behind[: token.start()].strip():
                 parts[i] += behind[: token.end()]
                 parts[i + 1] = behind[token.end() :]
     if len(parts) > 1:
-        parts[-2] = parts[-2][: end_of_turn(special, parts[-2])]
+        parts[-2] = parts[-2][: end_of_turn(parts[-2])]
         del parts[-1]
     return [Piece(part, i % 2 == 1) for i, part in enumerate(parts)]
 
 
-def end_of_turn(special: SpecialTokens, answer: str) -> int:
+def end_of_turn(answer: str) -> int:
     """Return where the special token ends that ends an answer. Only whitespace may follow it."""
-    own = special.own(answer)
+    own = list(OWN.finditer(answer))
     if not own or answer[own[-1].end() :].strip():
         raise UserError("the chat template ends an answer without a special token: a model would never stop")
     return own[-1].end()
@@ -223,7 +197,7 @@ def encode_pieces(tokenizer: Tokenizer, pieces: Sequence[Piece]) -> Row:
 
 def encode_after(tokenizer: Tokenizer, before: str, text: str) -> list[int]:
     """Encode a text that follows another, at a boundary of tokens. Special tokens separate what they part."""
-    own = tokenizer.chat_tokens.own(before)
+    own = list(OWN.finditer(before))
     for context in (before[own[-1].start() :] if own else before, "\n"):
         head = tokenizer.encode_rendered(context)
         both = tokenizer.encode_rendered(context + text)

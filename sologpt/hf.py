@@ -32,7 +32,7 @@ from sologpt import errors
 from sologpt.errors import UserError
 from sologpt.load import check_rope_scaling, check_value, empty_model, load_model, make_config, widest
 from sologpt.quantize import fill
-from sologpt.tokenizer import BYTE_LEVEL, PretrainedTokenizer, Tokenizer
+from sologpt.tokenizer import BYTE_LEVEL, PretrainedTokenizer, Tokenizer, refused
 
 # -----------------------------------------------------------------------------
 # Tokenizers
@@ -129,18 +129,18 @@ def tokenizer_json(tokenizer: Tokenizer) -> str:
     )
     # In Oniguruma's syntax, $ matches at the end of any line, and {1,3}+ is a repetition, not possessive
     pattern = re.sub(r"(\\p\{\w+\}\{\d+,\d+\})\+", r"(?>\1)", d["pattern"]).replace("$", r"\z")
-    try:
+    with refused(f"the tokenizers library cannot read {tokenizer.name}'s pattern {pattern}", quiet=True):
         split = pre_tokenizers.Split(Regex(pattern), "isolated")
-    except Exception as e:  # the library raises plain Exceptions
-        raise UserError(f"the tokenizers library cannot read {tokenizer.name}'s pattern: {pattern}") from e
-    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    theirs = tokenizers.Tokenizer(model)
-    theirs.pre_tokenizer = pre_tokenizers.Sequence([split, byte_level])
-    theirs.decoder = decoders.ByteLevel()
-    theirs.add_special_tokens([tokenizers.AddedToken(text, normalized=False) for text in d["special_tokens"]])
-    theirs.encode_special_tokens = True
-    probe = PROBE + " ".join(d["special_tokens"])
-    if theirs.encode(probe).ids != tokenizer.encode(probe):
+        byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+        theirs = tokenizers.Tokenizer(model)
+        theirs.pre_tokenizer = pre_tokenizers.Sequence([split, byte_level])
+        theirs.decoder = decoders.ByteLevel()
+        special = [tokenizers.AddedToken(text, normalized=False) for text in d["special_tokens"]]
+        theirs.add_special_tokens(special)
+        theirs.encode_special_tokens = True
+        probe = PROBE + " ".join(d["special_tokens"])
+        same = theirs.encode(probe).ids == tokenizer.encode(probe)
+    if not same:
         raise UserError(f"the tokenizers library splits text differently than {tokenizer.name}: {pattern}")
     return theirs.to_str(pretty=True)
 

@@ -28,6 +28,7 @@ from urllib.parse import urlsplit
 import torch
 
 from sologpt import errors
+from sologpt.chat_template import RESERVED
 from sologpt.conversations import encode_after
 from sologpt.engine import Engine, Piece, QueueFull, Request, Token
 from sologpt.errors import RunError, UserError
@@ -219,17 +220,17 @@ def read_messages(fields: dict[str, Any]) -> list[dict[str, str]]:
     return messages
 
 
-def encode_messages(tokenizer: Tokenizer, messages: list[dict[str, str]], goes_on: bool) -> list[int]:
+def encode_messages(
+    tokenizer: Tokenizer, messages: list[dict[str, str]], goes_on: bool, window: int
+) -> list[int]:
     """The token ids of a chat. goes_on: they end within the last message, which is the assistant's."""
     if not goes_on:
-        return tokenizer.encode_chat(messages)
+        return tokenizer.encode_chat(messages, window)
     *earlier, last = messages
     if last["role"] != "assistant":
         raise APIError(400, "continue_final_message needs a last message of the assistant", "messages")
-    if not tokenizer.chat_template:
-        return tokenizer.encode_chat(messages)  # raises
-    before = tokenizer.render_chat(tokenizer.mark_chat(earlier))
-    content = tokenizer.chat_tokens.mark(last["content"])
+    before = tokenizer.render_chat(earlier)
+    content = RESERVED.sub("", last["content"])
     return tokenizer.encode_rendered(before) + encode_after(tokenizer, before, content)
 
 
@@ -416,7 +417,8 @@ class Chat(Endpoint):
 
     def prompts(self, fields: dict[str, Any]) -> list[Any]:
         messages = read_messages(fields)
-        return [encode_messages(self.tokenizer, messages, fields.get("continue_final_message", False))]
+        goes_on = fields.get("continue_final_message", False)
+        return [encode_messages(self.tokenizer, messages, goes_on, self.engine.max_len)]
 
     def options(self, fields: dict[str, Any]) -> dict[str, Any]:
         if "top_logprobs" in fields and not fields.get("logprobs"):

@@ -9,9 +9,11 @@ into text.
 
 import time
 from collections.abc import Generator, Iterator, Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 from gpt import GPT, Decoder, KVCache, Sampling
+from sologpt.chat_template import TooLong
 from sologpt.errors import UserError
 from sologpt.tokenizer import Tokenizer
 
@@ -219,7 +221,7 @@ def stream_text(
     ids: Any = prompt
     chat = not isinstance(prompt, str) and len(prompt) > 0 and isinstance(prompt[0], Mapping)
     if chat:
-        ids = chat_tokens or tokenizer.encode_chat(ids)
+        ids = chat_tokens or tokenizer.encode_chat(ids, model.config.sequence_len)
     elif isinstance(prompt, str):
         at_start = kv_cache is None or not kv_cache.lengths.any()  # where a BOS token belongs
         ids = tokenizer.encode_prompt(prompt) if at_start else tokenizer.encode(prompt)
@@ -266,15 +268,14 @@ def drop_old_turns(
     turn. The rest is cut to half a window, since a conversation whose beginning has changed must be prefilled
     anew.
     """
-    tokens = tokenizer.encode_chat(messages)
-    if len(tokens) + min(max_tokens, window // 2) <= window:
-        return messages, tokens
     system = [message for message in messages[:1] if message["role"] == "system"]
     turns = [i for i, message in enumerate(messages) if message["role"] == "user"]
-    kept = messages
-    for start in turns[1:]:
-        kept = [*system, *messages[start:]]
-        tokens = tokenizer.encode_chat(kept)
-        if len(tokens) <= window // 2:
-            break
-    return kept, tokens
+    *longer, last = [messages, *([*system, *messages[start:]] for start in turns[1:])]
+    room = window - min(max_tokens, window // 2)
+    for kept in longer:
+        with suppress(TooLong):
+            tokens = tokenizer.encode_chat(kept, window)
+            if len(tokens) <= room:
+                return kept, tokens
+        room = window // 2
+    return last, tokenizer.encode_chat(last, window)

@@ -12,16 +12,18 @@ import base64
 import codecs
 import copy
 import json
+import math
+import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from functools import cached_property, partial
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from functools import cached_property
 from itertools import chain, pairwise
 from typing import Any, Self
 
 import tiktoken
 
-from sologpt.chat_template import PLAIN, SpecialTokens, render
+from sologpt.chat_template import CLOSE, CUT, LENGTH, OPEN, OWN, PLAIN, Cut, Messages, SpecialTokens, render
 from sologpt.errors import RunError, UserError
 
 EOT = "<|endoftext|>"  # separates documents
@@ -36,19 +38,42 @@ BPE_PATTERN = (
 
 TYPES: dict[str, type] = {"tokens": list, "eos_tokens": list, "special_tokens": dict}  # of to_dict
 TYPES |= dict.fromkeys(("kind", "name", "pattern", "tokenizer_json", "chat_template"), str)
+MAX_CHARACTERS = 128  # of a token, about: a longer text than all of a window's tokens is not encoded
+MAX_GROWTH = 64  # of a text in a tokenizer.json; U+FDFA becomes 18 characters
 MAX_SPACE = 400_000  # tiktoken's regular expressions overflow their stack at a million whitespace characters
 BYTES = [bytes([i]) for i in range(256)]
 
 
 @contextmanager
-def refused(what: str) -> Iterator[None]:
-    """Raise UserError for what Rust libraries raise: an Exception, or a PanicException (a BaseException)."""
+def refused(what: str, quiet: bool = False) -> Iterator[None]:
+    """Raise UserError for what Rust libraries raise: an Exception, or a PanicException (a BaseException).
+
+    A panic also prints lines of Rust to stderr, before it can be caught. quiet: not here, and so no thread
+    may print meanwhile.
+    """
     try:
-        yield
+        with no_stderr() if quiet else nullcontext():
+            yield
     except BaseException as e:
         if type(e) is not Exception and type(e).__name__ != "PanicException":
             raise
         raise UserError(f"{what}: {e}") from e
+
+
+@contextmanager
+def no_stderr() -> Iterator[None]:
+    try:
+        saved = os.dup(2)
+    except OSError:  # it is closed
+        yield
+        return
+    with open(os.devnull, "wb") as f:
+        os.dup2(f.fileno(), 2)
+    try:
+        yield
+    finally:
+        os.dup2(saved, 2)
+        os.close(saved)
 
 
 class Tokenizer:
@@ -143,7 +168,7 @@ class Tokenizer:
             if not ranks.keys() >= {*BYTES}:
                 raise ValueError("a byte has no token")
             options = dict(pat_str=d["pattern"], mergeable_ranks=ranks, special_tokens=special)
-            with refused("tiktoken"):
+            with refused("tiktoken", quiet=True):
                 encoding = tiktoken.Encoding(d["name"], **options)
             return cls(encoding, d.get("eos_tokens", ()), d.get("chat_template", ""))
         except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as e:
@@ -166,46 +191,45 @@ class Tokenizer:
 
         A run of whitespace longer than MAX_SPACE may be cut, and its parts encoded one by one.
         """
-        return self._encode_parts(self.encoding.encode_ordinary, text)
-
-    def _encode_parts(self, encode: Callable[[str], list[int]], text: str) -> list[int]:
         cuts = [i for i in range(0, len(text), MAX_SPACE) if text[i : i + MAX_SPACE].isspace()]
         parts = [text[a:b] for a, b in pairwise([0, *cuts, len(text)])]
         with refused(f"the tokenizer {self.name} cannot encode this text"):
-            return list(chain.from_iterable(map(encode, parts)))
-
-    def _encode_special(self, text: str) -> list[int]:
-        """Return the token ids of text, special tokens included."""
-        return self._encode_parts(partial(self.encoding.encode, allowed_special="all"), text)
+            return list(chain.from_iterable(map(self.encoding.encode_ordinary, parts)))
 
     def encode_prompt(self, text: str) -> list[int]:
         """Return the token ids of a prompt: as `encode`, with the BOS that a pretrained tokenizer may add."""
         return self.encode(text)
 
-    def encode_chat(self, messages: Sequence[dict[str, str]]) -> list[int]:
+    def encode_chat(self, messages: Messages, window: int | None = None) -> list[int]:
         """Return the token ids of a conversation by the chat template, with the generation prompt at the end.
 
-        messages are {"role": "system", "user" or "assistant", "content": text}. A special token in a message
-        is plain text. UserError if there is no template, or if it rejects the messages.
+        messages are {"role": "system", "user" or "assistant", "content": text, or a list of text parts}. A
+        special token in a message is plain text. UserError if there is no template, or if it rejects the
+        messages; TooLong if its text is certainly longer than the window of a model.
         """
+        limit = min(LENGTH, window * MAX_CHARACTERS) if window else LENGTH
+        return self.encode_rendered(self.render_chat(messages, limit))
+
+    def render_chat(self, messages: Messages, limit: int = LENGTH) -> str:
+        """Return the text of a conversation, with the generation prompt and marks, for `encode_rendered`."""
+        return self.render_cuts(messages, [(len(messages), True)], limit)[0]
+
+    def render_cuts(
+        self, messages: Messages, cuts: Sequence[Cut], limit: int = LENGTH, **options: Any
+    ) -> list[str]:
         if not self.chat_template:
             raise UserError(f"the tokenizer {self.name} has no chat template")
-        return self.encode_rendered(self.render_chat(self.mark_chat(messages)))
-
-    def mark_chat(self, messages: Sequence[dict[str, str]]) -> list[dict[str, str]]:
-        """Return the messages with a MARK in each special token that they spell."""
-        mark = self.chat_tokens.mark
-        return [{key: mark(text) for key, text in message.items()} for message in messages]
-
-    def render_chat(self, messages: Sequence[dict[str, str]]) -> str:
-        """Return the text of a conversation, with the generation prompt. UserError if the template fails."""
-        return render(self.chat_template, self.special_tokens, messages)
+        values = self.special_tokens
+        return render(self.chat_template, values, self.chat_tokens, messages, cuts, limit, **options)
 
     def encode_rendered(self, text: str) -> list[int]:
-        """Return the token ids of a rendered text: a special token is text where it has a MARK."""
+        """Return the token ids of a rendered text, whose own special tokens are between OPEN and CLOSE."""
+        return [token for piece in text.split(CUT) for token in self._encode_marked(piece)]
+
+    def _encode_marked(self, text: str) -> list[int]:
         ids: list[int] = []
-        for piece, from_template in self.chat_tokens.split(text):
-            ids += self._encode_special(piece) if from_template else self.encode(piece)
+        for i, piece in enumerate(OWN.split(text)):
+            ids += [self.special_ids[piece]] if i % 2 else self.encode(piece)
         return ids
 
     @cached_property
@@ -307,6 +331,24 @@ STRIP = {"type": "Strip", "content": " ", "start": 1, "stop": 0}  # the space th
 BYTE_TOKEN = re.compile("<0x([0-9A-Fa-f]{2})>")
 
 
+def growth(step: dict[str, Any] | None) -> float:
+    """Return by how many times a normalizer or pre_tokenizer can lengthen a text, if used again and again."""
+    match step:
+        case {"type": "Sequence", "normalizers": steps} | {"type": "Sequence", "pretokenizers": steps}:
+            return math.prod(map(growth, steps), start=1.0)
+        case {"type": "Replace", "pattern": {"String": str(old)}, "content": new} if old:
+            return max(1, len(new) / len(old))
+        case {"type": "Replace", "content": new} | {"type": "Prepend", "prepend": new}:
+            return 1 + len(new)  # a regex may match no character
+        case {"type": "ByteLevel"}:
+            return 2
+        case {"type": "Precompiled", "precompiled_charsmap": charsmap}:
+            data = base64.b64decode(charsmap)  # the size of a trie, the trie, what it replaces characters by
+            new = data[4 + int.from_bytes(data[:4], "little") :].split(b"\0")
+            return max(len(text.decode(errors="replace")) for text in new)
+    return 1  # Unicode normalization and the like change a text once
+
+
 class PretrainedTokenizer(Tokenizer):
     """The tokenizer of a Hugging Face model: its tokenizer.json, run by the `tokenizers` library.
 
@@ -328,8 +370,16 @@ class PretrainedTokenizer(Tokenizer):
             import tokenizers
         except ImportError as e:
             raise ImportError("a pretrained tokenizer needs the extra 'hf': pip install tokenizers") from e
-        with refused("this is not a tokenizer.json"):
+        with refused("this is not a tokenizer.json", quiet=True):
             self.backend = tokenizers.Tokenizer.from_str(tokenizer_json)
+        spec = json.loads(tokenizer_json)
+        grown = growth(spec.get("normalizer")) * growth(spec.get("pre_tokenizer"))
+        added = self.backend.num_special_tokens_to_add(False)
+        if grown > MAX_GROWTH or added > MAX_GROWTH:
+            raise UserError(
+                f"the tokenizer can make a text {grown:.3g} times as long, and adds {added} tokens to each: "
+                f"the most are {MAX_GROWTH}"
+            )
         self.backend.no_truncation()
         self.backend.no_padding()
         self.backend.encode_special_tokens = True  # as text
@@ -352,7 +402,7 @@ class PretrainedTokenizer(Tokenizer):
             raise UserError("the tokenizer has neither an eos_token nor a bos_token to separate documents")
         self.eot = self.eos_tokens[0] if self.eos_tokens else vocabulary[bos]
 
-        decoder = json.loads(tokenizer_json).get("decoder") or {}
+        decoder = spec.get("decoder") or {}
         steps = decoder.get("decoders", [decoder])
         self.byte_level = [step.get("type") for step in steps] == ["ByteLevel"]
         if not self.byte_level and steps not in (SENTENCEPIECE, [*SENTENCEPIECE, STRIP]):
@@ -389,18 +439,35 @@ class PretrainedTokenizer(Tokenizer):
 
     @cached_property
     def chat_backend(self) -> Any:
-        """A backend that recognizes special tokens in a text. A copy, since threads share the other one."""
+        """A copy of the backend that recognizes special tokens between OPEN and CLOSE.
+
+        They are not normalized: no normalizer makes one of other text.
+        """
+        import tokenizers
+
         backend = copy.deepcopy(self.backend)
-        backend.encode_special_tokens = False
+        backend.encode_special_tokens = True  # as text; a copy forgets it
+        marked = []
+        for token in self.backend.get_added_tokens_decoder().values():
+            if token.special:
+                options = dict(single_word=token.single_word, lstrip=token.lstrip, rstrip=token.rstrip)
+                text = OPEN + token.content + CLOSE
+                marked.append(tokenizers.AddedToken(text, normalized=False, **options))
+        backend.add_tokens(marked)
         return backend
+
+    @cached_property
+    def chat_ids(self) -> dict[int, int]:
+        """The ids of special tokens by their ids in the chat_backend."""
+        return {self.chat_backend.token_to_id(OPEN + text + CLOSE): i for text, i in self.special_ids.items()}
+
+    def _encode_marked(self, text: str) -> list[int]:
+        return [self.chat_ids.get(i, i) for i in self._encode(self.chat_backend, text)]
 
     @cached_property
     def special_ids(self) -> dict[str, int]:
         added = self.backend.get_added_tokens_decoder()
         return {token.content: i for i, token in added.items() if token.special}
-
-    def _encode_special(self, text: str) -> list[int]:
-        return self._encode(self.chat_backend, text)
 
     def token_bytes(self, token: int) -> bytes:
         if token not in self.tokens:

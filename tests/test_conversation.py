@@ -21,7 +21,7 @@ class Words(Tokenizer):
     def __init__(self):
         pass
 
-    def encode_chat(self, messages):
+    def encode_chat(self, messages, window=None):
         return [1 for message in messages for _ in (message["role"], *message["content"].split())]
 
 

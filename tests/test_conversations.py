@@ -256,23 +256,22 @@ def test_a_template_that_cannot_be_trained_is_an_error_that_names_the_place(tmp_
 
 
 def test_one_conversation_that_takes_for_ever_does_not_spoil_the_others(tmp_path, monkeypatch):
-    monkeypatch.setattr(chat_template, "SECONDS", 2)
+    monkeypatch.setattr(chat_template, "SECONDS", 3)
     loop = "{% if messages[0].content == 'One' %}{% for i in range(99999) %}{% for i in range(99999) %}{% endfor %}"
     ours, _ = make(tmp_path, loop + "{% endfor %}{% endif %}" + CHATML)
     examples = [Example(f"file:{i}", talk) for i, talk in enumerate(TALKS)]
-    with pytest.raises(ValueError, match="file:2: the chat template takes more than 2 s"):
+    with pytest.raises(ValueError, match="file:2: the chat template takes more than 3 s"):
         list(encode_examples(ours, examples, 1000))
     assert len(list(encode_examples(ours, examples[:2], 1000))) == 2
 
 
-def test_many_conversations_are_rendered_by_few_processes(tmp_path, monkeypatch):
+def test_one_process_renders_many_conversations(tmp_path):
     ours, _ = make(tmp_path, CHATML)
-    calls, render = [], chat_template.run
-    monkeypatch.setattr(chat_template, "run", lambda job: calls.append(job) or render(job))
-    done = list(encode_examples(ours, (Example("here", TALKS[i % 3]) for i in range(2000)), 1000))
-    assert len(done) == 2000 and len(calls) == 1
-    for i, example in enumerate(done):
-        assert (example.rows[0].ids == done[i % 3].rows[0].ids).all()
+    expected = [rows_of(ours, talk)[0].ids for talk in TALKS]
+    before = chat_template.WORKER.process
+    done = list(encode_examples(ours, (Example("here", TALKS[i % 3]) for i in range(500)), 1000))
+    assert len(done) == 500 and chat_template.WORKER.process is before
+    assert all((example.rows[0].ids == expected[i % 3]).all() for i, example in enumerate(done))
 
 
 # ---- too long
@@ -530,6 +529,6 @@ def test_the_template_and_all_eos_tokens_are_in_both_exports(tmp_path, name, mon
 def test_the_plain_template_begins_with_bos_where_a_prompt_does(tmp_path):
     for family, begins in (("llama3", "<|im_start|>"), ("gpt2", ""), ("prepend", "<s>")):
         tokenizer = hf.load_tokenizer(write_folder(tmp_path / family, family)).with_chat_template()
-        text = tokenizer.render_chat([user("a")])
+        text = chat_template.RESERVED.sub("", tokenizer.render_chat([user("a")]))
         assert text == f"{begins}user\na{tokenizer.special_tokens['eos_token']}assistant\n"
         assert tokenizer.with_chat_template() is tokenizer
