@@ -1,8 +1,10 @@
 """Where a model runs, in which dtype, and what is known about that device."""
 
 import ctypes
+import re
 import sys
 from contextlib import AbstractContextManager, nullcontext, suppress
+from pathlib import Path
 
 import torch
 
@@ -85,3 +87,14 @@ def return_freed_memory() -> None:
     if sys.platform == "linux":
         with suppress(AttributeError):  # musl has no malloc_trim
             ctypes.CDLL(None).malloc_trim(0)
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes of memory that are free, 4 GB where the system does not say."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    with suppress(OSError):
+        found = re.search(r"MemAvailable:\s*(\d+) kB", Path("/proc/meminfo").read_text())
+        if found:
+            return 1024 * int(found[1])
+    return 2**32

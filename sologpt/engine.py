@@ -13,15 +13,11 @@ the tokens of requests that have ended, for prompts that begin with the same one
 """
 
 import math
-import operator
-import re
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Generator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
 
@@ -30,6 +26,7 @@ from torch import Tensor
 
 from gpt import GPT, Decoder, KVCache, Sampling
 from sologpt import fast
+from sologpt.device import free_memory
 from sologpt.errors import RunError, UserError
 from sologpt.stream import Prompt, Stop, TextRow
 from sologpt.tokenizer import Tokenizer
@@ -72,9 +69,7 @@ class Request:
     generator: torch.Generator
     answer: TextRow
     receive: Callable[[Piece], None]  # called by the engine's thread
-    logprobs: int | None = (
-        None  # so many of the most likely tokens with each token; None: no log probabilities
-    )
+    logprobs: int | None = None  # so many of the most likely tokens with each token; None: no probabilities
     echo: bool = False  # the first piece is the prompt
     cancelled: bool = False  # may be set by any thread, at any time
     cached: int = 0  # tokens of the prompt that needed no prefill
@@ -95,6 +90,9 @@ class Request:
         self.held = self.held[len(tokens) :]
         if tokens or text or answer.reason:
             self.receive(Piece(text, tokens, answer.reason, error))
+
+    def end(self, reason: str, error: Exception | None = None) -> None:
+        self.send(self.answer.end(reason), error)
 
 
 class Engine:
@@ -118,10 +116,9 @@ class Engine:
         for name, value, least in (("rows", rows, 1), ("chunk", chunk, 1), ("max_waiting", max_waiting, 0)):
             if value < least:
                 raise UserError(f"{name} must be at least {least}, not {value}")
-        if not 0 <= max_len <= model.config.sequence_len:
-            raise UserError(
-                f"max_len {max_len} must be at most the window, {model.config.sequence_len} tokens"
-            )
+        window = model.config.sequence_len
+        if not 0 <= max_len <= window:
+            raise UserError(f"max_len {max_len} must be at most the window, {window} tokens")
         self.model = model.eval()
         self.tokenizer = tokenizer
         self.decode = decode or fast.prepare(model, rows=rows)
@@ -188,27 +185,25 @@ class Engine:
             ids = self.tokenizer.encode_chat(ids)
         elif isinstance(prompt, str):
             ids = self.tokenizer.encode_prompt(prompt)
-        if seed is not None and not -(2**63) <= seed < 2**64:
-            raise UserError(f"seed must be a whole number of at most 64 bits, not {seed}")
         try:
-            prompt_ids = self.model.token_ids(ids)
+            ids = self.model.token_ids(ids)
             filters = Sampling(**sampling)
         except ValueError as e:
             raise UserError(str(e)) from e
-        if not prompt_ids:
+        if not ids:
             raise UserError("the prompt is empty: it needs at least one token")
-        if unknown := {*prompt_ids} - {*self.tokenizer.ids}:
+        if unknown := {*ids} - self.tokenizer.ids:
             raise UserError(f"token id {min(unknown)} of the prompt is not in the vocabulary")
-        if len(prompt_ids) > self.max_len:
-            raise UserError(
-                f"the prompt has {len(prompt_ids)} tokens, more than the context of {self.max_len}"
-            )
-        room = self.max_len - len(prompt_ids) + 1  # the last token is drawn, but not read
+        if len(ids) > self.max_len:
+            raise UserError(f"the prompt has {len(ids)} tokens, more than the context of {self.max_len}")
+        if seed is not None and not -(2**63) <= seed < 2**64:
+            raise UserError(f"seed must be a whole number of at most 64 bits, not {seed}")
         generator = torch.Generator(self.model.device)
-        generator.seed() if seed is None else generator.manual_seed(operator.index(seed))
+        generator.seed() if seed is None else generator.manual_seed(seed)
         answer = TextRow(self.tokenizer, stop, continues=continues and not is_chat)
+        room = self.max_len - len(ids) + 1  # the last token is drawn, but not read
         limit = room if max_tokens is None else min(max_tokens, room)
-        return Request(prompt_ids, limit, filters, generator, answer, receive, logprobs, echo)
+        return Request(ids, limit, filters, generator, answer, receive, logprobs, echo)
 
     def submit(self, *requests: Request) -> None:
         """Start requests, all or none. QueueFull if there are too many, RunError if the engine is closed."""
@@ -241,40 +236,46 @@ class Engine:
                 self._round()
             except Exception as e:  # such as out of memory: fails these requests, but not the engine
                 self._forget(slice(None))
-                self._fail(e)
-        self._fail(RunError("the engine was closed"))
-
-    def _fail(self, error: Exception) -> None:
-        with self.changed:
-            failed = [*self.active]
-            self.active.clear()
-            self.waiting.clear()
-        self.running.clear()
-        self.prefilling = None
-        for request in failed:
-            if not request.answer.reason:
-                request.send(request.answer.end("error"), error)
+                self._end(lambda request: True, "error", e)
+        self._end(lambda request: True, "error", RunError("the engine was closed"))
 
     @torch.inference_mode()
     def _round(self) -> None:
-        self._drop_cancelled()
+        self._end(lambda request: request.cancelled, "cancelled")
         room = self.chunk
         while room and (request := self.prefilling or self._admit()):
             room -= self._prefill(request, room)
         if self.running:
             self._decode()
 
-    def _drop_cancelled(self) -> None:
+    def _end(self, which: Callable[[Request], bool], reason: str, error: Exception | None = None) -> None:
+        """End the active requests that which is true of."""
         with self.changed:
-            gone = [request for request in self.active if request.cancelled]
-            self.active.difference_update(gone)
-            self.waiting = deque(request for request in self.waiting if request in self.active)
-        for request in gone:
-            request.send(request.answer.end("cancelled"))
-        if self.prefilling in gone:
+            requests = [request for request in self.active if which(request)]
+        for request in requests:
+            request.end(reason, error)
+        if requests:
+            self._retire()
+
+    def _retire(self) -> None:
+        """Take out the requests that have ended. Their rows move behind those that run."""
+        if self.prefilling and self.prefilling.answer.reason:
             self.ended[len(self.running)] = time.monotonic()
             self.prefilling = None
-        self._free_rows()
+        for b in reversed(range(len(self.running))):
+            if reason := self.running[b].answer.reason:
+                self.ended[b] = time.monotonic()
+                if reason == "error":
+                    self._forget(slice(b, b + 1))
+                last = len(self.running) - 1
+                self._swap(b, last)
+                self.running[b] = self.running[last]
+                self.running.pop()
+                if self.prefilling:
+                    self._swap(last, last + 1)
+        with self.changed:
+            self.active = {request for request in self.active if not request.answer.reason}
+            self.waiting = deque(request for request in self.waiting if not request.answer.reason)
 
     def _admit(self) -> Request | None:
         """Give the oldest waiting request the first idle row, with what its prompt shares with any row."""
@@ -284,26 +285,22 @@ class Engine:
                 return None
             request = self.prefilling = self.waiting.popleft()
         if request.sampling.repetition_penalty != 1:
-            request.seen = torch.zeros(
-                1, self.model.config.vocab_size, dtype=torch.bool, device=cache.k.device
-            )
+            request.seen = self.never.new_zeros(1, self.model.config.vocab_size, dtype=torch.bool)
             request.seen[0, request.prompt] = True
-        prompt = torch.tensor(
-            request.prompt[:-1], device=cache.k.device
-        )  # the last one is read for its logits
+        prompt = self.never.new_tensor(request.prompt[:-1])  # the last one is read for its logits
         equal = (cache.ids[:, : len(prompt)] == prompt).long().cumprod(dim=1).sum(dim=1)  # (rows,)
         shared = torch.minimum(equal.cpu(), cache.lengths)
         source = int(shared.argmax())
-        request.cached = 0 if request.echo else int(shared[source])
-        b = source
-        if source < first or 2 * request.cached < int(cache.lengths[source]):
+        n = request.cached = 0 if request.echo else int(shared[source])
+        if source < first or 2 * n < int(cache.lengths[source]):
             # It runs, or most of it would be lost: copy to the row that ended first
             b = min(range(first, cache.batch_size), key=self.ended.__getitem__)
-            if b != source:
-                for x in (cache.k, cache.v):  # (n_layer, rows, G, max_len, D)
-                    x[:, b, :, : request.cached] = x[:, source, :, : request.cached]
-                cache.ids[b] = cache.ids[source]
-        cache.lengths[b] = request.cached
+            for x in (cache.k, cache.v):  # (n_layer, rows, G, max_len, D)
+                x[:, b, :, :n] = x[:, source, :, :n]
+            cache.ids[b] = cache.ids[source]
+        else:
+            b = source
+        cache.lengths[b] = n
         self._swap(b, first)
         return request
 
@@ -311,15 +308,18 @@ class Engine:
         """Swap two rows."""
         if a == b:
             return
-        cache = self.cache
-        m, n = int(cache.lengths[a]), int(cache.lengths[b])
-        for x in (cache.k, cache.v):  # (n_layer, rows, G, max_len, D)
-            kept = x[:, a, :, :m].clone()
-            x[:, a, :, :n] = x[:, b, :, :n]
-            x[:, b, :, :m] = kept
-        for y in (cache.ids, cache.lengths):
+        n = int(self.cache.lengths[[a, b]].max())
+        for x in (self.cache.k, self.cache.v):  # (n_layer, rows, G, max_len, D)
+            x[:, [a, b], :, :n] = x[:, [b, a], :, :n]
+        for y in (self.cache.ids, self.cache.lengths):
             y[[a, b]] = y[[b, a]]
         self.ended[a], self.ended[b] = self.ended[b], self.ended[a]
+
+    def _forget(self, rows: slice) -> None:
+        """Clear rows after an error. NaNs would reach the rows beside them: even masked, 0 * NaN is NaN."""
+        self.cache.k[:, rows] = 0
+        self.cache.v[:, rows] = 0
+        self.cache.lengths[rows] = 0
 
     def _prefill(self, request: Request, room: int) -> int:
         """Read up to room tokens of a prompt. After the last one, the request runs. Return how many."""
@@ -327,7 +327,7 @@ class Engine:
         row = self.cache.rows(slice(b, b + 1))
         n = int(row.lengths)
         chunk = request.prompt[n : n + room]
-        x = self.model.hidden(torch.tensor([chunk], device=row.k.device), row)  # (1, T, C)
+        x = self.model.hidden(self.never.new_tensor([chunk]), row)  # (1, T, C)
         if request.echo:
             self._echo(request, n, x[0])
         if n + len(chunk) == len(request.prompt):
@@ -338,8 +338,8 @@ class Engine:
             if request.max_tokens:
                 self._draw(request, self.model.logits(x[:, -1]))
             else:
-                request.send(request.answer.end("length"))
-            self._free_rows()
+                request.end("length")
+            self._retire()
         return len(chunk)
 
     def _echo(self, request: Request, n: int, x: Tensor) -> None:
@@ -362,21 +362,20 @@ class Engine:
 
     def _decode(self) -> None:
         """Decode one token of each running row, and draw the next ones."""
-        ids = torch.tensor([request.answer.tokens[-1] for request in self.running])
-        rows = self.cache.rows(slice(0, len(ids)))
-        logits = self.decode(ids.to(rows.k.device), rows)  # (B, V)
+        ids = self.never.new_tensor([request.answer.tokens[-1] for request in self.running])
+        logits = self.decode(ids, self.cache.rows(slice(0, len(ids))))  # (B, V)
         for request, row in zip(self.running, logits, strict=True):
             self._draw(request, row[None])
-        self._free_rows()
+        self._retire()
 
     def _draw(self, request: Request, logits: Tensor) -> None:
         """Draw a token from logits (1, V), and send it."""
         answer = request.answer
-        allowed = logits.index_fill(1, self.never, -math.inf) if len(self.never) else logits
+        known = logits.index_fill(1, self.never, -math.inf) if len(self.never) else logits
         try:
-            token = int(request.sampling.draw(allowed, request.generator, request.seen))
+            token = int(request.sampling.draw(known, request.generator, request.seen))
         except RuntimeError as e:  # the logits are not finite
-            request.send(answer.end("error"), e)
+            request.end("error", e)
             return
         if request.seen is not None:
             request.seen[0, token] = True
@@ -394,34 +393,10 @@ class Engine:
         if logprobs is None:
             return Token(token, start)
         distribution = logits.log_softmax(dim=-1)
-        top: list[tuple[int, float]] = []
-        if logprobs:
-            known = distribution.index_fill(0, self.never, -math.inf) if len(self.never) else distribution
-            values, ids = known.topk(min(logprobs, len(known) - len(self.never)))
-            top = [*zip(ids.tolist(), values.tolist(), strict=True)]
+        known = distribution.index_fill(0, self.never, -math.inf)
+        values, ids = known.topk(min(logprobs, len(known) - len(self.never)))
+        top = [*zip(ids.tolist(), values.tolist(), strict=True)]
         return Token(token, start, float(distribution[token]), top)
-
-    def _free_rows(self) -> None:
-        """Move the rows that have ended behind those that run."""
-        for b in reversed(range(len(self.running))):
-            if self.running[b].answer.reason:
-                last = len(self.running) - 1
-                self.ended[b] = time.monotonic()
-                if self.running[b].answer.reason == "error":
-                    self._forget(slice(b, b + 1))
-                self._swap(b, last)
-                if self.prefilling:
-                    self._swap(last, last + 1)
-                with self.changed:
-                    self.active.discard(self.running[b])
-                self.running[b] = self.running[last]
-                self.running.pop()
-
-    def _forget(self, rows: slice) -> None:
-        """Clear rows after an error. NaNs would reach the rows beside them: even masked, 0 * NaN is NaN."""
-        self.cache.k[:, rows] = 0
-        self.cache.v[:, rows] = 0
-        self.cache.lengths[rows] = 0
 
 
 def fitting_len(model: GPT, rows: int) -> int:
@@ -429,14 +404,3 @@ def fitting_len(model: GPT, rows: int) -> int:
     c = model.config
     bytes_of_token = 2 * c.n_layer * rows * c.n_kv_head * c.head_dim * model.dtype.itemsize
     return max(1, min(c.sequence_len, free_memory(model.device) // 4 // bytes_of_token))
-
-
-def free_memory(device: torch.device) -> int:
-    """Bytes of memory that are free, 4 GB where the system does not say."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    with suppress(OSError):
-        found = re.search(r"MemAvailable:\s*(\d+) kB", Path("/proc/meminfo").read_text())
-        if found:
-            return 1024 * int(found[1])
-    return 2**32
