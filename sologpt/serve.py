@@ -5,6 +5,7 @@
 
 Beyond OpenAI's fields it takes top_k, min_p, repetition_penalty, and for chat continue_final_message: the
 answer goes on with the last message, which is the assistant's. A field that it does not know is an error.
+vLLM's /tokenize and /tokenizer_info let lm-evaluation-harness count tokens (docs/evaluation.md).
 """
 
 import asyncio
@@ -19,23 +20,21 @@ import sys
 import time
 import uuid
 import warnings
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 from urllib.parse import urlsplit
 
 import torch
 
 from sologpt import errors
-from sologpt.chat_template import RESERVED
-from sologpt.conversations import encode_after
-from sologpt.engine import Engine, Piece, QueueFull, Request, Token
+from sologpt.api import API, SWITCH, TEXT, APIError, Chat, Completion, api_error, read_fields
+from sologpt.engine import Engine, Piece, Request
 from sologpt.errors import RunError, UserError
 from sologpt.hf import Parser
 from sologpt.load import describe_run, find_checkpoint, load_model
 from sologpt.quantize import KINDS
-from sologpt.tokenizer import Tokenizer
 
 try:
     import h11
@@ -58,74 +57,17 @@ except ImportError as e:
 
 MAX_BODY = 2**22  # bytes of a request
 SECONDS = 30  # for a client to send its headers, then its body; for answers to end after SIGTERM
-MAX_CHOICES = 128  # answers to one request
-MAX_STOPS = 16
-MAX_LOGPROBS = 20
 
 
 def log(line: str) -> None:
     print("".join(c if c.isprintable() else repr(c)[1:-1] for c in line), file=sys.stderr, flush=True)
 
 
-# -----------------------------------------------------------------------------
-# Errors, in OpenAI's form
-
-
-class APIError(Exception):
-    """What is wrong with a request. param: the field that is."""
-
-    def __init__(self, status: int, message: str, param: str | None = None, code: str | None = None) -> None:
-        super().__init__(message)
-        self.status, self.param, self.code = status, param, code
-
-    def body(self) -> dict[str, Any]:
-        kind = "invalid_request_error" if self.status < 500 else "server_error"
-        return {"error": {"message": str(self), "type": kind, "param": self.param, "code": self.code}}
-
-    def response(self) -> Response:
-        headers = {401: {"WWW-Authenticate": "Bearer"}, 503: {"Retry-After": "5"}}
-        return JSONResponse(self.body(), self.status, headers.get(self.status))
-
-
-def api_error(e: Exception) -> APIError:
-    """The error for the client of any exception. That of a bug says no more than that it is one."""
-    if isinstance(e, APIError):
-        return e
-    if isinstance(e, HTTPException):
-        return APIError(e.status_code, e.detail)
-    if isinstance(e, UserError):
-        return APIError(400, errors.one_line(e))
-    if isinstance(e, QueueFull):
-        return APIError(503, f"too many requests: {e}", code="overloaded")
-    message, _ = errors.describe(e, "a smaller --context or --rows")
-    return APIError(500, message or "internal error: see the server's stderr")
-
-
 async def respond_to_error(http: HTTPRequest, e: Exception) -> Response:
-    error = api_error(e)
+    error = APIError(e.status_code, e.detail) if isinstance(e, HTTPException) else api_error(e)
     log(f"{http.method} {http.url.path} {error.status}: {error}")
-    return error.response()
-
-
-# -----------------------------------------------------------------------------
-# What a request says
-
-SAMPLING = dict(temperature=float, top_p=float, top_k=int, min_p=float, repetition_penalty=float)
-COMMON = SAMPLING | dict(
-    model=str, stream=bool, stream_options=dict, max_tokens=int, stop=(str, list), seed=int, n=int, user=str
-)
-LIMITS = dict(
-    n=(1, MAX_CHOICES),
-    max_tokens=(0, 2**31),
-    max_completion_tokens=(0, 2**31),
-    top_logprobs=(0, MAX_LOGPROBS),
-)
-NEUTRAL: dict[str, Any] = dict(  # values that ask for nothing, of fields that are not there
-    frequency_penalty=0, presence_penalty=0, logit_bias={}, tools=[], functions=[], best_of=1, suffix="",
-    response_format={"type": "text"}, store=False, metadata={},
-)  # fmt: skip
-TYPE_NAMES = {int: "a whole number", float: "a number", str: "text", bool: "true or false", list: "a list"}
-TYPE_NAMES |= {dict: "an object"}
+    headers = {401: {"WWW-Authenticate": "Bearer"}, 503: {"Retry-After": "5"}}
+    return JSONResponse(error.body, error.status, headers.get(error.status))
 
 
 async def read_body(http: HTTPRequest) -> dict[str, Any]:
@@ -153,87 +95,6 @@ async def read_body(http: HTTPRequest) -> dict[str, Any]:
     return fields
 
 
-def read_fields(values: dict[str, Any], kinds: dict[str, Any]) -> dict[str, Any]:
-    """The fields of a body that are set, in their types and limits."""
-    fields = {}
-    for name, value in values.items():
-        if value is None or (name in NEUTRAL and value == NEUTRAL[name]):
-            continue
-        if name not in kinds:
-            raise APIError(400, f"the field {name[:100]!r} is not supported", name[:100])
-        allowed = kinds[name] if isinstance(kinds[name], tuple) else (kinds[name],)
-        if not (type(value) in allowed or (type(value) is int and float in allowed)):
-            expected = " or ".join(TYPE_NAMES[kind] for kind in allowed)
-            raise APIError(400, f"{name} must be {expected}, not {str(value)[:100]!r}", name)
-        least, most = LIMITS.get(name, (None, None))
-        if least is not None and not least <= value <= most:
-            raise APIError(400, f"{name} must be from {least} to {most}, not {value}", name)
-        fields[name] = value
-    return fields
-
-
-def read_stop(fields: dict[str, Any]) -> list[str]:
-    stop = fields.get("stop", [])
-    stops = [stop] if isinstance(stop, str) else stop
-    if not all(isinstance(text, str) and text for text in stops) or len(stops) > MAX_STOPS:
-        raise APIError(400, f"stop must be text, or a list of at most {MAX_STOPS} texts, none empty", "stop")
-    return stops
-
-
-def read_prompts(fields: dict[str, Any]) -> list[str | list[int]]:
-    """The prompts of a completion: a text, token ids, or a list of either."""
-
-    def is_ids(value: Any) -> bool:
-        return isinstance(value, list) and len(value) > 0 and all(type(i) is int for i in value)
-
-    prompt = fields.get("prompt")
-    prompts: Any = [prompt] if isinstance(prompt, str) or is_ids(prompt) else prompt
-    if not prompts or not (all(isinstance(p, str) for p in prompts) or all(map(is_ids, prompts))):
-        raise APIError(400, "prompt must be text, token ids, or a list of either, and not empty", "prompt")
-    return prompts
-
-
-def read_messages(fields: dict[str, Any]) -> list[dict[str, str]]:
-    """The messages of a chat, as {"role": ..., "content": text}."""
-    messages = []
-    for i, message in enumerate(fields.get("messages", [])):
-        where = f"messages[{i}]"
-        if not isinstance(message, dict):
-            raise APIError(400, f"{where} must be an object", "messages")
-        role, content = message.get("role"), message.get("content")
-        if role not in ("system", "developer", "user", "assistant"):
-            raise APIError(400, f"{where}: role must be system, user or assistant", "messages")
-        for key, value in message.items():
-            if value and key not in ("role", "content"):
-                raise APIError(400, f"{where}: the field {key[:100]!r} is not supported", "messages")
-        if isinstance(content, list):
-            is_text = [
-                isinstance(p, dict) and p.get("type") == "text" and isinstance(p.get("text"), str)
-                for p in content
-            ]
-            content = "".join(part["text"] for part in content) if all(is_text) else None
-        if not isinstance(content, str):
-            raise APIError(400, f"{where}: content must be text, or a list of text parts", "messages")
-        messages.append({"role": "system" if role == "developer" else role, "content": content})
-    if not messages:
-        raise APIError(400, "messages must be a list of at least one message", "messages")
-    return messages
-
-
-def encode_messages(
-    tokenizer: Tokenizer, messages: list[dict[str, str]], goes_on: bool, window: int
-) -> list[int]:
-    """The token ids of a chat. goes_on: they end within the last message, which is the assistant's."""
-    if not goes_on:
-        return tokenizer.encode_chat(messages, window)
-    *earlier, last = messages
-    if last["role"] != "assistant":
-        raise APIError(400, "continue_final_message needs a last message of the assistant", "messages")
-    before = tokenizer.render_chat(earlier)
-    content = RESERVED.sub("", last["content"])
-    return tokenizer.encode_rendered(before) + encode_after(tokenizer, before, content)
-
-
 # -----------------------------------------------------------------------------
 # Answers
 
@@ -241,18 +102,15 @@ def encode_messages(
 class Job:
     """The choices of one HTTP request: an asynchronous iterator of (choice, piece) until all have ended."""
 
-    def __init__(self, http: HTTPRequest) -> None:
+    def __init__(self, http: HTTPRequest, n: int) -> None:
         self.title = f"{http.method} {http.url.path}"
         self.requests: list[Request] = []
-        self.n = 1  # choices with the same prompt stand next to each other
+        self.n = n  # choices with the same prompt, which stand next to each other
         self.loop = asyncio.get_running_loop()
         self.pieces: asyncio.Queue[tuple[int, Piece]] = asyncio.Queue()
 
-    def receiver(self, index: int) -> Callable[[Piece], None]:
-        def receive(piece: Piece) -> None:
-            self.loop.call_soon_threadsafe(self.pieces.put_nowait, (index, piece))
-
-        return receive
+    def receive(self, index: int, piece: Piece) -> None:
+        self.loop.call_soon_threadsafe(self.pieces.put_nowait, (index, piece))
 
     async def __aiter__(self) -> AsyncIterator[tuple[int, Piece]]:
         left = len(self.requests)
@@ -276,22 +134,23 @@ class Job:
         prompts = self.requests[:: self.n]
         n_prompt = sum(len(request.prompt) for request in prompts)
         n_answer = sum(len(request.answer.tokens) for request in self.requests)
-        details = {"cached_tokens": sum(request.cached for request in prompts)}
-        usage = dict(prompt_tokens=n_prompt, completion_tokens=n_answer, total_tokens=n_prompt + n_answer)
-        return usage | {"prompt_tokens_details": details}
+        cached = sum(request.cached for request in prompts)
+        return {
+            "prompt_tokens": n_prompt,
+            "completion_tokens": n_answer,
+            "total_tokens": n_prompt + n_answer,
+            "prompt_tokens_details": {"cached_tokens": cached},
+        }
 
     def log(self) -> None:
         usage = self.usage()
-        cached = usage["prompt_tokens_details"]["cached_tokens"]
-        line = f"{self.title} 200: {usage['prompt_tokens']} tokens in ({cached} cached), "
-        line += f"{usage['completion_tokens']} out"
-        started = [request for request in self.requests if request.first]
-        if started:
+        cached, n = usage["prompt_tokens_details"]["cached_tokens"], usage["completion_tokens"]
+        line = f"{self.title} 200: {usage['prompt_tokens']} tokens in ({cached} cached), {n} out"
+        if started := [request for request in self.requests if request.first]:
             first = min(request.first for request in started)
-            waited = 1000 * (first - started[0].submitted)
             seconds = max(request.last for request in started) - first
-            speed = (usage["completion_tokens"] - len(started)) / max(seconds, 1e-9)
-            line += f", the first after {waited:.0f} ms, {speed:.1f} tokens/s"
+            line += f", the first after {1000 * (first - started[0].submitted):.0f} ms"
+            line += f", {(n - len(started)) / max(seconds, 1e-9):.1f} tokens/s"
         reasons = dict.fromkeys(request.answer.reason or "cancelled" for request in self.requests)
         log(f"{line}, {' '.join(reasons)}")
 
@@ -311,184 +170,56 @@ class StreamOfJob(StreamingResponse):
             self.job.log()
 
 
-class Endpoint:
-    """What chat and text completions have in common."""
-
-    kinds: ClassVar[dict[str, Any]]
-    prefix: ClassVar[str]  # of an id
-    object: ClassVar[str]
-    chunk_object: ClassVar[str]
-
-    def __init__(self, engine: Engine, name: str) -> None:
-        self.engine, self.tokenizer, self.name = engine, engine.tokenizer, name
-
-    def prompts(self, fields: dict[str, Any]) -> list[Any]:
-        raise NotImplementedError
-
-    def options(self, fields: dict[str, Any]) -> dict[str, Any]:
-        """Arguments of `Engine.request`."""
-        raise NotImplementedError
-
-    def content(self, text: str, is_first: bool | None) -> dict[str, Any]:
-        """The text of a choice. is_first: of its chunks; None: it is the whole text."""
-        raise NotImplementedError
-
-    def logprobs(self, tokens: Sequence[Token]) -> dict[str, Any]:
-        raise NotImplementedError
-
-    def make_requests(self, job: Job, fields: dict[str, Any]) -> None:
-        prompts, job.n = self.prompts(fields), fields.get("n", 1)
-        most = min(MAX_CHOICES, self.engine.capacity)
-        if len(prompts) * job.n > most:
-            raise APIError(400, f"{len(prompts)} prompts, {job.n} times each, are more than {most}", "n")
-        settings = {key: fields[key] for key in SAMPLING if key in fields}
-        settings |= self.options(fields) | {"stop": read_stop(fields)}
-        seed = fields.get("seed")
-        for prompt in prompts:
-            ids = self.tokenizer.encode_prompt(prompt) if isinstance(prompt, str) else prompt
-            for i in range(job.n):
-                settings["seed"] = None if seed is None else seed + i
-                receive = job.receiver(len(job.requests))
-                job.requests.append(self.engine.request(ids, receive=receive, **settings))
-
-    def choice(self, job: Job, index: int, piece: Piece, is_first: bool | None = None) -> dict[str, Any]:
-        has_logprobs = job.requests[index].logprobs is not None
-        return {
-            "index": index,
-            **self.content(piece.text, is_first),
-            "logprobs": self.logprobs(piece.tokens) if has_logprobs else None,
-            "finish_reason": piece.reason or None,
-        }
-
-    async def respond(self, http: HTTPRequest) -> Response:
-        fields = read_fields(await read_body(http), self.kinds)
-        if fields.get("model", self.name) != self.name:
-            message = f"there is no model {fields['model'][:100]!r} here, only {self.name!r}"
-            raise APIError(404, message, "model", "model_not_found")
-        options = read_fields(fields.get("stream_options", {}), {"include_usage": bool})
-        job = Job(http)
-        await asyncio.to_thread(self.make_requests, job, fields)
-        self.engine.submit(*job.requests)
-        head: dict[str, Any] = {"id": f"{self.prefix}-{uuid.uuid4().hex}", "object": self.object}
-        head |= {"created": int(time.time()), "model": self.name}
-        if fields.get("stream"):
-            return StreamOfJob(job, self.events(job, head, options.get("include_usage", False)))
-        watcher = asyncio.create_task(job.cancel_at_disconnect(http))
-        pieces: list[list[Piece]] = [[] for _ in job.requests]
-        try:
-            async for index, piece in job:
-                pieces[index].append(piece)
-        finally:
-            watcher.cancel()
-            job.cancel()
-        job.log()
-        whole = [
-            Piece("".join(p.text for p in parts), [t for p in parts for t in p.tokens], parts[-1].reason)
-            for parts in pieces
-        ]
-        choices = [self.choice(job, index, piece) for index, piece in enumerate(whole)]
-        return JSONResponse(head | {"choices": choices, "usage": job.usage()})
-
-    async def events(self, job: Job, head: dict[str, Any], with_usage: bool) -> AsyncIterator[str]:
-        head["object"] = self.chunk_object
-        usage = {"usage": None} if with_usage else {}
-        begun = set[int]()
-        try:
-            async for index, piece in job:
-                choice = self.choice(job, index, piece, index not in begun)
-                begun.add(index)
-                yield event(head | {"choices": [choice]} | usage)
-            if with_usage:
-                yield event(head | {"choices": [], "usage": job.usage()})
-        except Exception as e:  # the status has been sent
-            yield event(api_error(e).body())
-        yield "data: [DONE]\n\n"
+async def respond(http: HTTPRequest, engine: Engine, name: str, api: API) -> Response:
+    """The answer to a request for text."""
+    fields = read_fields(await read_body(http), api.fields, api.required)
+    if fields.get("model", name) != name:
+        message = f"there is no model {fields['model'][:100]!r} here, only {name!r}"
+        raise APIError(404, message, "model", "model_not_found")
+    options = read_fields(fields.get("stream_options", {}), {"include_usage": SWITCH})
+    job = Job(http, fields.get("n", 1))
+    job.requests = await asyncio.to_thread(api.requests, fields, job.receive)
+    engine.submit(*job.requests)
+    head = {"id": f"{api.prefix}-{uuid.uuid4().hex}", "created": int(time.time()), "model": name}
+    if fields.get("stream"):
+        head["object"] = api.chunk_object
+        return StreamOfJob(job, events(api, job, head, options.get("include_usage", False)))
+    watcher = asyncio.create_task(job.cancel_at_disconnect(http))
+    pieces: list[list[Piece]] = [[] for _ in job.requests]
+    try:
+        async for index, piece in job:
+            pieces[index].append(piece)
+    finally:
+        watcher.cancel()
+        job.cancel()
+    job.log()
+    choices = []
+    for index, parts in enumerate(pieces):
+        text = "".join(piece.text for piece in parts)
+        tokens = [token for piece in parts for token in piece.tokens]
+        whole = Piece(text, tokens, parts[-1].reason)
+        choices.append(api.choice(index, job.requests[index], whole, None))
+    return JSONResponse(head | {"object": api.object, "choices": choices, "usage": job.usage()})
 
 
-def event(data: dict[str, Any]) -> str:
-    return f"data: {json.dumps(data, ensure_ascii=False)}\n\n"
+async def events(api: API, job: Job, head: dict[str, Any], with_usage: bool) -> AsyncIterator[str]:
+    """The server-sent events of a stream."""
 
+    def event(data: dict[str, Any]) -> str:
+        return f"data: {json.dumps(data, ensure_ascii=False)}\n\n"
 
-class Chat(Endpoint):
-    prefix, object, chunk_object = "chatcmpl", "chat.completion", "chat.completion.chunk"
-    kinds = COMMON | dict(
-        messages=list, max_completion_tokens=int, logprobs=bool, top_logprobs=int, continue_final_message=bool
-    )
-
-    def prompts(self, fields: dict[str, Any]) -> list[Any]:
-        messages = read_messages(fields)
-        goes_on = fields.get("continue_final_message", False)
-        return [encode_messages(self.tokenizer, messages, goes_on, self.engine.max_len)]
-
-    def options(self, fields: dict[str, Any]) -> dict[str, Any]:
-        if "top_logprobs" in fields and not fields.get("logprobs"):
-            raise APIError(400, "top_logprobs needs logprobs: true", "top_logprobs")
-        return {
-            "max_tokens": fields.get("max_completion_tokens", fields.get("max_tokens")),
-            "logprobs": fields.get("top_logprobs", 0) if fields.get("logprobs") else None,
-            "continues": fields.get("continue_final_message", False),
-        }
-
-    def content(self, text: str, is_first: bool | None) -> dict[str, Any]:
-        if is_first is None:
-            return {"message": {"role": "assistant", "content": text, "refusal": None}}
-        return {"delta": ({"role": "assistant"} if is_first else {}) | {"content": text}}
-
-    def logprobs(self, tokens: Sequence[Token]) -> dict[str, Any]:
-        special = {*self.tokenizer.special_ids.values()}
-
-        def entry(token: int, logprob: float | None) -> dict[str, Any]:
-            data = self.tokenizer.token_bytes(token)
-            text = data.decode("utf-8", "replace")
-            return {"token": text, "logprob": logprob, "bytes": None if token in special else [*data]}
-
-        content = [
-            entry(token.id, token.logprob) | {"top_logprobs": [entry(*other) for other in token.top]}
-            for token in tokens
-            if token.id not in self.tokenizer.eos_tokens
-        ]
-        return {"content": content, "refusal": None}
-
-
-class Text(Endpoint):
-    prefix, object, chunk_object = "cmpl", "text_completion", "text_completion"
-    kinds = COMMON | dict(prompt=(str, list), logprobs=int, echo=bool)
-
-    def prompts(self, fields: dict[str, Any]) -> list[Any]:
-        return read_prompts(fields)
-
-    def options(self, fields: dict[str, Any]) -> dict[str, Any]:
-        logprobs = fields.get("logprobs")
-        if logprobs is not None and not 0 <= logprobs <= MAX_LOGPROBS:
-            raise APIError(400, f"logprobs must be from 0 to {MAX_LOGPROBS}, not {logprobs}", "logprobs")
-        max_tokens = fields.get("max_tokens", 16)  # OpenAI's default
-        return {"max_tokens": max_tokens, "logprobs": logprobs, "echo": fields.get("echo", False)}
-
-    def content(self, text: str, is_first: bool | None) -> dict[str, Any]:
-        return {"text": text}
-
-    def logprobs(self, tokens: Sequence[Token]) -> dict[str, Any]:
-        top: list[dict[str, float] | None] = []
-        for token in tokens:
-            by_text: dict[str, float] = {}
-            for other, logprob in (*token.top, (token.id, token.logprob)):
-                if logprob is not None:
-                    by_text.setdefault(self.spell(other), logprob)  # two ids may have the same text
-            top.append(by_text or None)
-        return {
-            "tokens": [self.spell(token.id) for token in tokens],
-            "token_logprobs": [token.logprob for token in tokens],
-            "top_logprobs": top,
-            "text_offset": [token.start for token in tokens],
-        }
-
-    def spell(self, token: int) -> str:
-        """A token's text, or its bytes if they are no whole characters."""
-        data = self.tokenizer.token_bytes(token)
-        try:
-            return data.decode()
-        except UnicodeDecodeError:
-            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)
+    usage = {"usage": None} if with_usage else {}
+    begun = set[int]()
+    try:
+        async for index, piece in job:
+            choice = api.choice(index, job.requests[index], piece, index not in begun)
+            begun.add(index)
+            yield event(head | {"choices": [choice]} | usage)
+        if with_usage:
+            yield event(head | {"choices": [], "usage": job.usage()})
+    except Exception as e:  # the status has been sent
+        yield event(api_error(e).body)
+    yield "data: [DONE]\n\n"
 
 
 # -----------------------------------------------------------------------------
@@ -521,10 +252,9 @@ class Guard:
             raise APIError(403, "the Host header is not a name of this server")
         sent = http.headers.get("authorization", "").encode("latin-1")
         is_right = hmac.compare_digest(sent, f"Bearer {self.api_key}".encode())
-        if self.api_key and http.url.path.startswith("/v1/") and not is_right:
-            raise APIError(
-                401, "the API key is missing or wrong: Authorization: Bearer KEY", code="invalid_api_key"
-            )
+        if self.api_key and http.url.path not in ("/", "/health") and not is_right:
+            message = "the API key is missing or wrong: Authorization: Bearer KEY"
+            raise APIError(401, message, code="invalid_api_key")
 
 
 def page_response() -> Response:
@@ -547,9 +277,10 @@ def make_app(
     engine: Engine, name: str, api_key: str = "", cors: Sequence[str] = (), hosts: Sequence[str] = ()
 ) -> Starlette:
     """The API of an engine, which is closed when the server stops. hosts: for the Host header; () is any."""
-    created = int(time.time())
-    model = {"id": name, "object": "model", "created": created, "owned_by": "sologpt"}
-    model |= {"chat": bool(engine.tokenizer.chat_template), "context": engine.max_len}
+    tokenizer = engine.tokenizer
+    chat_api, completion_api = Chat(engine), Completion(engine)
+    model = {"id": name, "object": "model", "created": int(time.time()), "owned_by": "sologpt"}
+    model |= {"chat": bool(tokenizer.chat_template), "context": engine.max_len}
 
     async def models(http: HTTPRequest) -> Response:
         return JSONResponse({"object": "list", "data": [model]})
@@ -558,6 +289,23 @@ def make_app(
         if http.path_params["name"] != name:
             raise APIError(404, f"there is only the model {name!r} here", "model", "model_not_found")
         return JSONResponse(model)
+
+    async def chat(http: HTTPRequest) -> Response:
+        return await respond(http, engine, name, chat_api)
+
+    async def complete(http: HTTPRequest) -> Response:
+        return await respond(http, engine, name, completion_api)
+
+    async def tokenizer_info(http: HTTPRequest) -> Response:
+        return JSONResponse(tokenizer.special_tokens)
+
+    async def tokenize(http: HTTPRequest) -> Response:
+        known = {"model": TEXT, "prompt": TEXT, "add_special_tokens": SWITCH}
+        fields = read_fields(await read_body(http), known, "prompt")
+        text, special = fields["prompt"], tokenizer.special_ids
+        encode = tokenizer.encode_prompt if fields.get("add_special_tokens", True) else tokenizer.encode
+        ids = [special[text]] if text in special else await asyncio.to_thread(encode, text)
+        return JSONResponse({"tokens": ids, "count": len(ids), "max_model_len": engine.max_len})
 
     async def health(http: HTTPRequest) -> Response:
         return JSONResponse({"status": "ok", "requests": len(engine.active)})
@@ -575,8 +323,10 @@ def make_app(
         Route("/health", health),
         Route("/v1/models", models),
         Route("/v1/models/{name:path}", one_model),
-        Route("/v1/chat/completions", Chat(engine, name).respond, methods=["POST"]),
-        Route("/v1/completions", Text(engine, name).respond, methods=["POST"]),
+        Route("/v1/chat/completions", chat, methods=["POST"]),
+        Route("/v1/completions", complete, methods=["POST"]),
+        Route("/tokenizer_info", tokenizer_info),
+        Route("/tokenize", tokenize, methods=["POST"]),
     ]
     headers = ["Authorization", "Content-Type"]
     shared = Middleware(
@@ -596,21 +346,23 @@ class Protocol(H11Protocol):
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
-        self.timer = self.loop.call_later(SECONDS, self.refuse, 408, f"no headers within {SECONDS} s")
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        self.stop_timer()
-        super().connection_lost(exc)
+        self.limit_headers()
 
     def data_received(self, data: bytes) -> None:
-        if self.timer is None and self.conn.their_state is h11.IDLE:  # another request of this connection
-            self.timer = self.loop.call_later(SECONDS, self.refuse, 408, f"no headers within {SECONDS} s")
         super().data_received(data)
-        if self.conn.their_state is not h11.IDLE:
-            self.stop_timer()
+        self.limit_headers()
 
-    def stop_timer(self) -> None:
+    def connection_lost(self, exc: Exception | None) -> None:
         if self.timer:
+            self.timer.cancel()
+        super().connection_lost(exc)
+
+    def limit_headers(self) -> None:
+        """Start a timer while headers are to come, and stop it when they are there."""
+        waits = self.conn.their_state is h11.IDLE
+        if waits and self.timer is None:
+            self.timer = self.loop.call_later(SECONDS, self.refuse, 408, f"no headers within {SECONDS} s")
+        elif self.timer and not waits:
             self.timer.cancel()
             self.timer = None
 
@@ -619,11 +371,11 @@ class Protocol(H11Protocol):
 
     def refuse(self, status: int, message: str) -> None:
         if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):  # no response has begun
-            body = json.dumps(APIError(status, message).body()).encode()
+            body = json.dumps(APIError(status, message).body).encode()
             headers = [("Content-Type", "application/json"), ("Content-Length", str(len(body)))]
             response = h11.Response(status_code=status, headers=[*headers, ("Connection", "close")])
-            for part in (response, h11.Data(data=body), h11.EndOfMessage()):
-                self.transport.write(self.conn.send(part) or b"")
+            parts = (response, h11.Data(data=body), h11.EndOfMessage())
+            self.transport.write(b"".join(self.conn.send(part) or b"" for part in parts))
         self.transport.close()
 
 

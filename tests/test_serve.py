@@ -12,19 +12,23 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from http.client import HTTPResponse
 from pathlib import Path
 
 import httpx
 import openai
 import pytest
 import torch
-from conftest import ROOT, make_model
+import transformers
+from conftest import LLAMA, ROOT, make_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gpt import GPT
+from sologpt import hf
 from sologpt.engine import Engine
 from sologpt.errors import UserError
 from sologpt.serve import MAX_BODY, Server, main, make_app
@@ -298,6 +302,40 @@ def test_echo_alone(client):
     assert (answer.choices[0].text, answer.choices[0].finish_reason) == ("abc", "length")
 
 
+def test_lm_evaluation_harness(tmp_path):
+    """What its local-completions sends, and reads of the answer, beside transformers."""
+    tokenizer = Tokenizer.from_spec("bytes")
+    model = make_model(torch.float32, vocab_size=257, sequence_len=64, **LLAMA).eval()
+    hf.save(model, tokenizer, tmp_path / "model")
+    oracle = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "model")
+    pairs = [("Ein schöner", " Tag"), ("", "x"), ("def f(", "a, b):\n" * 6)]
+    with serving(model, tokenizer) as (url, _), httpx.Client(base_url=url) as web:
+        eos = web.get("/tokenizer_info").json()["eos_token"]
+
+        def encode(text: str) -> list[int]:
+            ask = {"prompt": text, "add_special_tokens": False}
+            return web.post("/tokenize", json=ask).json()["tokens"]
+
+        assert encode(eos) == [theirs.eos_token_id]
+        prompts, lengths = [], []
+        for context, continuation in pairs:
+            head = encode(context) if context else encode(eos)
+            assert encode(continuation) == tokenizer.encode(continuation)
+            prompts.append(head + encode(continuation))
+            lengths.append(len(head))
+        body = {"model": "tiny", "prompt": prompts, "temperature": 0, "max_tokens": 1, "logprobs": 1}
+        answer = web.post("/v1/completions", json=body | {"seed": 1234, "echo": True}).json()
+        for choice, ids, n in zip(answer["choices"], prompts, lengths, strict=True):
+            with torch.no_grad():
+                logits = oracle(torch.tensor([ids])).logits[0, n - 1 : -1]
+            expected = logits.log_softmax(-1)[range(len(ids) - n), ids[n:]]
+            logprobs, tops = (choice["logprobs"][key][n:-1] for key in ("token_logprobs", "top_logprobs"))
+            assert logprobs == pytest.approx(expected.tolist(), abs=1e-4)
+            is_greedy = all(p == max(top.values()) for p, top in zip(logprobs, tops, strict=True))
+            assert is_greedy == (logits.argmax(-1).tolist() == ids[n:])
+
+
 # ---- Models, health, page
 
 
@@ -442,16 +480,24 @@ def test_other_paths_methods_and_types(web):
     assert answer.status_code == 415 and "application/json" in answer.json()["error"]["message"]
 
 
-def raw(url: str, data: bytes) -> bytes:
-    """What the server answers to these bytes."""
+def connect(url: str) -> socket.socket:
     host, port = url.removeprefix("http://").split(":")
-    with socket.create_connection((host, int(port)), 30) as sock:
-        sock.sendall(data)
-        answer = b""
-        with contextlib.suppress(ConnectionError):
-            while part := sock.recv(65536):
-                answer += part
-        return answer
+    return socket.create_connection((host, int(port)), 30)
+
+
+def read_answer(sock: socket.socket) -> tuple[int, str]:
+    """The status of what the server answers, and the message of its JSON error."""
+    answer = HTTPResponse(sock)
+    answer.begin()
+    return answer.status, json.loads(answer.read()).get("error", {}).get("message", "")
+
+
+def raw(url: str, data: bytes) -> tuple[int, str]:
+    """What the server answers to these bytes."""
+    with connect(url) as sock:
+        with contextlib.suppress(ConnectionError):  # it may refuse before all is sent
+            sock.sendall(data)
+        return read_answer(sock)
 
 
 HEAD = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
@@ -475,29 +521,26 @@ BAD_HTTP = [
 
 @pytest.mark.parametrize("data", BAD_HTTP, ids=lambda data: ascii(data[-30:]))
 def test_bad_http(server, data):
-    answer = raw(server[0], data)
-    head, _, body = answer.partition(b"\r\n\r\n")
-    assert re.match(rb"HTTP/1.1 4\d\d ", head) or re.match(rb"HTTP/1.1 501 ", head), answer
-    assert json.loads(body)["error"]["message"]
+    status, message = raw(server[0], data)
+    assert (400 <= status < 500 or status == 501) and message
 
 
 def test_bodies_and_headers_that_stop(monkeypatch):
-    monkeypatch.setattr("sologpt.serve.SECONDS", 1)
     begun = [
         HEAD + b"Content-Length: 9\r\n\r\n{",
         HEAD + b"Transfer-Encoding: chunked\r\n\r\n5\r\n{",
         HEAD,
         b"",
     ]
-    with serving() as (url, _), ThreadPoolExecutor(4) as pool:
-        for answer in pool.map(partial(raw, url), begun):
-            assert answer.startswith(b"HTTP/1.1 408 "), answer
-        host, port = url.removeprefix("http://").split(":")
-        with socket.create_connection((host, int(port)), 10) as sock:
-            sock.sendall(HEAD + b"Content-Length: 2\r\n\r\n{}")
-            assert sock.recv(9999).startswith(b"HTTP/1.1 400 ")
-            sock.sendall(HEAD)  # a second request whose headers stop
-            assert sock.recv(9999).startswith(b"HTTP/1.1 408 ")
+    with serving() as (url, _), ThreadPoolExecutor(4) as pool, connect(url) as sock:
+        sock.sendall(HEAD + b"Content-Length: 2\r\n\r\n{}")
+        assert read_answer(sock)[0] == 400
+        with monkeypatch.context() as patch:
+            patch.setattr("sologpt.serve.SECONDS", 1)
+            sock.sendall(HEAD)  # a second request, whose headers stop
+            assert read_answer(sock)[0] == 408
+            for status, message in pool.map(partial(raw, url), begun):
+                assert status == 408 and message
         assert httpx.get(f"{url}/health").status_code == 200
 
 
@@ -517,6 +560,102 @@ def test_random_fields(web, fields):
     answer = web.post("/v1/completions", content=body, headers={"Content-Type": "application/json"})
     assert answer.status_code in (200, 400), answer.text
     assert "choices" in answer.json() if answer.status_code == 200 else "error" in answer.json()
+
+
+def malformed_requests(rng: random.Random, count: int) -> Iterator[bytes]:
+    """The bytes of requests that are wrong in one way each: fields, JSON, bodies, headers, HTTP."""
+
+    def post(body: bytes, path: str = "/v1/completions", kind: str = "application/json") -> bytes:
+        head = f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: {kind}\r\n"
+        return f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body
+
+    def junk() -> bytes:
+        return rng.randbytes(rng.randint(1, 300)).replace(b"\n", b" ")
+
+    def bad_field() -> bytes:
+        name = rng.choice(["max_tokens", "n", "seed", "top_k", "temperature", "top_p", "stream", "stop"])
+        others = [
+            "x",
+            "\ud800",
+            "\U0001f469\u200d",
+            [],
+            {},
+            [[]],
+            {"a": [None]},
+            1e999,
+            float("nan"),
+            10**100,
+        ]
+        value = rng.choice([other for other in others if (name, other) not in (("stop", "x"), ("stop", []))])
+        name, value = rng.choice(
+            [(name, value), (f"field{rng.random()}\u202e\0", 1), ("prompt", rng.choice(others[3:]))]
+        )
+        return post(json.dumps({"prompt": "x", "max_tokens": 1, name: value}).encode())
+
+    def bad_message() -> bytes:
+        message = rng.choice([{}, 1, {"role": "user"}, {"role": "user", "content": [{"type": "image_url"}]}])
+        return post(json.dumps({"messages": [message] * rng.randint(1, 50)}).encode(), "/v1/chat/completions")
+
+    def deep() -> bytes:
+        opening, closing = rng.choice([(b"[", b"]"), (b'{"a":', b"}")])
+        n = rng.randint(1, rng.choice([1_200, 50_000]))  # the limit of recursion is 1000
+        return post(b'{"prompt":' + opening * n + b"1" + closing * n + b"}")
+
+    def cut() -> bytes:
+        whole = post(json.dumps({"prompt": "x" * rng.randint(1, 2000)}).encode())
+        body = whole.partition(b"\r\n\r\n")[2]
+        return post(body[: rng.randrange(len(body))])
+
+    def chunks() -> bytes:
+        """A chunked body that is wrong, or that stops."""
+        bad = [
+            b"zz\r\n{}\r\n",
+            b"2\r\n{}x\r\n",
+            b"-2\r\n{}\r\n",
+            b"2\r\n{",
+            b"f" * 30 + b"\r\n",
+            b"2\r\n{}\r\n",
+        ]
+        return (
+            HEAD
+            + b"Transfer-Encoding: chunked\r\n\r\n"
+            + b"1\r\n \r\n" * rng.randint(0, 20)
+            + rng.choice(bad)
+        )
+
+    def headers() -> bytes:
+        lines = [
+            b"Content-Length: 5",
+            b"Content-Length: x",
+            b"Transfer-Encoding: " + junk(),
+            b"X: " + b"a" * 100_000,
+        ]
+        lines += [b"A b: c", b"\0: x", b": x", b"Content-Length: 99999999999999999999999"]
+        bad = rng.sample(lines, 2)
+        return HEAD + b"\r\n".join(bad) + b"\r\n\r\n" + junk()
+
+    kinds = [bad_field, bad_message, deep, cut, chunks, headers]
+    kinds += [lambda: post(junk()), lambda: junk() + b"\r\n\r\n", lambda: post(b"{}", kind="text/plain")]
+    kinds += [lambda: post(b'{"prompt": "' + b"x" * rng.randint(MAX_BODY, 2 * MAX_BODY) + b'"}')]
+    kinds += [lambda: post(b'{"prompt": "x"}', "/" + "".join(rng.choices("ab/.%~", k=rng.randint(1, 3000))))]
+    for i in range(count):
+        yield kinds[i % len(kinds)]()
+
+
+@pytest.mark.slow
+def test_400_malformed_requests(capfd, monkeypatch):
+    """Each gets a status of 4xx with a JSON error, and none a traceback. The server goes on."""
+    requests = [*malformed_requests(random.Random(0), 400)]
+    with serving() as (url, engine), ThreadPoolExecutor(16) as pool:
+        with monkeypatch.context() as patch:
+            patch.setattr("sologpt.serve.SECONDS", 2)
+            answers = [*pool.map(partial(raw, url), requests)]
+        for data, (status, message) in zip(requests, answers, strict=True):
+            assert 400 <= status < 500 and message, (status, data[:300])
+        wait_until_idle(engine)
+        answer = httpx.post(f"{url}/v1/completions", json={"prompt": "x", "max_tokens": 5, "temperature": 0})
+        assert answer.json()["choices"][0]["text"] == alone("x", 5, temperature=0)[0]
+    assert "Traceback" not in capfd.readouterr().err
 
 
 def endless_model() -> GPT:
@@ -656,9 +795,8 @@ def test_cancelling_by_the_openai_client(slow_server):
 
 def hang_up(url: str, body: dict, seconds: float) -> None:
     """Ask, and be killed after a while: the connection is reset."""
-    host, port = url.removeprefix("http://").split(":")
     data = json.dumps(body).encode()
-    with socket.create_connection((host, int(port)), 10) as sock:
+    with connect(url) as sock:
         sock.sendall(
             HEAD + f"Content-Length: {len(data)}\r\n\r\n".encode() + data[: random.randint(1, 2 * len(data))]
         )
