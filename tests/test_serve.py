@@ -675,7 +675,8 @@ def test_too_many_requests():
         httpx.Client(base_url=url) as web,
     ):
         with web.stream("POST", "/v1/completions", json=LONG | {"n": 2, "stream": True}) as stream:
-            next(stream.iter_bytes())
+            pieces = stream.iter_bytes()  # the stream is closed when this is forgotten
+            next(pieces)
             answer = web.post("/v1/completions", json={"prompt": "x"})
             assert answer.status_code == 503 and int(answer.headers["retry-after"]) > 0
             assert answer.json()["error"]["code"] == "overloaded"
@@ -772,7 +773,8 @@ def test_leaving_a_stream_ends_it(slow_server):
         httpx.Client() as web,
         web.stream("POST", f"{url}/v1/completions", json=LONG | {"stream": True}) as stream,
     ):
-        next(stream.iter_bytes())
+        pieces = stream.iter_bytes()
+        next(pieces)
         assert len(engine.active) == 1
     wait_until_idle(engine)
 
