@@ -22,6 +22,7 @@ CHROMIUM = shutil.which("chromium")
 if not CHROMIUM:
     pytest.skip("the page is tested in chromium", allow_module_level=True)
 
+sync.expect.set_options(timeout=30_000)
 KEY = "secret"
 pytestmark = pytest.mark.slow
 TOKENIZER = Tokenizer.from_spec("bytes").with_chat_template()
