@@ -5,6 +5,7 @@ from functools import partial
 from typing import Any, ClassVar, NamedTuple
 
 from sologpt import errors
+from sologpt.chat_template import RESERVED
 from sologpt.conversations import encode_after
 from sologpt.engine import Engine, Piece, QueueFull, Request, Token
 from sologpt.errors import UserError
@@ -151,15 +152,17 @@ def read_messages(values: list[dict[str, Any]]) -> list[dict[str, str]]:
     return messages
 
 
-def encode_messages(tokenizer: Tokenizer, messages: list[dict[str, str]], goes_on: bool) -> list[int]:
+def encode_messages(
+    tokenizer: Tokenizer, messages: list[dict[str, str]], goes_on: bool, window: int
+) -> list[int]:
     """The token ids of a chat. goes_on: they end within the last message, which is the assistant's."""
     if not goes_on or not tokenizer.chat_template:
-        return tokenizer.encode_chat(messages)
+        return tokenizer.encode_chat(messages, window)
     *earlier, last = messages
     if last["role"] != "assistant":
         raise APIError(400, "continue_final_message needs a last message of the assistant", "messages")
-    before = tokenizer.render_chat(tokenizer.mark_chat(earlier))
-    content = tokenizer.chat_tokens.mark(last["content"])
+    before = tokenizer.render_chat(earlier)
+    content = RESERVED.sub("", last["content"])
     return tokenizer.encode_rendered(before) + encode_after(tokenizer, before, content)
 
 
@@ -224,7 +227,7 @@ class Chat(API):
         if "top_logprobs" in fields and not fields.get("logprobs"):
             raise APIError(400, "top_logprobs needs logprobs: true", "top_logprobs")
         goes_on = fields.get("continue_final_message", False)
-        ids = encode_messages(self.tokenizer, read_messages(fields["messages"]), goes_on)
+        ids = encode_messages(self.tokenizer, read_messages(fields["messages"]), goes_on, self.engine.max_len)
         return [ids], {
             "max_tokens": fields.get("max_completion_tokens", fields.get("max_tokens")),
             "logprobs": fields.get("top_logprobs", 0) if fields.get("logprobs") else None,

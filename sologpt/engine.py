@@ -182,7 +182,7 @@ class Engine:
         is_chat = not isinstance(prompt, str) and len(prompt) > 0 and isinstance(prompt[0], Mapping)
         ids: Any = prompt
         if is_chat:
-            ids = self.tokenizer.encode_chat(ids)
+            ids = self.tokenizer.encode_chat(ids, self.max_len)
         elif isinstance(prompt, str):
             ids = self.tokenizer.encode_prompt(prompt)
         try:
