@@ -123,7 +123,8 @@ def write(folder: Path, documents: list[Document], spec: str, val_fraction: floa
     train, val = split(documents, val_fraction)
     tokenizer = open_tokenizer(spec, (text for document in train for text in document))
     meta = first_meta(tokenizer)
-    with replacing(folder, FILES):
+    lines = []
+    with replacing_dataset(folder, FILES):
         for name, part in (("train", train), ("val", val)):
             counts = write_tokens(folder / f"{name}.bin.tmp", part, tokenizer, meta["dtype"])
             meta |= {f"{name}_{key}": count for key, count in counts.items()}
@@ -132,8 +133,9 @@ def write(folder: Path, documents: list[Document], spec: str, val_fraction: floa
                 needed = f"needs {MIN_TOKENS} or more"
                 raise UserError(f"too little text: {name}.bin would have {tokens}, and {needed}")
             size = f"{len(part):,} documents, {tokens}"
-            print(f"{folder.name}/{name}.bin: {size} (tokenizer: {tokenizer.name})")
+            lines.append(f"{folder.name}/{name}.bin: {size} (tokenizer: {tokenizer.name})")
         (folder / "meta.json.tmp").write_text(json.dumps(meta))
+    print(*lines, sep="\n")
 
 
 def first_meta(tokenizer: Tokenizer) -> dict[str, Any]:
@@ -143,7 +145,7 @@ def first_meta(tokenizer: Tokenizer) -> dict[str, Any]:
 
 
 @contextmanager
-def replacing(folder: Path, names: Sequence[str]) -> Iterator[None]:
+def replacing_dataset(folder: Path, names: Sequence[str]) -> Iterator[None]:
     """Rename NAME.tmp to NAME for each name, once all have been written. meta.json must be the last name."""
     folder.mkdir(parents=True, exist_ok=True)
     try:
@@ -249,7 +251,7 @@ def write_conversations(
     sequence_len = sequence_len or window
     meta = first_meta(tokenizer) | {"sequence_len": sequence_len}
     lines = []
-    with replacing(folder, ROW_FILES):
+    with replacing_dataset(folder, ROW_FILES):
         for name, part in (("train", train), ("val", val)):
             examples = encode_examples(tokenizer, part, sequence_len)
             counts = write_rows(folder, name, examples, tokenizer, meta["dtype"])

@@ -13,9 +13,9 @@ import re
 import signal
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import BinaryIO, NoReturn
+from typing import Any, BinaryIO, NoReturn
 
 
 class UserError(ValueError):
@@ -34,17 +34,26 @@ KNOWN_FAILURES = {  # pattern in a message of Python, PyTorch or gpt.py: the lin
 FAILURES = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS}  # of the machine, not of the user
 
 
+class Notes(io.FileIO):
+    """Standard error. What it does not take is lost, which is no reason to lose the output, too."""
+
+    def write(self, data: Any) -> int:
+        with suppress(OSError):
+            super().write(data)
+        return len(data)
+
+
 def run(main: Callable[[], None], less: str = "a smaller model") -> NoReturn:
     """Call a script's main and exit. less: what to try when memory runs out."""
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")  # a character that the terminal cannot show is no error
     try:
-        main()
-        sys.stdout.flush()
+        open_streams()
+        try:
+            main()
+        finally:
+            flush_output()
     except KeyboardInterrupt:
         sys.exit(128 + signal.SIGINT)
     except BrokenPipeError:  # the reader of our output has exited (`| head`)
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)  # 128 + SIGPIPE, a signal that Windows does not have
     except Exception as e:
         message, status = describe(e, less)
@@ -56,6 +65,32 @@ def run(main: Callable[[], None], less: str = "a smaller model") -> NoReturn:
     sys.exit(0)
 
 
+def open_streams() -> None:
+    """Make a closed stdin empty, and stderr take everything. UserError if stdout is closed."""
+    while (fd := os.open(os.devnull, os.O_RDWR)) <= 2:
+        pass  # else the next file would be descriptor 2, and C code would print its warnings into it
+    os.close(fd)
+    if sys.stdin is None:
+        sys.stdin = open(os.devnull)  # noqa: SIM115
+    if sys.stderr is sys.__stderr__:  # not in a notebook
+        encoding = getattr(sys.stderr, "encoding", None)
+        raw: Any = Notes(2, "w", closefd=False)
+        sys.stderr = io.TextIOWrapper(raw, encoding, errors="backslashreplace", line_buffering=True)
+    if sys.stdout is None:
+        raise UserError("standard output is closed: send it to a file, or to /dev/null")
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a character that the terminal cannot show is no error
+
+
+def flush_output() -> None:
+    """Flush stdout. If that fails, drop the rest: else Python would try again, and print a traceback."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise
+
+
 def describe(e: Exception, less: str) -> tuple[str, int]:
     """Return the line for an exception and its exit status. Status 0 is a bug, which needs its traceback."""
     if isinstance(e, UserError | ImportError):
@@ -63,8 +98,9 @@ def describe(e: Exception, less: str) -> tuple[str, int]:
     if isinstance(e, RunError):
         return one_line(e), 1
     if isinstance(e, OSError):
-        message = f"{e.filename}: {e.strerror}" if e.filename and e.strerror else one_line(e)
-        return message, 1 if e.errno in FAILURES else 2
+        failed = e.errno in FAILURES
+        where = e.filename or ("standard output" if failed else None)  # `writing` names a file
+        return f"{where}: {e.strerror}" if where and e.strerror else one_line(e), 1 if failed else 2
     for pattern, message in KNOWN_FAILURES.items():
         if isinstance(e, MemoryError | RuntimeError) and re.search(pattern, f"{type(e).__name__}: {e}"):
             return message.format(less=less), 1

@@ -2,9 +2,12 @@
 
 import errno
 import os
+import subprocess
+import sys
 
 import pytest
 import torch
+from conftest import ROOT
 
 from sologpt import errors
 from sologpt.errors import RunError, UserError
@@ -23,6 +26,7 @@ OUT_OF_MEMORY = "error: out of memory: try a smaller batch\n"
         (FileNotFoundError("no best.pt in out"), 2, "error: no best.pt in out\n"),
         (FileNotFoundError(errno.ENOENT, "No such file", "a.pt"), 2, "error: a.pt: No such file\n"),
         (OSError(errno.ENOSPC, "No space left", "a.pt"), 1, "error: a.pt: No space left\n"),
+        (OSError(errno.ENOSPC, "No space left"), 1, "error: standard output: No space left\n"),
         (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate"), 1, OUT_OF_MEMORY),
         (RuntimeError("[enforce fail] can't allocate memory: 4 bytes"), 1, OUT_OF_MEMORY),
         (MemoryError(), 1, OUT_OF_MEMORY),
@@ -38,6 +42,44 @@ def test_exit_statuses(capsys, raised, status, line):
     with pytest.raises(SystemExit) as e:
         errors.run(main, "a smaller batch")
     assert e.value.code == status and capsys.readouterr().err == line
+
+
+FULL = f"error: standard output: {os.strerror(errno.ENOSPC)}\n"
+CLOSED = "error: standard output is closed: send it to a file, or to /dev/null\n"
+
+
+@pytest.mark.parametrize("buffered", [True, False])
+@pytest.mark.parametrize(
+    "main, streams, status, out, err",
+    [
+        ("print('a' * 10**6)", "| true", 141, "", ""),
+        ("print('a' * 10**6, flush=True); print('b')", "| true", 141, "", ""),
+        ("print('a')", ">/dev/full", 1, "", FULL),
+        ("print('a'); sys.exit(0)", ">/dev/full", 1, "", FULL),
+        ("print('a', flush=True); print('b')", ">/dev/full", 1, "", FULL),
+        ("raise errors.UserError('what')", ">/dev/full", 2, "", "error: what\n"),
+        ("print('a')", ">&-", 2, "", CLOSED),
+        ("print('note', file=sys.stderr); print('a')", "2>/dev/full", 0, "a\n", ""),
+        ("print('note', file=sys.stderr); print('a')", "2>&-", 0, "a\n", ""),
+        ("warnings.warn('note'); print('a')", "2>/dev/full", 0, "a\n", ""),
+        ("raise errors.UserError('what')", "2>/dev/full", 2, "", ""),
+        ("print('\\udcff\\u2028', file=sys.stderr)", "", 0, "", "\\udcff\u2028\n"),
+        ("print([sys.stdin.read()])", "<&-", 0, "['']\n", ""),
+        ("print([*sys.stdin])", "<&-", 0, "[]\n", ""),
+        ("print(open('/dev/null').fileno() > 2)", "<&- 2>&-", 0, "True\n", ""),
+    ],
+)
+def test_standard_streams_that_are_full_closed_or_without_a_reader(main, streams, status, out, err, buffered):
+    code = f"import sys, warnings\nfrom sologpt import errors\ndef main(): {main}\nerrors.run(main)"
+    done = subprocess.run(
+        ["bash", "-o", "pipefail", "-c", f'"$0" -c "$1" {streams}', sys.executable, code],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONUNBUFFERED": "" if buffered else "1"},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (status, out, err)
 
 
 @pytest.mark.parametrize("bug", [ValueError("a bug"), RuntimeError("a bug"), KeyError("a bug")])
