@@ -6,7 +6,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -125,7 +125,8 @@ class Progress:
     def _draw(self, step: int, parts: list[str], end: str = "") -> None:
         if self.is_main:
             line = " | ".join([f"{step / max(self.last_step, 1):4.0%} step {step}/{self.last_step}", *parts])
-            print(f"\r\x1b[K{line}" if self.in_place else line, end=end, flush=True)
+            with suppress(BrokenPipeError):  # then SIGPIPE has come: see `parallel.catch_signals`
+                print(f"\r\x1b[K{line}" if self.in_place else line, end=end, flush=True)
             self.drawn = time.monotonic()
             self.is_open = not end
 

@@ -122,13 +122,17 @@ def lost_processes(world: World) -> Iterator[None]:
 def catch_signals(world: World) -> Iterator[Callable[[], int]]:
     """In here, the first Ctrl-C or SIGTERM only says what will happen. A second one ends a lone process.
 
-    Yields a function that returns the number of the signal that any process has received, or 0. All processes
-    must call it together.
+    SIGPIPE, after a print whose reader has left (`| head`), says nothing. Yields a function that returns the
+    number of the first signal that any process has received, or 0. All processes must call it together.
     """
     signals: list[int] = []
+    sigpipe = getattr(signal, "SIGPIPE", None)  # not on Windows
+    stops = [signum for signum in (signal.SIGINT, signal.SIGTERM, sigpipe) if signum]
 
     def catch(signum: int, _: Any) -> None:
         signals.append(signum)
+        if signum == sigpipe:
+            return
         name = "Ctrl-C" if signum == signal.SIGINT else "SIGTERM"
         line = f"{name}: stops after this step and saves"
         if world.size == 1:  # torchrun repeats the signals that a terminal has already sent to all processes
@@ -139,9 +143,9 @@ def catch_signals(world: World) -> Iterator[Callable[[], int]]:
                 os.write(2, f"\n{line}\n".encode())  # print is not reentrant: the step may be printing
 
     def received() -> int:
-        return int(world.all_reduce(max(signals, default=0), dist.ReduceOp.MAX))
+        return int(world.all_reduce(signals[0] if signals else 0, dist.ReduceOp.MAX))
 
-    handlers = {signum: signal.signal(signum, catch) for signum in (signal.SIGINT, signal.SIGTERM)}
+    handlers = {signum: signal.signal(signum, catch) for signum in stops}
     try:
         yield received
     finally:
