@@ -383,6 +383,9 @@ def states(out_dir: Path) -> dict[int, Path]:
 def open_log(config: Any, state: State) -> Log:
     """Begin metrics.jsonl, or go on with that of a resumed run. A new run first sets the old one aside."""
     out_dir = Path(config.out_dir)
+    with writing(out_dir):
+        for temporary in (*out_dir.glob("*.pt.tmp"), *out_dir.glob("adapter/*.tmp")):
+            temporary.unlink()  # a run was killed while it wrote this
     if state.loaded is None:
         set_aside_old_run(out_dir)
     return Log(out_dir, settings(config) | asdict(state.model.config), state.step, state.id)

@@ -56,7 +56,7 @@ def same_state(a, b) -> bool:
 @pytest.mark.parametrize("signum", [signal.SIGKILL, signal.SIGTERM])
 def test_thirty_kills_change_nothing(dataset, tmp_path, signum):
     """At random moments: before the first checkpoint, between steps, and while a file is written."""
-    flags = [*SMALL, *EACH_STEP, f"--dataset={dataset}", "--max_iters=300"]
+    flags = [*SMALL, *EACH_STEP, f"--dataset={dataset}", "--max_iters=300", "--keep_checkpoints=1"]
     run("train.py", *flags, f"--out_dir={tmp_path / 'whole'}")
     moments, out = random.Random(0), tmp_path / "killed"
     for i in range(30):
@@ -76,6 +76,7 @@ def test_thirty_kills_change_nothing(dataset, tmp_path, signum):
     run("train.py", *flags, f"--out_dir={out}", "--init_from=resume")
     assert same_state(out / "ckpt.pt", tmp_path / "whole" / "ckpt.pt")
     assert steps(out) == list(range(301))
+    assert not list(out.glob("*.tmp"))
 
 
 def test_checkpoints_between_evaluations_and_older_ones(dataset, tmp_path):
@@ -110,10 +111,11 @@ def test_only_states_of_this_run_are_deleted(dataset, tmp_path):
     run("train.py", *flags, "--max_iters=4", "--ckpt_interval=2", "--keep_checkpoints=2")
     shutil.copy(tmp_path / "ckpt_00000002.pt", tmp_path / "ckpt_00000002_keep.pt")
     shutil.copy(tmp_path / "ckpt_00000002.pt", tmp_path / "ckpt_00009000.pt")
+    (tmp_path / "ckpt_00000003.pt.tmp").write_text("as left by a kill")
     run(
         "train.py", *flags, "--max_iters=6", "--ckpt_interval=2", "--keep_checkpoints=2", "--init_from=resume"
     )
-    states = sorted(path.name for path in tmp_path.glob("ckpt_*.pt"))
+    states = sorted(path.name for path in tmp_path.glob("ckpt_*"))
     kept = ["ckpt_00000002_keep.pt", "ckpt_00000004.pt", "ckpt_00000006.pt", "ckpt_00009000.pt"]
     assert states == kept
 
