@@ -406,12 +406,12 @@ class Sampling:
     repetition_penalty: float = 1.0  # above 1, tokens seen before become less likely (arXiv:1909.05858)
 
     def __post_init__(self) -> None:
-        limits = {"temperature": (1e-30, 1e30), "top_k": (1, 2**31), "top_p": (1e-30, 1), "min_p": (1e-30, 1)}
+        limits = {"temperature": (1e-9, 1e9), "top_k": (1, 2**31), "top_p": (1e-30, 1), "min_p": (1e-30, 1)}
         for name, (least, most) in limits.items():
             if getattr(self, name) and not least <= getattr(self, name) <= most:
                 raise ValueError(f"{name} must be 0, or from {least} to {most}, not {getattr(self, name)}")
-        if not 1e-30 < self.repetition_penalty < 1e30:
-            raise ValueError(f"repetition_penalty must be a positive number, not {self.repetition_penalty}")
+        if not 1e-9 <= self.repetition_penalty <= 1e9:
+            raise ValueError(f"repetition_penalty must be from 1e-09 to 1e+09, not {self.repetition_penalty}")
 
     def filter(self, logits: Tensor, seen: Tensor | None = None) -> Tensor:
         """Logits (B, V) with -inf for what is filtered out. seen (B, V) is true for tokens seen before."""
@@ -435,9 +435,9 @@ class Sampling:
 
     def draw(self, logits: Tensor, generator: Any = None, seen: Tensor | None = None) -> Tensor:
         """A token id for each row: logits (B, V) to (B,) int64. RuntimeError if they are not finite."""
+        logits = self.filter(logits, seen)
         if not logits.amax(dim=-1).isfinite().all():
             raise RuntimeError("the logits are not finite: weights are damaged, or too large for their dtype")
-        logits = self.filter(logits, seen)
         if self.temperature == 0:
             return logits.argmax(dim=-1)
         return torch.multinomial(logits.softmax(dim=-1), 1, generator=generator).squeeze(-1)

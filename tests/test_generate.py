@@ -1,7 +1,9 @@
 import dataclasses
 import inspect
+import itertools
 import math
 from concurrent.futures import ThreadPoolExecutor
+from copy import deepcopy
 
 import numpy as np
 import pytest
@@ -154,7 +156,12 @@ def test_a_penalty_over_prompt_and_generated_tokens():
         ([1], dict(top_p=1.5), "1.5"),
         ([1], dict(top_p=-0.1), "top_p"),
         ([1], dict(min_p=1.1), "min_p"),
+        ([1], dict(temperature=1e-10), "temperature"),
         ([1], dict(repetition_penalty=0.0), "repetition_penalty"),
+        ([1], dict(repetition_penalty=1e-30), "repetition_penalty"),
+        ([1], dict(repetition_penalty=1e300), "repetition_penalty"),
+        ([1], dict(repetition_penalty=math.inf), "repetition_penalty"),
+        ([1], dict(repetition_penalty=math.nan), "repetition_penalty"),
         ([1.5], {}, "1.5"),
         (["a"], {}, "'a'"),
         ([1], dict(max_tokens=2.5), "float"),
@@ -168,6 +175,17 @@ def test_bad_input_is_an_error_before_a_token(prompt, settings, words):
     """A ValueError for a number out of range; Python's or PyTorch's own error for another type."""
     with pytest.raises((ValueError, TypeError, RuntimeError, OverflowError), match=words):
         next(make_model().generate(prompt, **dict(max_tokens=5) | settings))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("temperature", [1e-9, 1.0, 1e9])
+@pytest.mark.parametrize("penalty", [1e-9, 1.0, 1e9])
+def test_extremes_draw_tokens(dtype, temperature, penalty):
+    model = make_model(dtype, softcap=0.0)
+    model.lm_head.weight.data *= 1e4
+    for top_k, top_p, min_p in itertools.product((None, 1, 2**31), (None, 1e-30, 1), (None, 1e-30, 1)):
+        tokens = list(model.generate([1, 2], 4, temperature, top_k, top_p, min_p, penalty))
+        assert len(tokens) == 4 and 0 <= min(tokens) <= max(tokens) < 61
 
 
 def test_bad_batches_are_errors():
@@ -503,7 +521,7 @@ def test_generators_that_end_in_any_order_give_the_mode_back(training, order):
     alone = list(make_model(dropout=0.5).generate([1, 2], 9, temperature=0))
     out = [[next(each)] for each in steps]
     for i in order:
-        assert model.training == training
+        assert model.training == deepcopy(model).training == training
         out[i] += steps[i]
     assert out == [alone] * 3, "none of them drew with dropout on"
     assert model.training == training
