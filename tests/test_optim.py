@@ -7,6 +7,7 @@ from conftest import GPT2, LLAMA, QWEN, ROOT, make_model
 from torch import nn
 
 from sologpt.optim import Muon, configure_optimizers, orthogonalize
+from sologpt.parallel import load_optimizers
 
 
 @pytest.mark.parametrize("optimizer", ["muon", "adamw"])
@@ -36,6 +37,9 @@ def test_exactly_what_requires_a_gradient_is_trained(switches, optimizer, traine
         each.step()
     for name, p in model.named_parameters():
         assert torch.equal(p, before[name]) is (trained not in name), name
+    resumed, states = configure_optimizers(model, optimizer=optimizer), [o.state_dict() for o in optimizers]
+    load_optimizers(resumed, states)
+    assert [o.state_dict()["state"].keys() for o in resumed] == [s["state"].keys() for s in states]
 
 
 def test_a_parameter_without_a_rule_is_an_error_that_names_it():
