@@ -12,6 +12,7 @@ import json
 import os
 import re
 import sys
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -161,15 +162,17 @@ def replacing_dataset(folder: Path, names: Sequence[str]) -> Iterator[None]:
 
 
 def write_tokens(path: Path, documents: list[Document], tokenizer: Tokenizer, dtype: str) -> dict[str, int]:
-    """Write the tokens of documents to a file. Return how many tokens and bytes, and the largest id."""
-    n_tokens = n_bytes = max_token = 0
+    """Write the tokens of documents to a file. Return how many, their bytes, the largest id and the CRC."""
+    n_tokens = n_bytes = max_token = crc = 0
     with open(path, "wb") as f:
         for text, ids in tokenize(documents, tokenizer):
-            f.write(np.array(ids, dtype=np.dtype(dtype).newbyteorder("<")).tobytes())
+            content = np.array(ids, dtype=np.dtype(dtype).newbyteorder("<")).tobytes()
+            f.write(content)
+            crc = zlib.crc32(content, crc)
             n_tokens += len(ids)
             n_bytes += len(text.encode())
             max_token = max(max_token, max(ids, default=0))
-    return {"tokens": n_tokens, "bytes": n_bytes, "max_token": max_token}
+    return {"tokens": n_tokens, "bytes": n_bytes, "max_token": max_token, "crc32": crc}
 
 
 def tokenize(documents: list[Document], tokenizer: Tokenizer) -> Iterator[tuple[str, list[int]]]:
@@ -274,20 +277,22 @@ def write_rows(
     """Write the rows of a split. Return how many rows, tokens, trained tokens and their bytes, and more."""
     special = set(tokenizer.special_ids.values())
     n_bytes = {i: 0 if i in special else len(tokenizer.token_bytes(i)) for i in tokenizer.ids}
-    counts = dict.fromkeys(("rows", "tokens", "trained", "bytes", "max_token", "longest"), 0)
+    counts = dict.fromkeys(("rows", "tokens", "trained", "bytes", "max_token", "crc32", "longest"), 0)
     starts = [0]
     with (
         open(folder / f"{name}.bin.tmp", "wb") as ids_file,
         open(folder / f"{name}_trained.bin.tmp", "wb") as trained_file,
     ):
         for row in (row for example in examples for row in example.rows):
-            ids_file.write(row.ids.astype(np.dtype(dtype).newbyteorder("<")).tobytes())
+            content = row.ids.astype(np.dtype(dtype).newbyteorder("<")).tobytes()
+            ids_file.write(content)
             trained_file.write(row.trained.astype(np.uint8).tobytes())
             trained = row.ids[row.trained].tolist()
             starts.append(starts[-1] + len(row.ids))
             counts["trained"] += len(trained)
             counts["bytes"] += sum(n_bytes[i] for i in trained)
             counts["max_token"] = max(counts["max_token"], int(row.ids.max()))
+            counts["crc32"] = zlib.crc32(content, counts["crc32"])
             counts["longest"] = max(counts["longest"], len(row.ids))
     (folder / f"{name}_rows.bin.tmp").write_bytes(np.array(starts, dtype="<i8").tobytes())
     return counts | {"rows": len(starts) - 1, "tokens": starts[-1]}

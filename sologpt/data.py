@@ -1,9 +1,11 @@
 """A prepared dataset, of text or of conversations, and the batches that a run draws from it."""
 
 import json
+import mmap
 import subprocess
 import sys
 import tempfile
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,14 +14,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sologpt.errors import UserError
+from sologpt.errors import RunError, UserError
 from sologpt.parallel import World
 from sologpt.tokenizer import Tokenizer
 
 FOLDER = Path(__file__).resolve().parent.parent / "data"
 FILES = ("train.bin", "val.bin", "meta.json")
 QUICK = ("stdlib", "docstrings")  # to prepare: that is done again for another tokenizer
-SCAN = 100 * 2**20  # a token file up to this many bytes is scanned for its largest id when it is loaded
+SCAN = 100 * 2**20  # a token file up to this many bytes is checked when it is loaded
 
 NANOGPT_DATASETS = {  # a dataset of nanoGPT: what to use instead
     "shakespeare_char": "use --dataset=shakespeare, or the config file config/shakespeare_char.py",
@@ -100,6 +102,7 @@ class Dataset:
     bytes_per_token: float  # of val: converts its loss to bits per byte
     max_token: int  # the largest id in both splits
     rows: dict[str, Rows]  # of conversations, by split; empty for plain text
+    fingerprint: str  # other for other tokens
 
     def check(self, sequence_len: int, vocab_size: int) -> None:
         """Raise UserError if the sequences do not fit, or an id is not in the vocabulary."""
@@ -133,7 +136,8 @@ class Dataset:
 def load(folder: Path) -> Dataset:
     """Open a prepared dataset. UserError if a file is missing or damaged, or does not match the others.
 
-    The largest id of a file above SCAN bytes is that in meta.json, so more data does not slow down a start.
+    The largest id and the CRC of a file above SCAN bytes are those in meta.json, so more data does not slow
+    down a start.
     """
     if missing := [name for name in FILES if not (folder / name).exists()]:
         raise UserError(f"{folder} has no {', '.join(missing)}: a prepare.py writes {', '.join(FILES)}")
@@ -145,7 +149,8 @@ def load(folder: Path) -> Dataset:
         tokenizer = Tokenizer.from_dict(meta["tokenizer"])
         dtype = np.dtype({"uint16": "<u2", "uint32": "<u4"}[meta["dtype"]])
         counts = {name: int(meta[f"{name}_tokens"]) for name in ("train", "val")}
-        largest = {name: int(meta.get(f"{name}_max_token", -1)) for name in ("train", "val")}
+        largest = {name: int(meta.get(f"{name}_max_token", -1)) for name in counts}
+        crcs = {name: int(meta.get(f"{name}_crc32", -1)) for name in counts}  # -1: unknown
         bytes_per_token = meta["val_bytes"] / max(meta.get("val_trained", counts["val"]), 1)
         if not 0 < bytes_per_token < float("inf"):
             raise ValueError(bytes_per_token)
@@ -164,17 +169,24 @@ def load(folder: Path) -> Dataset:
                 f"{path} has {size} bytes, but {meta_path} says {n_tokens} tokens of {dtype.name}: "
                 "run prepare.py again"
             )
+        crc = crcs[name]
         if size <= SCAN or largest[name] < 0:
-            largest[name] = max_token(path, dtype)
+            largest[name], crc = scan(path, dtype)
         if largest[name] >= tokenizer.vocab_size:
             raise UserError(
                 f"{path} has token id {largest[name]}, outside the vocabulary of {tokenizer.vocab_size} "
                 f"({tokenizer.name}): run prepare.py again"
             )
+        if crcs[name] not in (crc, -1):
+            raise UserError(f"{path} has changed since {meta_path} was written: run prepare.py again")
+        crcs[name] = crc
         splits[name] = np.memmap(path, dtype=dtype, mode="r")
     rows = {name: load_rows(folder, name, counts[name]) for name in splits if f"{name}_rows" in meta}
     max_id = max(largest.values())
-    return Dataset(folder, splits["train"], splits["val"], tokenizer, bytes_per_token, max_id, rows)
+    fingerprint = ", ".join(f"{name} {counts[name]} {crcs[name]:x}" for name in splits)
+    return Dataset(
+        folder, splits["train"], splits["val"], tokenizer, bytes_per_token, max_id, rows, fingerprint
+    )
 
 
 def load_rows(folder: Path, split: str, n_tokens: int) -> Rows:
@@ -194,10 +206,21 @@ def load_rows(folder: Path, split: str, n_tokens: int) -> Rows:
     return rows
 
 
-def max_token(path: Path, dtype: np.dtype) -> int:
-    """Return the largest id in a file."""
+def scan(path: Path, dtype: np.dtype) -> tuple[int, int]:
+    """Return the largest id in a file, and its CRC-32."""
+    largest = crc = 0
     with open(path, "rb") as f:  # not by a memory map, whose pages would all count as this process's memory
-        return max(int(np.frombuffer(chunk, dtype).max()) for chunk in iter(lambda: f.read(2**20), b""))
+        while chunk := f.read(2**20):
+            largest = max(largest, int(np.frombuffer(chunk, dtype).max()))
+            crc = zlib.crc32(chunk, crc)
+    return largest, crc
+
+
+def check_size(tokens: Any) -> None:
+    """RunError if a memory-mapped file has been truncated: to read past its end is a fatal SIGBUS."""
+    if isinstance(tokens.base, mmap.mmap) and tokens.base.size() < tokens.nbytes:
+        hint = "prepare the dataset again, then go on with --init_from=resume"
+        raise RunError(f"{tokens.filename} has become shorter while the run was reading it: {hint}")
 
 
 def open_dataset(name: str, tokenizer: str | dict[str, Any], sequence_len: int, world: World) -> Dataset:
@@ -244,6 +267,7 @@ class Windows:
         return split(starts * self.sequence_len, batch_size)
 
     def get(self, batch: np.ndarray, device: torch.device) -> tuple[Tensor, Tensor]:
+        check_size(self.tokens)
         return get_batch(self.tokens, batch, self.sequence_len, device)
 
     def n_tokens(self, batch: np.ndarray) -> int:
@@ -300,6 +324,8 @@ class Conversations:
 
     def get(self, batch: np.ndarray, device: torch.device) -> tuple[Tensor, Tensor]:
         """Return inputs and targets (B, longest row - 1), with targets -1 for what is not trained."""
+        check_size(self.tokens)
+        check_size(self.trained)
         shape = (len(batch), self.lengths[batch].max() - 1)
         x, y = np.zeros(shape, np.int64), np.full(shape, -1)
         for i, row in enumerate(batch):

@@ -52,6 +52,7 @@ class State:
     optimizers: list[torch.optim.Optimizer] = field(default_factory=list)
     loaded: list[dict[str, Any]] | None = None  # the optimizers' states in a checkpoint; None in a new run
     base: int = 0  # `fingerprint` of the model that LoRA adapts
+    dataset: str = ""  # `Dataset.fingerprint`
 
 
 def settings(config: Any) -> dict[str, Any]:
@@ -79,7 +80,8 @@ def from_scratch(config: Any, world: World) -> tuple[State, Dataset]:
     shape = make_config(config.model | {"vocab_size": config.vocab_size or dataset.tokenizer.vocab_size})
     check_memory(shape, config.batch_size * shape.sequence_len)
     torch.manual_seed(config.seed)
-    return State(GPT(shape), dataset.tokenizer, shape.sequence_len, config.init_from), dataset
+    about = dict(init_from=config.init_from, dataset=dataset.fingerprint)
+    return State(GPT(shape), dataset.tokenizer, shape.sequence_len, **about), dataset
 
 
 def finetune(config: Any, world: World) -> tuple[State, Dataset]:
@@ -95,7 +97,8 @@ def finetune(config: Any, world: World) -> tuple[State, Dataset]:
     if dataset.rows:
         tokenizer = dataset.tokenizer  # it has the chat template, and the token that ends an answer
     base = fingerprint(model) if config.lora_rank else 0
-    return State(model, tokenizer, sequence_len, config.init_from, base=base), dataset
+    about = dict(init_from=config.init_from, dataset=dataset.fingerprint)
+    return State(model, tokenizer, sequence_len, **about, base=base), dataset
 
 
 def load_to_train(config: Any, source: str, world: World) -> tuple[GPT, Tokenizer]:
@@ -147,10 +150,12 @@ def resume(config: Any, world: World) -> tuple[State, Dataset]:
     for key, value in settings(config).items():
         if value != before.get(key, value):
             line += f"; {key} is {value}, was {before[key]}"
+    if saved.get("dataset", dataset.fingerprint) != dataset.fingerprint:
+        line += "; the dataset has other tokens than before"
     world.print(line)
     progress = {key: saved[key] for key in ("step", "best", "id")}
     state = State(model, tokenizer, before["sequence_len"], before["init_from"], **progress)
-    state.loaded, state.base = saved["optimizers"], saved.get("base", 0)
+    state.loaded, state.base, state.dataset = saved["optimizers"], saved.get("base", 0), dataset.fingerprint
     return state, dataset
 
 
@@ -239,7 +244,8 @@ def save(config: Any, world: World, state: State, record: dict[str, Any]) -> Non
         names.append(f"ckpt_{state.step:08d}.pt")
     for name in names:
         optimizers = [optimizer.state_dict() for optimizer in state.optimizers]
-        write(config, world, state, name, best=state.best, id=state.id, optimizers=optimizers)
+        progress = dict(best=state.best, id=state.id, dataset=state.dataset)
+        write(config, world, state, name, **progress, optimizers=optimizers)
     if config.keep_checkpoints and world.is_main:
         delete_old_states(Path(config.out_dir), state.step, config.keep_checkpoints)
 
@@ -318,6 +324,7 @@ def check_saved(path: Path, saved: dict[str, Any]) -> None:
     before = saved["train_config"]
     if (
         any(type(saved[key]) is not kind for key, kind in kinds.items())
+        or type(saved.get("dataset", "")) is not str
         or type(before.get("sequence_len")) is not int
         or type(before.get("init_from")) is not str
         or before["sequence_len"] < 1

@@ -3,10 +3,12 @@ import hashlib
 import http.server
 import importlib.util
 import json
+import os
 import re
 import shutil
 import sys
 import threading
+import zlib
 from pathlib import Path
 
 import common
@@ -448,6 +450,32 @@ def test_a_dataset_whose_files_do_not_match_is_an_error(copy):
         (copy / name).unlink()
         with pytest.raises(ValueError, match=f"has no .*{name}"):
             load(copy)
+
+
+def test_a_token_file_that_is_not_the_one_that_was_written_is_an_error(copy):
+    tokens = np.fromfile(copy / "val.bin", "<u2")
+    tokens[[0, 9]] = tokens[[9, 0]]
+    tokens.tofile(copy / "val.bin")
+    with pytest.raises(ValueError, match=r"val\.bin has changed since .*meta\.json was written: run prep"):
+        load(copy)
+    change_meta(copy, val_crc32=zlib.crc32(tokens.tobytes()))
+    before = load(copy).fingerprint
+    tokens[[0, 9]] = tokens[[9, 0]]
+    tokens.tofile(copy / "val.bin")
+    meta = json.loads((copy / "meta.json").read_text())
+    del meta["val_crc32"]  # as in a dataset of one's own
+    (copy / "meta.json").write_text(json.dumps(meta))
+    assert load(copy).fingerprint != before
+
+
+def test_a_token_file_that_is_truncated_under_a_run_is_an_error_and_no_crash(copy):
+    data = load(copy)
+    batches = data.batches("train", 16)
+    last = np.array([len(data.train) - 17])
+    batches.get(last, torch.device("cpu"))
+    os.truncate(copy / "train.bin", 100)
+    with pytest.raises(RunError, match=r"train\.bin has become shorter .*--init_from=resume"):
+        batches.get(last, torch.device("cpu"))
 
 
 JSON = st.recursive(

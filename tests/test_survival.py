@@ -124,15 +124,24 @@ def test_what_changes_when_a_run_is_resumed_is_said(trained, dataset, tmp_path):
     shutil.copytree(trained, tmp_path / "out")
     flags = [
         *SMALL,
-        f"--dataset={dataset}",
         f"--out_dir={tmp_path / 'out'}",
         "--eval_interval=10",
         "--sample_tokens=0",
     ]
-    done = run("train.py", *flags, "--max_iters=25", "--batch_size=2", "--init_from=resume")
+    done = run(
+        "train.py", *flags, f"--dataset={dataset}", "--max_iters=25", "--batch_size=2", "--init_from=resume"
+    )
     said = next(line for line in done.stdout.splitlines() if line.startswith("resumed at step 20"))
     assert "max_iters is 25, was 20" in said and "batch_size is 2, was 4" in said and "n_embd" not in said
+    assert "tokens than before" not in said
     assert steps(tmp_path / "out") == [0, 10, 20, 25]
+
+    shutil.copytree(dataset / "text", tmp_path / "text")
+    (tmp_path / "text" / "00.txt").write_text((dataset / "text" / "00.txt").read_text().swapcase())
+    run("data/text/prepare.py", "--input", tmp_path / "text", "--out_dir", tmp_path / "data")
+    done = run("train.py", *flags, f"--dataset={tmp_path / 'data'}", "--max_iters=26", "--init_from=resume")
+    said = next(line for line in done.stdout.splitlines() if line.startswith("resumed at step 25"))
+    assert f"was {dataset}" in said and said.endswith("; the dataset has other tokens than before")
 
 
 def test_a_forgotten_resume_loses_nothing(dataset, tmp_path):
