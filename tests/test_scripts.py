@@ -97,7 +97,8 @@ train.main()
 
 
 @pytest.mark.parametrize(
-    "signum, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGPIPE, 141)]
+    "signum, status",
+    [pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow), (signal.SIGTERM, 143), (signal.SIGPIPE, 141)],
 )
 def test_a_signal_finishes_the_step_saves_and_resumes_to_the_same_bits(dataset, tmp_path, signum, status):
     flags = [*SMALL, f"--dataset={dataset}", "--max_iters=400", "--eval_interval=400", "--log_interval=1"]
