@@ -241,8 +241,9 @@ def read_file(known: dict[str, Key], path: str) -> Iterator[tuple[str, Key, Any]
 
 def similar_file(path: Path) -> str:
     name = NANOGPT_FILES.get(path.stem, path.stem)
-    close = difflib.get_close_matches(name, [other.stem for other in path.parent.glob("*.py")], n=1)
-    return f"; did you mean {path.parent / close[0]}.py?" if close else ""
+    found = {other.stem: other for folder in (Path("config"), path.parent) for other in folder.glob("*.py")}
+    close = difflib.get_close_matches(name, found, n=1)
+    return f"; did you mean {found[close[0]]}?" if close else ""
 
 
 OPERATORS: dict[type, Callable] = {ast.UAdd: operator.pos, ast.USub: operator.neg, ast.Pow: operator.pow}

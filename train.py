@@ -24,9 +24,10 @@ from sologpt import errors, parallel, run
 from sologpt.data import Dataset
 from sologpt.device import keep_freed_memory, make_autocast
 from sologpt.load import make_config
-from sologpt.log import Clock, Log, Progress, flops_per_token
+from sologpt.log import Clock, Log, flops_per_token
 from sologpt.loss import chunked_cross_entropy, masked_cross_entropy
 from sologpt.parallel import World
+from sologpt.progress import Progress
 from sologpt.quantize import KINDS
 from sologpt.run import State
 
@@ -35,7 +36,7 @@ from sologpt.run import State
 class Config:
     # ---- run
     out_dir: str = "out"  # folder for checkpoints, metrics.jsonl and loss.png
-    init_from: str = "scratch"  # scratch, resume (the run in out_dir), a checkpoint, hf:NAME or gguf:FILE
+    init_from: str = "scratch"  # scratch, resume (out_dir's run), or a checkpoint, folder, hf:NAME, gguf:FILE
     eval_only: bool = False  # only compute the validation loss: train nothing, write nothing
     seed: int = 1337  # initial weights, batches and dropout follow from this number
     device: str = "auto"  # cuda, mps, cpu, ...; auto is an accelerator if there is one, else the CPU
@@ -101,12 +102,11 @@ class Config:
                     raise ValueError(f"{name} must be at least {least} and below {below}, not {value}")
         if not 0 <= self.warmdown <= 1:
             raise ValueError(f"warmdown must be a fraction from 0 to 1, not {self.warmdown}")
-        if self.dtype not in ("auto", "float32", "bfloat16"):
-            raise ValueError(f"dtype must be float32, bfloat16 or auto, not {self.dtype!r}")
-        if self.optimizer not in ("muon", "adamw"):
-            raise ValueError(f"optimizer must be muon or adamw, not {self.optimizer!r}")
-        if self.quantize not in ("", *KINDS):
-            raise ValueError(f"quantize must be {' or '.join(KINDS)}, not {self.quantize!r}")
+        dtypes, optimizers = ("float32", "bfloat16", "auto"), ("muon", "adamw")
+        for name, choices in (("dtype", dtypes), ("optimizer", optimizers), ("quantize", ("", *KINDS))):
+            if getattr(self, name) not in choices:
+                known = " or ".join(filter(None, choices))
+                raise ValueError(f"{name} must be {known}, not {getattr(self, name)!r}")
         if self.quantize and not self.lora_rank:
             raise ValueError("quantized weights cannot be trained: quantize needs adapters, lora_rank=16")
         if self.lora_rank and self.init_from == "scratch":
@@ -151,6 +151,7 @@ def forward_backward(trainer: Trainer, state: State) -> Tensor:
     mine = range(world.rank, n, world.size)
     loss_sum = torch.zeros((), device=world.device)
     for i in mine:
+        trainer.progress.status(state.step, "training", f"{i + 1}/{n}" if n > 1 else "")
         torch.manual_seed(int(seeds[i]))  # dropout
         x, y = train.get(batches[i], world.device)  # (B, T), (B, T)
         with parallel.gradient_sync(trainer.forward, last=i == mine[-1]):
@@ -166,10 +167,9 @@ def evaluate(trainer: Trainer, state: State, received: Callable[[], int]) -> dic
     """Return the validation loss, over batches spread evenly over the split; nothing if a signal comes."""
     config, world, val = trainer.config, trainer.world, trainer.val
     batches = val.spread(config.eval_iters, config.batch_size)
-    rounds = math.ceil(len(batches) / world.size)
     total = 0.0
     state.model.eval()
-    for i in range(world.rank, rounds * world.size, world.size):
+    for i in range(world.rank, math.ceil(len(batches) / world.size) * world.size, world.size):
         trainer.progress.status(state.step, "evaluating", f"{i}/{len(batches)}")
         if received():
             return {}
@@ -187,7 +187,7 @@ def evaluate(trainer: Trainer, state: State, received: Callable[[], int]) -> dic
 def loop(trainer: Trainer, state: State) -> None:
     """Train until max_iters, or until a signal: then exit with its status."""
     config, world, log, progress = trainer.config, trainer.world, trainer.log, trainer.progress
-    clock = Clock(flops_per_token(state.model, state.sequence_len), world)
+    clock = Clock(flops_per_token(state.model, state.sequence_len), world, config.compile)
     finite = torch.ones((), dtype=torch.bool, device=world.device)  # whether all gradients so far were
     with parallel.catch_signals(world) as received:
         while True:
@@ -203,6 +203,8 @@ def loop(trainer: Trainer, state: State) -> None:
             with clock.paused():
                 if evaluates:
                     record |= evaluate(trainer, state, received)
+                    if log and "val_loss" in record and not done:
+                        progress.sample = run.sample_lines(config, state, trainer.val)
                 signum = received()
                 if saves or signum:
                     run.check_finite(config, step, finite, record.get("val_loss", 0.0))
@@ -211,7 +213,6 @@ def loop(trainer: Trainer, state: State) -> None:
                 break
 
             # 2. Gradients. The batches are a function of (seed, step)
-            progress.status(step, "training")
             loss = forward_backward(trainer, state)
             norm = parallel.clip_gradient(state.model, config.grad_clip)
             finite &= norm.isfinite()
@@ -229,8 +230,8 @@ def loop(trainer: Trainer, state: State) -> None:
             if evaluates or step % config.log_interval == 0:
                 record["loss"] = world.all_reduce(loss.item())  # waits for the device
                 run.check_finite(config, step, finite, record["loss"])
-                record |= clock.speed(trainer.n_tokens)
-                record |= {"grad_norm": norm.item(), "lr": config.learning_rate * factor}
+                rate = config.learning_rate * factor
+                record |= clock.speed(trainer.n_tokens) | {"grad_norm": norm.item(), "lr": rate}
                 if log:
                     log.write(record)
                 progress.show(record)
@@ -260,18 +261,13 @@ def train(config: Config, world: World) -> None:
         compile=config.compile,
         dtype=dtype,
     )
+    progress = Progress(config, state.step, world.is_main)
     autocast = make_autocast(dtype, world.device)
-    progress = Progress(state.step, config.max_iters, world.is_main, config.compile)
     trainer = Trainer(config, world, dataset, train, val, forward, autocast, progress)
-    n = config.gradient_accumulation_steps * config.batch_size
-    n_params = sum(p.numel() for p in state.model.parameters() if p.requires_grad)
-    world.print(
-        f"{n_params / 1e6:.2f}M {'new ' if config.lora_rank else ''}parameters on {world}, "
-        f"{train.describe_steps(n)} (tokenizer: {state.tokenizer.name}), "
-        f"writing to {'nothing' if config.eval_only else config.out_dir}"
-    )
+    world.print(run.describe(config, world, state, train))
     if config.eval_only:
-        progress.show({"step": state.step} | evaluate(trainer, state, lambda: 0))
+        record = evaluate(trainer, state, lambda: 0)
+        progress.line(f"val loss {record['val_loss']:.4f}, {record['val_bpb']:.4f} bits/byte")
         return
     run.make_optimizers(config, state, world)
     if world.is_main:
@@ -281,22 +277,15 @@ def train(config: Config, world: World) -> None:
     finally:
         progress.close()
     if trainer.log:
-        trainer.log.plot()
-        run.print_sample(config, state, val)
+        run.print_end(config, state, dataset, trainer.log)
 
 
 def main() -> None:
     config = configurator.parse(Config)
-    saves_memory = config.activation_checkpointing or config.lora_rank  # then large tensors go back at once
-    keep_freed_memory(below=2**22 if saves_memory else 0)
+    keep_freed_memory(below=2**22 if config.activation_checkpointing or config.lora_rank else 0)
     world = parallel.join(config.device, config.shard)
     try:
-        asked = config.gradient_accumulation_steps
-        steps = math.ceil(asked / world.size) * world.size
-        if steps > asked:
-            config.gradient_accumulation_steps = steps
-            what = f"gradient_accumulation_steps is {steps}, not {asked}"
-            world.print(f"{what}: a multiple of {world.size} processes")
+        run.share_micro_batches(config, world)
         lock: Any = nullcontext()
         if world.is_main and not config.eval_only:
             lock = run.reserve(Path(config.out_dir), resumes=config.init_from == "resume")

@@ -1,8 +1,7 @@
 # Teach an open model to answer, from conversations (data/chat/prepare.py). Shape and tokenizer are its own:
-#   python -m sologpt.hf import HuggingFaceTB/SmolLM2-135M out/smollm2
-#   python data/chat/prepare.py --input conversations.jsonl --tokenizer out/smollm2/best.pt
-#   python train.py config/chat.py --init_from=out/smollm2/best.pt
-#   python sample.py --ckpt out/chat/best.pt --chat --interactive
+#   python data/chat/prepare.py --input conversations.jsonl --tokenizer hf:HuggingFaceTB/SmolLM2-135M
+#   python train.py config/chat.py --init_from=hf:HuggingFaceTB/SmolLM2-135M
+#   python sample.py --ckpt out/chat --chat --interactive
 # Adapters instead of all weights: --lora_rank=16 --learning_rate=1e-3
 out_dir = "out/chat"
 dataset = "chat"

@@ -1,7 +1,7 @@
 # Fine-tune a pretrained model on your own text. Shape and tokenizer are the checkpoint's:
-#   python -m sologpt.hf import HuggingFaceTB/SmolLM2-135M out/smollm2
-#   python data/text/prepare.py --input my_texts/ --tokenizer out/smollm2/best.pt
-#   python train.py config/finetune.py --init_from=out/smollm2/best.pt
+#   M=hf:HuggingFaceTB/SmolLM2-135M
+#   python data/text/prepare.py --input my_texts/ --tokenizer $M --out_dir data/mine
+#   python train.py config/finetune.py --init_from=$M --dataset=mine
 # Learning rates are at most a twentieth of those from scratch, after a warmup, to keep what the model has
 # learned.
 out_dir = "out/finetune"

@@ -1,12 +1,11 @@
-"""The metrics of a run: the terminal, metrics.jsonl, loss.png, Weights & Biases, TensorBoard."""
+"""The metrics of a run: their speeds, metrics.jsonl, loss.png, Weights & Biases, TensorBoard."""
 
 import json
-import math
 import os
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -34,11 +33,12 @@ def flops_per_token(model: GPT, sequence_len: int | None = None) -> int:
 
 
 class Clock:
-    """The speed of training, without evaluations and saves."""
+    """The speed of training, without evaluations and saves. compiles: whether the first step is slow."""
 
-    def __init__(self, flops_per_token: int, world: World) -> None:
+    def __init__(self, flops_per_token: int, world: World, compiles: bool = False) -> None:
         self.n_tokens = 0
-        self.started = time.perf_counter()
+        self.started = self.created = time.perf_counter()
+        self.compiles = compiles
         self.flops_per_token = flops_per_token
         peak = peak_flops(world.device)
         self.peak = peak * world.size if peak else None
@@ -52,83 +52,19 @@ class Clock:
     def speed(self, n_tokens: int) -> dict[str, float]:
         """Return tokens per second since the last call, and on a known GPU MFU (model FLOPs utilization).
 
-        n_tokens: how many were trained on since the start.
+        n_tokens: how many were trained on since the start. The first evaluation and step of a run that
+        compiles are no measure of speed: then the result is how many seconds they took.
         """
         now = time.perf_counter()
         speed = {"tokens_per_second": (n_tokens - self.n_tokens) / (now - self.started)}
         self.n_tokens = n_tokens
         self.started = now
+        if self.compiles:
+            self.compiles = False
+            return {"compile_seconds": now - self.created}
         if self.peak:
             speed["mfu"] = speed["tokens_per_second"] * self.flops_per_token / self.peak
         return speed
-
-
-class Progress:
-    """What a run is doing, shown by the main process. A terminal has one line, redrawn in place.
-
-    The lines of evaluations stay. A file gets a line for each record, and one for what begins: the first
-    evaluation, the first step.
-    """
-
-    def __init__(self, first_step: int, last_step: int, is_main: bool = True, compiles: bool = False) -> None:
-        self.first_step = first_step
-        self.last_step = last_step
-        self.is_main = is_main
-        self.compiles = compiles
-        self.in_place = sys.stdout.isatty()
-        self.begun: set[str] = set()  # what has been announced
-        self.latest: list[str] = []  # the loss and the speed, until the next ones
-        self.clock: tuple[int, float] | None = (
-            None  # steps done, and when: at the first record, after compiling
-        )
-        self.drawn = -math.inf  # when the line was last drawn
-        self.is_open = False  # whether the terminal's line has no end yet
-
-    def status(self, step: int, doing: str, count: str = "") -> None:
-        """Show what is being done now, such as "evaluating", and how far that is."""
-        if self.compiles and step == self.first_step:
-            doing = f"compiling, {doing}"
-        begins = doing not in self.begun
-        self.begun.add(doing)
-        if not self.in_place and begins:
-            self._draw(step, [f"{doing} ..."], end="\n")
-        elif self.in_place and (begins or time.monotonic() - self.drawn > 0.1):
-            parts = [f"{doing} {count}".rstrip()]
-            if doing == "training" and self.latest:
-                parts = self.latest
-            self._draw(step, parts)
-
-    def show(self, record: Record) -> None:
-        """Show the metrics of a step that is done."""
-        parts: list[str] = []
-        if "loss" in record:
-            parts = [f"loss {record['loss']:.4f}", f"{record['tokens_per_second']:,.0f} tokens/s"]
-            if "mfu" in record:
-                parts.append(f"{record['mfu']:.1%} MFU")
-            done = record["step"] + 1
-            now = time.monotonic()
-            if self.clock and done > self.clock[0]:
-                seconds = (now - self.clock[1]) / (done - self.clock[0]) * (self.last_step - done)
-                parts += ["{:.0f}:{:02.0f} left".format(*divmod(round(seconds), 60))]
-            self.clock = self.clock or (done, now)
-            self.latest = list(parts)
-        if "val_loss" in record:
-            parts += [f"val loss {record['val_loss']:.4f}, {record['val_bpb']:.4f} bits/byte"]
-        self._draw(record["step"], parts, "" if self.in_place and "val_loss" not in record else "\n")
-
-    def close(self) -> None:
-        """End the line: something else is to be printed."""
-        if self.is_open:
-            print(flush=True)
-        self.is_open = False
-
-    def _draw(self, step: int, parts: list[str], end: str = "") -> None:
-        if self.is_main:
-            line = " | ".join([f"{step / max(self.last_step, 1):4.0%} step {step}/{self.last_step}", *parts])
-            with suppress(BrokenPipeError):  # then SIGPIPE has come: see `parallel.catch_signals`
-                print(f"\r\x1b[K{line}" if self.in_place else line, end=end, flush=True)
-            self.drawn = time.monotonic()
-            self.is_open = not end
 
 
 class Log:
@@ -159,12 +95,12 @@ class Log:
         for send in self.services:
             send(record)
 
-    def plot(self) -> None:
-        """Draw the losses into loss.png, if the extra 'plot' is installed."""
+    def plot(self) -> str:
+        """Draw the losses into loss.png, if the extra 'plot' is installed. Return what to tell the user."""
         try:
             import matplotlib
         except ImportError:
-            return
+            return "pip install matplotlib, and a run also draws its losses into loss.png"
         matplotlib.use("Agg")
         from matplotlib import pyplot as plt
 
@@ -179,6 +115,7 @@ class Log:
         path = self.path.with_name("loss.png")
         with writing(path):
             figure.savefig(path, dpi=150, bbox_inches="tight")
+        return f"how the loss fell: {path}"
 
 
 def read_records(path: Path) -> list[Record]:

@@ -31,6 +31,8 @@ from sologpt.parallel import World
 from sologpt.stream import stream_text
 from sologpt.tokenizer import Tokenizer
 
+Batches = data.Windows | data.Conversations
+
 # By a run, besides ckpt_STEP.pt
 WRITTEN = ("ckpt.pt", "best.pt", "adapter", "metrics.jsonl", "loss.png", "tensorboard")
 SAVED = {"step": int, "best": float, "id": str, "optimizers": list, "train_config": dict}  # in ckpt.pt
@@ -398,27 +400,74 @@ def open_log(config: Any, state: State) -> Log:
     return Log(out_dir, settings(config) | asdict(state.model.config), state.step, state.id)
 
 
-def print_sample(config: Any, state: State, val: data.Windows | data.Conversations) -> None:
-    """Print a sample, or an answer to a held-out question, and the command that prints others."""
+def describe(config: Any, world: World, state: State, train: Batches) -> str:
+    """Say what is trained, where, on what, and where it is written."""
+    n = sum(p.numel() for p in state.model.parameters() if p.requires_grad)
+    steps = train.describe_steps(config.gradient_accumulation_steps * config.batch_size)
+    line = f"{n / 1e6:.2f}M {'new ' if config.lora_rank else ''}parameters on {world}, {steps} "
+    line += f"(tokenizer: {state.tokenizer.name})"
+    return line if config.eval_only else f"{line}, writing to {config.out_dir}"
+
+
+def share_micro_batches(config: Any, world: World) -> None:
+    """Make the micro-batches of a step as many as the processes can share."""
+    asked = config.gradient_accumulation_steps
+    config.gradient_accumulation_steps = math.ceil(asked / world.size) * world.size
+    if config.gradient_accumulation_steps > asked:
+        what = f"gradient_accumulation_steps is {config.gradient_accumulation_steps}, not {asked}"
+        world.print(f"{what}: a multiple of {world.size} processes")
+
+
+def begin_sample(
+    config: Any, state: State, val: Batches, n_tokens: int, seed: int = 42
+) -> tuple[str, Iterable[str]]:
+    """Return a prompt, or a held-out question, as it is shown, and a stream of what the model says to it."""
     prompt, shown, temperature = config.sample_prompt or [state.tokenizer.eot], config.sample_prompt, 0.8
-    flags = ["--prompt", shown] if shown.strip() and shown.isprintable() else []  # else it is hard to type
     if isinstance(val, data.Conversations):
-        prompt, temperature, flags = val.question(0), 0.0, ["--chat", "--interactive"]
+        prompt, temperature = val.question(0), 0.0
         shown = state.tokenizer.decode(prompt)
-    if config.sample_tokens and not config.shard:  # one process has only a shard of the model
+    stream = stream_text(state.model, state.tokenizer, prompt, n_tokens, seed=seed, temperature=temperature)
+    return shown, stream
+
+
+def sample_lines(config: Any, state: State, val: Batches) -> list[str]:
+    """Return the first two lines of a sample that have letters or digits, to watch the model learn."""
+    if not config.sample_tokens or config.shard:  # one process has only a shard of the model
+        return []
+    shown, stream = begin_sample(config, state, val, min(config.sample_tokens, 60), seed=state.step)
+    text = "" if isinstance(val, data.Conversations) else shown
+    lines: list[str] = []
+    for piece in stream:
+        text += piece
+        lines = [line for line in text.splitlines() if any(c.isalnum() for c in line)]
+        if len(lines) > 2:
+            break
+    return ["".join(c if c.isprintable() else "\ufffd" for c in line[:72]) for line in lines[:2]]
+
+
+def print_end(config: Any, state: State, dataset: Dataset, log: Log) -> None:
+    """Print a sample, or an answer to a held-out question, what the loss means, and how to go on."""
+    val = dataset.batches("val", state.sequence_len)
+    if config.sample_tokens and not config.shard:
+        shown, stream = begin_sample(config, state, val, config.sample_tokens)
         print(f"\n{shown}", end="")
-        tokens = config.sample_tokens
-        for text in stream_text(state.model, state.tokenizer, prompt, tokens, temperature=temperature):
+        for text in stream:
             print(text, end="", flush=True)
         print()
+    plotted = log.plot()
     if math.isfinite(state.best):
         best = Path(config.out_dir) / "best.pt"
-        command = sample_command(best, flags)
+        is_chat = isinstance(val, data.Conversations)
+        flags = ["--chat", "--interactive"] if is_chat else ["--interactive", "--max_tokens", "200"]
         if config.lora_rank:
             adapter = best.with_name("adapter")
             missing = "none in PEFT's format: that needs safetensors, and an architecture of transformers"
             print(f"\nadapter: {adapter if adapter.exists() else missing}")
-        print(f"\nbest validation loss {state.best:.4f}: {best}; to sample from it:\n{command}")
+        bits = state.best / math.log(2) / dataset.bytes_per_token
+        first = next(record["val_bpb"] for record in log.records if "val_bpb" in record)
+        meaning = f"{bits:.2f} bits per byte (it began at {first:.2f}, and 8 is guessing)"
+        print(f"\nbest validation loss {state.best:.4f}, {meaning}\n{plotted}")
+        print(f"the model is {best}; to try prompts of your own:\n{sample_command(best, flags)}")
 
 
 def sample_command(best: Path, flags: list[str]) -> str:

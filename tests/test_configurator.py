@@ -182,6 +182,7 @@ def test_bad_files_say_where_and_what(file, text, words, tmp_path):
         (["--compile=maybe"], ("must be true or false", "maybe")),
         (["--learning_rate=fast"], ("must be a number",)),
         (["missing.py"], ("missing.py", "No such file")),
+        (["tiny.py"], ("did you mean config/tiny.py?",)),
         (["tiny"], ("'tiny'", "config file")),
         (["-n", "3"], ("'-n'",)),
         (["--n_layer=__import__('os')"], ("must be a whole number",)),

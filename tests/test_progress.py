@@ -17,7 +17,7 @@ from test_parallel import records, together
 
 import train
 from gpt import GPT, GPTConfig
-from sologpt import data, hf, log
+from sologpt import data, hf, log, progress
 from sologpt.load import load_model
 from sologpt.parallel import World
 
@@ -130,18 +130,18 @@ def test_mfu_is_logged_and_shown_where_the_peak_is_known(monkeypatch, capsys):
         now[0] = 6.0
         speeds.append(clock.speed(30))
     assert speeds == [{"tokens_per_second": 15.0, "mfu": 0.5}, {"tokens_per_second": 15.0}]
-    progress = log.Progress(0, 100)
+    shown = progress.Progress(train.Config(max_iters=100), 0)
     for speed in speeds:
-        progress.show({"step": 0, "loss": 1.0} | speed)
-    shown = "  0% step 0/100 | loss 1.0000 | 15 tokens/s"
-    assert capsys.readouterr().out.splitlines() == [f"{shown} | 50.0% MFU", shown]
+        shown.show({"step": 0, "loss": 1.0} | speed)
+    line = "  0% step 0/100 | loss 1.0000 | 15 tokens/s"
+    assert capsys.readouterr().out.splitlines() == [f"{line} | 50.0% MFU", line]
 
 
 def test_a_terminal_shows_how_far_an_evaluation_is_and_ctrl_c_ends_it(dataset, tmp_path):
     flags = [*SMALL, f"--dataset={dataset}", "--eval_iters=1000", "--max_iters=3", "--log_interval=1"]
     flags += ["--sample_tokens=0"]
     terminal = Terminal("-c", SLOW.format(seconds=0.2), *flags, f"--out_dir={tmp_path / 'stopped'}")
-    terminal.wait_for(r"step 0/3 \| evaluating 1/\d+")
+    terminal.wait_for(r"\[-{12}\]   0%  0/3 \| evaluating 1/\d+")
     terminal.send("\x03")
     seen = terminal.wait_for("evaluating|stopped")
     assert "Ctrl-C: stops after this step and saves; a second one stops at once, and loses the steps" in seen
@@ -153,8 +153,8 @@ def test_a_terminal_shows_how_far_an_evaluation_is_and_ctrl_c_ends_it(dataset, t
     resumed = Terminal("train.py", *flags, f"--out_dir={tmp_path / 'stopped'}", "--init_from=resume")
     assert resumed.status() == 0
     seen = resumed.output
-    assert re.search(r"\r\x1b\[K +0% step 0/3 \| evaluating 0/\d+", seen)
-    assert re.search(r"\r\x1b\[K100% step 3/3 \| val loss [\d.]+, [\d.]+ bits/byte\r\n", seen)
+    assert re.search(r"\r\x1b\[K\[-{12}\]   0%  0/3 \| evaluating 0/\d+", seen)
+    assert re.search(r"\r\x1b\[K\[#{12}\] 100%  3/3 \| loss [\d.]+, val [\d.]+ \| [\d.]+k? tok/s\r\n", seen)
     run("train.py", *flags, f"--out_dir={tmp_path / 'whole'}")
     assert same_weights(tmp_path / "stopped" / "ckpt.pt", tmp_path / "whole" / "ckpt.pt")
     assert [line["step"] for line in records(tmp_path / "stopped")] == [0, 1, 2, 3]
@@ -183,11 +183,11 @@ def test_a_signal_in_the_last_evaluation_is_resumed_to_its_end(dataset, tmp_path
 
 def test_a_second_signal_ends_a_slow_step_at_once(dataset, tmp_path):
     code = SLOW.format(seconds=0).replace(
-        "errors.run", "train.forward_backward = lambda *_: time.sleep(600)\n#"
+        "errors.run", "train.parallel.clip_gradient = lambda *_: time.sleep(600)\n#"
     )
     flags = [*SMALL, f"--dataset={dataset}", f"--out_dir={tmp_path}"]
     terminal = Terminal("-c", code + "train.main()", *flags)
-    terminal.wait_for(r"step 0/600 \| training")
+    terminal.wait_for(r"0/600 \| training")
     terminal.send("\x03")
     terminal.wait_for("a second one stops at once")
     terminal.send("\x03")
@@ -205,38 +205,125 @@ def test_a_file_gets_a_line_for_each_record_and_one_for_what_begins(dataset, tmp
     assert kinds[:3] == [
         f"  #% step #/# | {what}" for what in ("evaluating ...", "training ...", f"{loss} | {val}")
     ]
-    rest = [
-        f" #% step #/# | {loss} | # left",
-        f" #% step #/# | {loss} | # left | {val}",
-        f"#% step #/# | {val}",
-    ]
-    assert kinds[3:7] == [rest[0], rest[1], rest[0], rest[2]], lines
+    begins, ends = f" #% step #/# | {loss}", f"#% step #/# | {val}"
+    assert kinds[3:7] == [begins, f"{begins} | # left | {val}", begins, ends], lines
 
 
-def test_the_time_left_is_that_of_the_steps_after_the_first(monkeypatch, capsys):
-    """The first one, which compiles, takes 500 seconds. The next 90 take 30, so the last 100 take 33."""
+@pytest.fixture
+def clock(monkeypatch) -> list[float]:
+    """The time that a Progress sees, in seconds."""
     now = [0.0]
-    monkeypatch.setattr(log.time, "monotonic", lambda: now[0])
-    progress = log.Progress(0, 191)
-    for step, now[0] in ((0, 500.0), (90, 530.0)):
-        progress.show({"step": step, "loss": 1.0, "tokens_per_second": 5.0})
-    first, second = capsys.readouterr().out.splitlines()
-    assert first == "  0% step 0/191 | loss 1.0000 | 5 tokens/s"
-    assert second == " 47% step 90/191 | loss 1.0000 | 5 tokens/s | 0:33 left"
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+    return now
 
 
-@pytest.mark.parametrize("out, prompt", [("out/mine", "def "), ("runs/a 'b'", "$HOME"), ("out/mine", "\n")])
-def test_the_last_line_is_a_command_that_samples(out, prompt, dataset, tmp_path):
-    flags = [*SMALL, f"--dataset={dataset}", f"--out_dir={out}", "--max_iters=1", f"--sample_prompt={prompt}"]
-    done = run(ROOT / "train.py", *flags, "--sample_tokens=5", cwd=tmp_path)
+@pytest.mark.parametrize("in_place", [False, True])
+def test_the_time_left_is_that_of_the_last_steps_and_evaluations(clock, in_place, capsys):
+    """The first step takes 500 s, the next 20 take 90 s each, all others 2 s, and an evaluation 30 s."""
+    shown = progress.Progress(train.Config(max_iters=260, eval_interval=100), 0)
+    shown.in_place = in_place
+    for step in range(151):
+        if step % 100 == 0:
+            shown.status(step, "evaluating")
+            clock[0] += 30
+        shown.status(step, "training")
+        clock[0] += 500 if step == 0 else 90 if step <= 20 else 2
+        shown.show({"step": step, "loss": 1.0 + step, "tokens_per_second": 5000.0})
+    lines = re.split("\n|\r\x1b\\[K", capsys.readouterr().out)
+    left = {step: [line for line in lines if f" {step}/260" in line][-1] for step in (0, 4, 98, 150)}
+    assert "left" not in left[0], "nothing is known yet"
+    assert f" {256 * 90 // 3600}:" in left[4] and "left" in left[4]
+    for step, seconds in ((98, 161 * 2 + 3 * 30), (150, 109 * 2 + 2 * 30)):
+        assert left[step].endswith(" | {}:{:02} left".format(*divmod(seconds, 60))), left[step]
+    if in_place:
+        assert left[150].startswith("[######------]  58%  150/260 | loss 151.00 | 5.0k tok/s | ")
+    else:
+        assert left[150].startswith(" 58% step 150/260 | loss 151.0000 | 5,000 tokens/s | ")
+
+
+def test_a_slow_step_shows_its_micro_batches_and_no_line_wraps(clock, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "60")
+    shown = progress.Progress(train.Config(max_iters=9), 0)
+    shown.in_place = True
+    shown.show({"step": 0, "loss": 1.0, "val_loss": 2.0})
+    for i, clock[0] in enumerate((10.0, 12.0, 15.0)):
+        shown.status(1, "training", f"{i + 1}/3")
+    first, second, third = capsys.readouterr().out.split("\r\x1b[K")[-3:]
+    line = "[#-----------]  11%  1/9 | loss 1.00, val 2.00"
+    assert (first, second) == (line, line)
+    assert third == f"{line} | micro-batch 3/3"[:59]
+
+
+def test_compilation_is_no_speed(monkeypatch):
+    """40 s of which 5 are in an evaluation, then 30 tokens in 2 s."""
+    now = [0.0]
+    monkeypatch.setattr(log.time, "perf_counter", lambda: now[0])
+    clock = log.Clock(400, World(0, 0, 1, torch.device("cpu")), compiles=True)
+    with clock.paused():
+        now[0] = 5.0
+    now[0] = 40.0
+    assert clock.speed(30) == {"compile_seconds": 40.0}
+    now[0] = 42.0
+    assert clock.speed(60) == {"tokens_per_second": 15.0}
+
+
+def test_two_lines_of_a_sample_are_shown_at_every_evaluation(dataset, tmp_path, monkeypatch):
+    """They are what the model of that step says, and change nothing of the run."""
+    flags = [*SMALL, f"--dataset={dataset}", "--max_iters=20", "--eval_interval=10", "--sample_prompt=def f"]
+    flags += ["--keep_checkpoints=9", "--learning_rate=0.1"]
+    out = run("train.py", *flags, f"--out_dir={tmp_path / 'a'}", "--sample_tokens=50").stdout
+    run("train.py", *flags, f"--out_dir={tmp_path / 'b'}", "--sample_tokens=0")
+    assert same_weights(tmp_path / "a" / "ckpt.pt", tmp_path / "b" / "ckpt.pt")
+    seen = []
+    for step in (0, 10):
+        model, tokenizer, _ = load_model(tmp_path / "a" / f"ckpt_{step:08d}.pt")
+        settings = dict(temperature=0.8, seed=step, stop_tokens=[tokenizer.eot])
+        ids = [*model.generate(tokenizer.encode("def f"), 50, **settings)]
+        text = "def f" + tokenizer.decode(i for i in ids if i != tokenizer.eot)
+        lines = [line[:72] for line in text.splitlines() if re.search(r"[^\W_]", line)][:2]
+        lines = ["".join(c if c.isprintable() else "\ufffd" for c in line) for line in lines]
+        block = re.search(rf"step {step}/20 .*val loss.*\n((    .*\n)+)", out)[1]
+        assert block.splitlines() == [f"    {line}" for line in lines]
+        seen.append(block)
+    assert seen[0] != seen[1]
+
+
+def test_the_end_explains_the_loss_once(trained, dataset, tmp_path):
+    flags = [*SMALL, f"--dataset={dataset}", f"--out_dir={tmp_path}", "--max_iters=20", "--sample_tokens=0"]
+    with_plot = run("train.py", *flags).stdout
+    hidden = (
+        f"import sys; sys.modules['matplotlib'] = None; sys.path.insert(0, {str(ROOT)!r}); import train; "
+    )
+    without = run("-c", f"{hidden}train.errors.run(train.main)", *flags).stdout
+    first, last = (line for line in records(tmp_path) if "val_bpb" in line)
+    bits = f"{last['val_bpb']:.2f} bits per byte (it began at {first['val_bpb']:.2f}, and 8 is guessing)"
+    for out, plotted in (
+        (with_plot, f"how the loss fell: {tmp_path / 'loss.png'}"),
+        (without, "pip install matplotlib, and a run also draws its losses into loss.png"),
+    ):
+        meaning, plot, model, command = out.splitlines()[-4:]
+        assert meaning == f"best validation loss {last['val_loss']:.4f}, {bits}" and plot == plotted
+        assert str(tmp_path / "best.pt") in model and command.endswith("--interactive --max_tokens 200")
+
+
+@pytest.mark.parametrize("out", ["out/mine", "runs/a 'b'"])
+def test_the_last_line_is_a_command_that_samples(out, dataset, tmp_path):
+    flags = [*SMALL, f"--dataset={dataset}", f"--out_dir={out}", "--max_iters=1", "--sample_tokens=0"]
+    done = run(ROOT / "train.py", *flags, cwd=tmp_path)
     command = done.stdout.splitlines()[-1]
     words = shlex.split(command)
     assert words[0] == "python" and ("--ckpt" in words) == out.startswith("runs") and "\n" not in words
     environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     sampled = subprocess.run(
-        f"{command} --max_tokens=5", shell=True, cwd=tmp_path, env=environment, capture_output=True, text=True
+        f"{command} --max_tokens=5",
+        shell=True,
+        cwd=tmp_path,
+        env=environment,
+        input="def \n",
+        capture_output=True,
+        text=True,
     )
-    assert sampled.returncode == 0 and sampled.stdout.startswith(prompt), sampled.stderr
+    assert sampled.returncode == 0 and len(sampled.stdout) >= 5, sampled.stderr
     assert f"{out}/best.pt" in sampled.stderr
 
 
@@ -255,10 +342,9 @@ def test_eval_only_gives_the_loss_and_writes_nothing(trained, dataset, tmp_path)
         ([f"--out_dir={tmp_path / 'new'}", f"--init_from={trained / 'best.pt'}"], last),
     ):
         done = run("train.py", *flags, *extra)
-        assert f"| val loss {record['val_loss']:.4f}, {record['val_bpb']:.4f} bits/byte\n" in done.stdout, (
-            extra
-        )
-        assert "writing to nothing" in done.stdout
+        result = f"val loss {record['val_loss']:.4f}, {record['val_bpb']:.4f} bits/byte"
+        assert done.stdout.splitlines()[-1] == result and "step" not in result, extra
+        assert "writing to" not in done.stdout and "0%" not in done.stdout
     assert "no checkpoint" in error("train.py", *flags, f"--out_dir={tmp_path / 'new'}", "--init_from=resume")
     main, other = together(2, *flags, *SMALL, f"--out_dir={trained}", "--init_from=resume")
     assert main.returncode == other.returncode == 0
@@ -292,11 +378,9 @@ def test_a_resume_that_fails_leaves_no_folder(dataset, tmp_path):
 
 def test_the_gap_between_two_lines_is_not_long():
     """A terminal's line is drawn again when a step begins, but at most ten times a second."""
-    drawn, progress = [], log.Progress(0, 100)
-    progress.in_place = True
-    progress._draw = lambda step, parts, end="": (
-        drawn.append(step) or setattr(progress, "drawn", time.monotonic())
-    )
+    drawn, shown = [], progress.Progress(train.Config(max_iters=1000), 0)
+    shown.in_place = True
+    shown._draw = lambda step, parts: drawn.append(step) or setattr(shown, "drawn", time.monotonic())
     for step in range(1000):
-        progress.status(step, "training")
+        shown.status(step, "training")
     assert drawn[0] == 0 and len(drawn) < 500
