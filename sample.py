@@ -5,6 +5,7 @@ An open model: python sample.py --init_from=hf:HuggingFaceTB/SmolLM2-135M-Instru
 
 import json
 import sys
+import time
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,9 +15,9 @@ import torch
 import configurator
 from gpt import Sampling
 from sologpt import errors, fast
-from sologpt.chat import Conversation, converse, warn_if_cut
+from sologpt.chat import Conversation, answer_sampling, converse, warn_if_cut, warn_if_silent
 from sologpt.errors import UserError
-from sologpt.load import SHORT_NAMES, describe_run, find_checkpoint, load_model
+from sologpt.load import describe_run, find_checkpoint, load_model
 from sologpt.quantize import KINDS
 from sologpt.stream import TextStream, stream_text
 
@@ -27,14 +28,14 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 class Config:
     # ---- prompt
     prompt: str = "\n"  # text to continue; FILE:path reads it from a file, - from standard input
-    interactive: bool = False  # read one prompt after the other; with --chat, they are one conversation
-    chat: bool = False  # take the prompt as a user's message, and answer it by the model's chat template
+    interactive: bool = False  # read one prompt after the other, the first from --prompt if it is given
+    chat: bool = False  # answer the prompt by the chat template; sampling is as the model suggests
     system: str = ""  # system message that begins the conversation; needs --chat
 
     # ---- sampling
     num_samples: int = 1  # samples to draw, as one batch
     max_tokens: int = 500  # tokens in a sample, at most
-    sampling: dict = configurator.keys_of(Sampling, temperature=0.8)
+    sampling: configurator.Part = configurator.keys_of(Sampling, temperature=0.8)
     stop: tuple[str, ...] = ()  # end a sample before this text; may be given several times
     stop_on_repeat: int = 0  # end a sample when its last N tokens repeat the N before them; 0 is off
     seed: int = 42  # the same seed gives the same text
@@ -44,8 +45,8 @@ class Config:
 
     # ---- model
     out_dir: str = "out"  # use the newest best.pt in or below this folder, else the newest ckpt.pt
-    ckpt: str = ""  # use this checkpoint file, whatever is in out_dir
-    init_from: str = ""  # use an open model: gpt2, hf:NAME, hf:FOLDER or gguf:FILE
+    ckpt: str = ""  # use this model: a checkpoint, a run's folder, hf:NAME, gguf:FILE or gpt2
+    init_from: str = ""  # the same, by the name that train.py has for it
     adapter: str = ""  # merge a LoRA adapter of this folder (PEFT's format) into the model it was trained on
     device: str = "auto"  # cuda, mps, cpu, ...; auto is an accelerator if there is one, else the CPU
     dtype: str = "auto"  # float32, bfloat16 or float16 for the weights; auto keeps the dtype of the file
@@ -61,9 +62,6 @@ class Config:
             raise UserError("--ckpt and --init_from both name a model: give only one of them")
         if self.adapter and not (self.ckpt or self.init_from):
             raise UserError("--adapter changes another model: name that by --init_from or --ckpt")
-        if not self.init_from.startswith(("hf:", "gguf:")) and self.init_from not in ("", *SHORT_NAMES):
-            known = "hf:NAME, hf:FOLDER or gguf:FILE"
-            raise UserError(f"init_from must be {known}, not {self.init_from!r}; a checkpoint is --ckpt")
         if self.dtype not in DTYPES:
             raise UserError(f"dtype must be one of {', '.join(DTYPES)}, not {self.dtype!r}")
         if self.quantize not in ("", *KINDS):
@@ -120,16 +118,24 @@ def main() -> None:
     step = f", step {about['step']}" if "step" in about else ""
     notes = [str(warning.message) for warning in caught]
     adapter = f" with {about['adapter']}" if "adapter" in about else ""
-    notes.append(f"{about['source']}{step}{adapter}, on {model.device}{hint}")
     # 2. The settings of `stream_text`
+    sampling = dict(config.sampling)
+    if config.chat:
+        sampling = answer_sampling(tokenizer) | config.sampling.given
+    shown = "".join(f", {name} {value:g}" for name, value in sampling.items() if value is not None)
+    notes.append(f"{about['source']}{step}{adapter}, on {model.device}{shown}{hint}")
     settings = {name: getattr(config, name) for name in ("max_tokens", "stop", "stop_on_repeat", "seed")}
     decode = fast.prepare(model, compile=config.compile, lookup=config.lookup, rows=config.num_samples)
-    settings |= config.sampling | {"decode": decode}
+    if config.compile and model.device.type != "cpu":  # which happens at the first tokens
+        started = time.perf_counter()
+        list(stream_text(model, tokenizer, [tokenizer.eot], 2, config.num_samples, decode=decode))
+        notes.append(f"compiled in {time.perf_counter() - started:.1f} s")
+    settings |= sampling | {"decode": decode}
     # 3. A conversation, or one prompt
     if config.interactive:
         talk = Conversation(model, tokenizer, config.chat, config.system, **settings)
         print(*notes, "/help shows the commands, Ctrl-D leaves", sep="\n", file=sys.stderr)
-        converse(talk)
+        converse(talk, "" if config.prompt == Config.prompt else read_prompt(config.prompt))
         return
     prompt = read_prompt(config.prompt)
     system = [{"role": "system", "content": config.system}] if config.system else []
@@ -139,6 +145,7 @@ def main() -> None:
     print(*notes, sep="\n", file=sys.stderr)
     warn_if_cut(stream, model.config.sequence_len)
     sample_once(stream, prompt, config)
+    warn_if_silent(stream, tokenizer, config.chat)
 
 
 if __name__ == "__main__":

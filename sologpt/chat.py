@@ -13,6 +13,7 @@ import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from sologpt.errors import RunError, UserError, writing
 from sologpt.stream import Prompt, TextStream, drop_old_turns, stream_text
 from sologpt.tokenizer import Tokenizer
 
+ANSWER = {"temperature": 0.6, "top_p": 0.9}  # where a model comes without settings
 COMMAND = re.compile(r"/([a-z]+)(?:\s+(.*))?", re.DOTALL)  # a path or a comment of C is text, not a command
 HELP = """\
 /reset        forget the conversation
@@ -105,6 +107,12 @@ class Conversation:
             Path(path).write_text(text + "\n", encoding="utf-8", errors="replace")
 
 
+def answer_sampling(tokenizer: Tokenizer) -> dict[str, Any]:
+    """Return the settings with which the model answers by default: its own, if it has a temperature."""
+    own = tokenizer.sampling
+    return own if "temperature" in own else ANSWER | own
+
+
 def with_room(kv_cache: KVCache, config: GPTConfig, n: int) -> KVCache:
     """Return the cache, or if it is too small for n tokens, a copy with at least twice the room."""
     size = kv_cache.max_len
@@ -123,10 +131,12 @@ def with_room(kv_cache: KVCache, config: GPTConfig, n: int) -> KVCache:
 # In a terminal
 
 
-def converse(talk: Conversation) -> None:
-    """Answer each message that the user enters in a terminal."""
+def converse(talk: Conversation, first: str = "") -> None:
+    """Answer each message that the user enters in a terminal, after a first one that is given."""
     window = talk.model.config.sequence_len
-    for prompt in read_messages(talk):
+    if first:
+        print(f"> {first}")
+    for prompt in chain([first] if first else [], read_messages(talk)):
         with catch_sigint() as signals:
             saw_all = talk.dropped == 0
             stream = talk.ask(prompt)
@@ -139,6 +149,14 @@ def converse(talk: Conversation) -> None:
                     print(stream.close(), end="")
             print(flush=True)
             print(stream.summary(), file=sys.stderr)
+            warn_if_silent(stream, talk.tokenizer, talk.chat)
+
+
+def warn_if_silent(stream: TextStream, tokenizer: Tokenizer, chat: bool) -> None:
+    """A model that was trained on conversations ends a text that is none at once."""
+    is_silent = all(len(row.tokens) == 1 and row.reason == "stop" for row in stream.rows)
+    if is_silent and tokenizer.chat_template and not chat:
+        print("the model ended at its first token; it has a chat template: add --chat", file=sys.stderr)
 
 
 def warn_if_cut(stream: TextStream, window: int) -> None:

@@ -10,6 +10,7 @@ import torch
 
 from sologpt.errors import UserError
 
+INSTALL = "pytorch.org/get-started/locally has the command that installs one for your GPU"
 PEAK_FLOPS = {  # of dense bfloat16 products, by a part of the GPU's name; the first match counts
     "H200": 989e12,
     "H100 PCIe": 756e12,
@@ -33,6 +34,8 @@ def pick_device(name: torch.device | str = "auto") -> torch.device:
         device = torch.empty(0, device=name).device
     except (RuntimeError, AssertionError, ImportError) as e:
         reason = str(e).partition("\n")[0]
+        if str(name).startswith("cuda") and not (torch.version.cuda or torch.version.hip):
+            reason = f"PyTorch {torch.__version__} is a build for the CPU; {INSTALL}"
         raise UserError(f"device {str(name)!r} is not available: {reason}") from e
     if device.type == "meta":
         raise UserError("device 'meta' holds no data: choose cpu, cuda, mps or auto")

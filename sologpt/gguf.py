@@ -30,7 +30,7 @@ from torch import Tensor
 from gpt import GPT, Device, Dtype, GPTConfig, scale_frequencies
 from sologpt import errors, hf
 from sologpt.errors import UserError
-from sologpt.load import check_rope_scaling, empty_model, load_model, widest
+from sologpt.load import check_rope_scaling, empty_model, load_model, read_sampling, widest
 from sologpt.quantize import fill
 from sologpt.tokenizer import BYTE_TOKEN, SENTENCEPIECE, STRIP, PretrainedTokenizer, Tokenizer
 
@@ -267,6 +267,13 @@ PRE_TOKENIZERS = [
     PreTokenizer("llama-bpe", (ASCII_CONTRACTIONS + LLAMA3,), ignore_merges=True, add_bos=True),
     PreTokenizer("llama-bpe", (CONTRACTIONS + LLAMA3,), ignore_merges=True, add_bos=True),
 ]
+SAMPLING = {  # of gpt.Sampling: the key of a file
+    "temperature": "general.sampling.temp",
+    "top_k": "general.sampling.top_k",
+    "top_p": "general.sampling.top_p",
+    "min_p": "general.sampling.min_p",
+    "repetition_penalty": "general.sampling.penalty_repeat",
+}
 ALIASES = dict.fromkeys(("llama3", "llama-v3", "falcon3"), "llama-bpe") | {"deepseek-r1-qwen": "qwen2"}
 
 PREPEND = {"type": "Prepend", "prepend": "▁"}
@@ -495,7 +502,8 @@ def to_tokenizer(metadata: dict[str, Any], name: str) -> PretrainedTokenizer:
         d["post_processor"] = template_processing(add_bos, add_eos, special_tokens, vocab)
     template = str(metadata.get("tokenizer.chat_template", ""))
     ends = [i for i in ends if i is not None]
-    return PretrainedTokenizer(name, json.dumps(d), special_tokens, ends, template)
+    sampling = read_sampling({ours: metadata.get(theirs) for ours, theirs in SAMPLING.items()})
+    return PretrainedTokenizer(name, json.dumps(d), special_tokens, ends, template, sampling)
 
 
 def lookup(metadata: dict[str, Any], key: str, kind: type, default: Any = None) -> Any:
@@ -713,7 +721,7 @@ def load(
     reader = Reader(path)
     try:
         model, arch, names = find_model(reader)
-        tokenizer = to_tokenizer(reader.metadata, arch.name)
+        tokenizer = to_tokenizer(reader.metadata, Path(path).stem)
     except (ValueError, TypeError) as e:
         raise UserError(f"{path}: {e}") from e
     if dtype is None:
@@ -799,6 +807,7 @@ def save(model: GPT, tokenizer: Tokenizer, path: str | Path, dtype: str | None =
     path = Path(path)
     metadata |= {"general.name": path.stem, "general.quantization_version": 2} | tokenizer_metadata
     metadata["general.file_type"] = file_type.value
+    metadata |= {SAMPLING[key]: value for key, value in tokenizer.sampling.items()}
     if path.exists():
         raise FileExistsError(f"{path} exists already: give another name")
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -897,9 +906,7 @@ def make_parser() -> hf.Parser:
         help="checkpoint to GGUF file",
         description=f"Convert a checkpoint to a GGUF file.\nModel types: {', '.join(ARCHITECTURES)}.",
     )
-    command.add_argument(
-        "checkpoint", metavar="CHECKPOINT", help="a checkpoint file, a run's out_dir, or hf:NAME_OR_DIR"
-    )
+    command.add_argument("checkpoint", metavar="CHECKPOINT", help=hf.SOURCE)
     command.add_argument("file", metavar="FILE", type=Path, help="the file to write; it must not exist yet")
     command.add_argument(
         "--dtype",

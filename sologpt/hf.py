@@ -30,7 +30,16 @@ from torch import Tensor
 from gpt import GPT, Device, Dtype, GPTConfig
 from sologpt import errors
 from sologpt.errors import UserError
-from sologpt.load import check_rope_scaling, check_value, empty_model, load_model, make_config, widest
+from sologpt.load import (
+    check_rope_scaling,
+    check_value,
+    empty_model,
+    find_source,
+    load_model,
+    make_config,
+    read_sampling,
+    widest,
+)
 from sologpt.quantize import fill
 from sologpt.tokenizer import BYTE_LEVEL, PretrainedTokenizer, Tokenizer, refused
 
@@ -38,8 +47,11 @@ from sologpt.tokenizer import BYTE_LEVEL, PretrainedTokenizer, Tokenizer, refuse
 # Tokenizers
 
 
-def load_tokenizer(folder: Path) -> PretrainedTokenizer:
-    """Return the tokenizer of a model's folder. UserError if it is missing, damaged or not supported."""
+def load_tokenizer(folder: Path, name: str = "") -> PretrainedTokenizer:
+    """Return the tokenizer of a model's folder. UserError if it is missing, damaged or not supported.
+
+    name: how to call it, if not as the folder.
+    """
     path = folder / "tokenizer.json"
     if not path.exists():
         raise UserError(
@@ -63,9 +75,10 @@ def load_tokenizer(folder: Path) -> PretrainedTokenizer:
             template = {entry["name"]: entry["template"] for entry in template}.get("default", "")
         if (folder / "chat_template.jinja").exists():
             template = (folder / "chat_template.jinja").read_text(encoding="utf-8")
-        name = config.get("model_type", "tokenizers")
+        name = name or folder.resolve().name
         text = path.read_text(encoding="utf-8")
-        return PretrainedTokenizer(name, text, special_tokens, eos_tokens, template)
+        sampling = read_sampling(generation_config)
+        return PretrainedTokenizer(name, text, special_tokens, eos_tokens, template, sampling)
     except (ValueError, TypeError, KeyError) as e:
         raise UserError(f"the tokenizer in {folder} cannot be read: {e}") from e
 
@@ -574,7 +587,7 @@ def load(
         config = to_gpt_config(config_json)
     except UserError as e:
         raise UserError(f"{path}: {e}") from e
-    tokenizer = load_tokenizer(folder)
+    tokenizer = load_tokenizer(folder, Path(name_or_dir).resolve().name)
     local_folder(name_or_dir, WEIGHT_FILES)  # only now: no download for a model that is refused
     found = find_tensors(folder)
     if config.n_layer > len(found):  # building all the layers would take forever
@@ -591,6 +604,13 @@ def load(
     check_tensors(folder, found, names, model)
     fill(model, read_weights(found, names, device, dtype, copy=not quantize), quantize)
     return model.eval(), tokenizer
+
+
+HUB_ERRORS = {  # of huggingface_hub, whose messages are long
+    "LocalEntryNotFoundError": "the Hugging Face Hub cannot be reached; without a network, give a folder",
+    "RepositoryNotFoundError": "the Hugging Face Hub has no model of that name, or it is private",
+    "GatedRepoError": "accept its licence on its page on the Hugging Face Hub, then run: hf auth login",
+}
 
 
 def local_folder(name_or_dir: str | Path, patterns: list[str]) -> Path:
@@ -612,9 +632,8 @@ def local_folder(name_or_dir: str | Path, patterns: list[str]) -> Path:
     try:
         return Path(snapshot_download(str(name_or_dir), allow_patterns=patterns))
     except Exception as e:  # half a dozen unrelated classes, from HTTP errors to an invalid name
-        reason = " ".join(str(e).split())
-        message = f"{name_or_dir} is not a folder and cannot be downloaded; without a network, give a folder"
-        raise OSError(f"{message}: {reason}") from e
+        reason = HUB_ERRORS.get(type(e).__name__) or " ".join(str(e).split()).partition(". ")[0]
+        raise OSError(f"{name_or_dir} is not a folder here, and cannot be downloaded: {reason}") from e
 
 
 def find_tensors(folder: Path) -> dict[str, TensorInfo]:
@@ -750,6 +769,9 @@ def save(model: GPT, tokenizer: Tokenizer, folder: str | Path) -> None:
         new.mkdir()
         save_tokenizer(tokenizer, new)
         (new / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        if tokenizer.sampling:
+            generation = special_token_ids(tokenizer) | tokenizer.sampling | {"do_sample": True}
+            (new / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
         try:
             save_file(weights, new / "model.safetensors", metadata={"format": "pt"})
         except SafetensorError as e:  # a full disk
@@ -790,7 +812,8 @@ def import_checkpoint(source: str, out_dir: Path, dtype: Dtype, tokenizer: str =
 
         model, its_tokenizer = load_nanogpt(source.removeprefix("nanogpt:"), tokenizer, dtype)
     else:
-        model, its_tokenizer = load(source, dtype=dtype)
+        is_known = find_source(source)[0] != ""
+        model, its_tokenizer, _ = load_model(source if is_known else f"hf:{source}", dtype=dtype)
     out_dir.mkdir(parents=True, exist_ok=True)
     with errors.writing(path):
         model.save(path, tokenizer=its_tokenizer.to_dict(), step=0, source=source)
@@ -802,6 +825,9 @@ def export_checkpoint(source: str | Path, folder: Path, dtype: Dtype) -> None:
     model, tokenizer, _ = load_model(source, dtype=dtype)
     save(model, tokenizer, folder)
     print(f"wrote {folder}: AutoModelForCausalLM.from_pretrained({str(folder)!r}) loads it")
+
+
+SOURCE = "a checkpoint, a run's folder, hf:NAME, gguf:FILE or gpt2"
 
 
 class Parser(argparse.ArgumentParser):
@@ -847,7 +873,7 @@ def make_parser() -> Parser:
     command.add_argument(
         "source",
         metavar="SOURCE",
-        help="a name on the Hugging Face Hub, a model's folder (config.json, ...), or nanogpt:CKPT",
+        help="a name on the Hugging Face Hub, a model's folder, gguf:FILE, or nanogpt:CKPT",
     )
     command.add_argument(
         "--tokenizer",
@@ -862,7 +888,7 @@ def make_parser() -> Parser:
         description="Convert a checkpoint to a Hugging Face model, for transformers, vLLM, llama.cpp, ...",
         epilog="example:\n  python -m sologpt.hf export out/smollm2/best.pt smollm2",
     )
-    command.add_argument("checkpoint", metavar="CHECKPOINT", help="a checkpoint file, or a run's out_dir")
+    command.add_argument("checkpoint", metavar="CHECKPOINT", help=SOURCE)
     command.add_argument("new_dir", metavar="NEW_DIR", type=Path, help="the folder to write, new or empty")
     return parser
 

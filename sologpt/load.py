@@ -12,6 +12,7 @@ import re
 import reprlib
 import zipfile
 from collections.abc import Iterable, Mapping
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, BinaryIO, get_type_hints
 
@@ -19,7 +20,7 @@ import torch
 from torch import Tensor
 
 import sologpt.quantize
-from gpt import GPT, Device, Dtype, GPTConfig
+from gpt import GPT, Device, Dtype, GPTConfig, Sampling
 from sologpt.device import pick_device
 from sologpt.errors import RunError, UserError
 from sologpt.tokenizer import Tokenizer
@@ -39,7 +40,7 @@ def load_model(
 ) -> tuple[GPT, Tokenizer, dict[str, Any]]:
     """Return the model in eval mode, its tokenizer, and a dict of what else is known about it.
 
-    source: a checkpoint file, an out_dir (see `find_checkpoint`), "hf:NAME_OR_DIR" or "gguf:FILE".
+    source: a checkpoint, a run's folder, "hf:NAME", "gguf:FILE" or a short name; see `find_source`.
     device: None is the CPU; for "auto" see `pick_device`. dtype: None keeps that of the weights.
     quantize: "int8" or "int4", for inference on the CPU (see sologpt/quantize.py).
     adapter: the folder of an adapter in PEFT's format, which is merged into the model (see sologpt/peft.py).
@@ -57,26 +58,19 @@ def load_model(
             sologpt.quantize.quantize(model, quantize)
         return model, tokenizer, about | {"adapter": str(adapter)}
     device = None if device is None else pick_device(device)
-    if str(source) in SHORT_NAMES and not Path(source).exists():
-        source = f"hf:{source}"
-    kind, _, name = str(source).partition(":")
-    if kind in ("hf", "gguf"):
+    kind, name = find_source(source)
+    if kind:
         module = importlib.import_module(f"sologpt.{kind}")  # not at the top: it imports this module
         model, tokenizer = module.load(name, device, dtype, quantize)
-        return model, tokenizer, {"source": str(source)}
+        return model, tokenizer, {"source": f"{kind}:{name}"}
 
-    path = Path(source)
-    if path.suffix == ".gguf":
-        raise UserError(f"{path} is a GGUF file: load it as gguf:{path}")
+    path = Path(name)
     if path.is_dir():
-        is_out_dir = (path / "best.pt").exists() or (path / "ckpt.pt").exists()
-        if not is_out_dir and (path / "config.json").exists() and any(path.glob("*.safetensors")):
-            raise UserError(f"{path} is the folder of a Hugging Face model: load it as hf:{path}")
         path = find_checkpoint(path)
     if not path.exists():
         older = newest(path.parent.glob(f"old-*/{path.name}"))
         hint = f", but an earlier run's {older}" if older else ""
-        wanted = "give a checkpoint file, an out_dir or hf:NAME_OR_DIR"
+        wanted = "give a checkpoint, a run's folder, hf:NAME or gguf:FILE"
         raise FileNotFoundError(f"there is no checkpoint {path.resolve()}{hint}: {wanted}")
     try:
         model, about = load_checkpoint(path, device, dtype)
@@ -90,6 +84,26 @@ def load_model(
     if quantize:
         sologpt.quantize.quantize(model, quantize)
     return model, tokenizer, about | {"source": str(path)}
+
+
+def find_source(source: Path | str) -> tuple[str, str]:
+    """Return the kind of a source, and its name or path: "hf", "gguf", or "" for a checkpoint and its folder.
+
+    The folder of a Hugging Face model and a file X.gguf need no prefix. "gpt2" and the like are names on the
+    Hub, unless there is such a file. ~ is the home folder.
+    """
+    text = str(source)
+    kind, _, name = text.partition(":")
+    if kind in ("hf", "gguf"):
+        return kind, os.path.expanduser(name)
+    path = Path(text).expanduser()
+    if path.suffix == ".gguf":
+        return "gguf", str(path)
+    is_out_dir = (path / "best.pt").exists() or (path / "ckpt.pt").exists()
+    is_hf = not is_out_dir and (path / "config.json").exists() and any(path.glob("*.safetensors"))
+    if is_hf or (text in SHORT_NAMES and not path.exists()):
+        return "hf", str(path)
+    return "", str(path)
 
 
 def newest(paths: Iterable[Path]) -> Path | None:
@@ -232,7 +246,9 @@ def check_archive(f: BinaryIO) -> None:
 def read_tokenizer(path: str | Path, saved: Any) -> Tokenizer:
     """Return the tokenizer that a checkpoint holds. RunError if it is damaged."""
     try:
-        return Tokenizer.from_dict(saved)
+        tokenizer = Tokenizer.from_dict(saved)
+        read_sampling(tokenizer.sampling)
+        return tokenizer
     except ValueError as e:
         raise RunError(f"{path} is damaged: its tokenizer cannot be read") from e
 
@@ -320,3 +336,17 @@ def check_rope_scaling(scaling: dict[str, Any], key: str) -> None:
     if rope_type == "llama3" and numbers["low_freq_factor"] >= numbers["high_freq_factor"]:
         low, high = numbers["low_freq_factor"], numbers["high_freq_factor"]
         raise UserError(f"{key}: low_freq_factor {low} must be below high_freq_factor {high}")
+
+
+def read_sampling(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the fields of `Sampling` in a stranger's settings, without nulls. UserError if one is wrong."""
+    found = {f.name: values[f.name] for f in fields(Sampling) if values.get(f.name) is not None}
+    for name, value in found.items():
+        if type(value) is not int and (name == "top_k" or type(value) is not float):
+            raise UserError(f"{name} has the wrong type: {value!r}")
+        found[name] = value if name == "top_k" else float(value)
+    try:
+        Sampling(**found)
+    except ValueError as e:
+        raise UserError(str(e)) from e
+    return found

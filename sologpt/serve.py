@@ -32,7 +32,7 @@ from sologpt import errors
 from sologpt.api import API, SWITCH, TEXT, APIError, Chat, Completion, api_error, read_fields
 from sologpt.engine import Engine, Piece, Request
 from sologpt.errors import RunError, UserError
-from sologpt.hf import Parser
+from sologpt.hf import SOURCE, Parser
 from sologpt.load import describe_run, find_checkpoint, load_model
 from sologpt.quantize import KINDS
 
@@ -418,7 +418,7 @@ def make_parser() -> Parser:
     )
     parser.add_argument(
         "model", metavar="MODEL", nargs="?", default="",
-        help="a checkpoint, a run's out_dir, hf:NAME_OR_DIR or gguf:FILE; the newest in out if there is none",
+        help=f"{SOURCE}; the newest in out if there is none",
     )  # fmt: skip
     add = parser.add_argument
     add("--host", default="127.0.0.1", help="the address to listen on; 0.0.0.0 is all (default: %(default)s)")

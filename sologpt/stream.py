@@ -8,6 +8,7 @@ into text.
 """
 
 import time
+from collections import Counter
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
@@ -157,7 +158,8 @@ class TextStream(Iterator[str]):
         """Say how many tokens there are, how fast they were generated, and why each row ended."""
         n_tokens = sum(len(row.tokens) for row in self.rows)
         speed = n_tokens / max(*(row.seconds for row in self.rows), 1e-9)
-        reasons = ", ".join(row.reason for row in self.rows)
+        counts = Counter(row.reason for row in self.rows)
+        reasons = ", ".join(reason if len(counts) == 1 else f"{reason} ({n})" for reason, n in counts.items())
         return f"{n_tokens} tokens, {speed:,.0f} tokens/s, ended by {reasons}"
 
     @property

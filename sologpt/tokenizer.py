@@ -15,7 +15,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import cached_property
 from itertools import chain, pairwise
@@ -36,7 +36,8 @@ BPE_PATTERN = (
     r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 
-TYPES: dict[str, type] = {"tokens": list, "eos_tokens": list, "special_tokens": dict}  # of to_dict
+TYPES: dict[str, type] = {"tokens": list, "eos_tokens": list}  # of to_dict
+TYPES |= {"special_tokens": dict, "sampling": dict}
 TYPES |= dict.fromkeys(("kind", "name", "pattern", "tokenizer_json", "chat_template"), str)
 MAX_CHARACTERS = 128  # of a token, about: a longer text than all of a window's tokens is not encoded
 MAX_GROWTH = 64  # of a text in a tokenizer.json; U+FDFA becomes 18 characters
@@ -80,11 +81,15 @@ class Tokenizer:
     """Text to token ids and back, by a `tiktoken.Encoding`.
 
     `ids` are the ids in the vocabulary, `eot` is the id that separates documents, `eos_tokens` end a text.
-    chat_template is Jinja, or empty.
+    chat_template is Jinja, or empty. sampling are the fields of `gpt.Sampling` with which the model answers.
     """
 
     def __init__(
-        self, encoding: tiktoken.Encoding, eos_tokens: Sequence[int] = (), chat_template: str = ""
+        self,
+        encoding: tiktoken.Encoding,
+        eos_tokens: Sequence[int] = (),
+        chat_template: str = "",
+        sampling: Mapping[str, Any] | None = None,
     ) -> None:
         self.encoding = encoding
         self.name = encoding.name
@@ -94,6 +99,7 @@ class Tokenizer:
         self.eos_tokens = [i for i in ends if type(i) is int and i in self.ids]
         self.special_tokens = {"bos_token": EOT, "eos_token": EOT}  # by the names that templates use
         self.chat_template = chat_template
+        self.sampling = dict(sampling or {})
 
     @classmethod
     def from_spec(cls, spec: str, documents: Iterable[str] = ()) -> "Tokenizer":
@@ -146,6 +152,8 @@ class Tokenizer:
         }
         if self.chat_template:
             d |= {"eos_tokens": self.eos_tokens, "chat_template": self.chat_template}
+        if self.sampling:
+            d["sampling"] = self.sampling
         return d
 
     @classmethod
@@ -170,7 +178,7 @@ class Tokenizer:
             options = dict(pat_str=d["pattern"], mergeable_ranks=ranks, special_tokens=special)
             with refused("tiktoken", quiet=True):
                 encoding = tiktoken.Encoding(d["name"], **options)
-            return cls(encoding, d.get("eos_tokens", ()), d.get("chat_template", ""))
+            return cls(encoding, d.get("eos_tokens", ()), d.get("chat_template", ""), d.get("sampling"))
         except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as e:
             raise UserError("this is not the dict of a tokenizer") from e
 
@@ -261,10 +269,10 @@ class Tokenizer:
         return copied
 
     def has_ids_of(self, other: "Tokenizer") -> bool:
-        """Return whether both have the same vocabulary. Chat templates and eos_tokens may differ."""
+        """Return whether both have the same vocabulary. Names, chat templates and the like may differ."""
         ours = self.to_dict()
         theirs = other.to_dict()
-        others = {"eos_tokens", "chat_template"}
+        others = {"name", "eos_tokens", "chat_template", "sampling"}
         return all(ours.get(key) == theirs.get(key) for key in (ours.keys() | theirs.keys()) - others)
 
     def decode(self, ids: Iterable[int]) -> str:
@@ -353,9 +361,9 @@ class PretrainedTokenizer(Tokenizer):
     """The tokenizer of a Hugging Face model: its tokenizer.json, run by the `tokenizers` library.
 
     special_tokens are texts by name, {"bos_token": "<s>", ...}. eos_tokens are ids that end a text, besides
-    that of eos_token. chat_template is Jinja, or empty. UserError for a damaged tokenizer.json, a special
-    token outside the vocabulary, or a decoder that is neither byte-level nor SentencePiece's. ImportError
-    without the extra.
+    that of eos_token. chat_template and sampling are as in `Tokenizer`. UserError for a damaged
+    tokenizer.json, a special token outside the vocabulary, or a decoder that is neither byte-level nor
+    SentencePiece's. ImportError without the extra.
     """
 
     def __init__(
@@ -365,6 +373,7 @@ class PretrainedTokenizer(Tokenizer):
         special_tokens: dict[str, str],
         eos_tokens: Sequence[int] = (),
         chat_template: str = "",
+        sampling: Mapping[str, Any] | None = None,
     ) -> None:
         try:
             import tokenizers
@@ -387,6 +396,7 @@ class PretrainedTokenizer(Tokenizer):
         self.tokenizer_json = tokenizer_json
         self.special_tokens = special_tokens
         self.chat_template = chat_template
+        self.sampling = dict(sampling or {})
 
         vocabulary = self.backend.get_vocab(with_added_tokens=True)
         self.tokens = {i: text for text, i in vocabulary.items()}
@@ -416,7 +426,7 @@ class PretrainedTokenizer(Tokenizer):
                     self.byte_tokens[i] = bytes.fromhex(match[1])
 
     def to_dict(self) -> dict[str, Any]:
-        return {
+        d = {
             "kind": "tokenizers",
             "name": self.name,
             "tokenizer_json": self.tokenizer_json,
@@ -424,6 +434,7 @@ class PretrainedTokenizer(Tokenizer):
             "eos_tokens": self.eos_tokens,
             "chat_template": self.chat_template,
         }
+        return d | ({"sampling": self.sampling} if self.sampling else {})
 
     def encode(self, text: str) -> list[int]:
         return self._encode(self.backend, text)

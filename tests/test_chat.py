@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import sys
 from pathlib import Path
 
@@ -9,12 +10,20 @@ import pytest
 import torch
 from conftest import ROOT, make_model, run
 from test_hf_tokenizer import CHATML, write_folder
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
 
 import configurator
 import sample
 from gpt import GPT
-from sologpt import errors, hf
+from sologpt import errors, gguf, hf
+from sologpt.load import load_model
+from sologpt.stream import stream_text
 from sologpt.tokenizer import Tokenizer
 
 # Drops the start of earlier answers, as Qwen 3's template drops their thoughts
@@ -174,6 +183,67 @@ def test_an_open_model_answers_as_in_transformers(folder, here):
     assert here(*flags, "--chat", "--prompt=Hello there")[1] == said + "\n"
 
 
+OWN = {"temperature": 0.3, "top_k": 9, "top_p": 0.75, "repetition_penalty": 1.25}
+
+
+def test_a_chat_has_the_settings_of_the_model_and_a_flag_wins(folder, chatty, here, tmp_path):
+    """Whatever file they come from: all formats that we write hold them, as transformers and gguf read them."""
+    model = shutil.copytree(folder, tmp_path / "model")
+    (model / "generation_config.json").write_text(json.dumps(OWN | {"min_p": None, "eos_token_id": 2}))
+    hf.main(["import", str(model), str(tmp_path / "out")])
+    hf.main(["export", str(tmp_path / "out"), str(tmp_path / "hf")])
+    gguf.main(["export", str(tmp_path / "hf"), str(tmp_path / "a.gguf")])
+    theirs = GenerationConfig.from_pretrained(tmp_path / "hf")
+    assert OWN.items() <= theirs.to_dict().items() and theirs.do_sample and theirs.eos_token_id == 2
+    metadata = gguf.Reader(tmp_path / "a.gguf").metadata
+    assert metadata["general.sampling.temp"] == 0.3 and metadata["general.sampling.penalty_repeat"] == 1.25
+
+    messages = [{"role": "user", "content": "Hello there"}]
+    flags = ["--chat", "--prompt=Hello there", "--max_tokens=12", "--dtype=float32"]
+    cases = [(tmp_path / name, [], OWN) for name in ("model", "out", "hf", "a.gguf")]
+    cases += [(tmp_path / "out", ["--top_k=3", "--temperature=2"], OWN | {"top_k": 3, "temperature": 2.0})]
+    cases += [(chatty, [], {"temperature": 0.6, "top_p": 0.9})]
+    for source, more, settings in cases:
+        model, tokenizer, _ = load_model(source, dtype=torch.float32)
+        said = "".join(stream_text(model, tokenizer, messages, 12, **settings))
+        status, out, err = here(f"--ckpt={source}", *flags, *more)
+        assert (status, out) == (0, said + "\n"), source
+        shown = "".join(f", {name} {value:g}" for name, value in settings.items())
+        assert all(part in err.splitlines()[0] for part in shown.split(",")), err
+    assert ", temperature 0.8" in here(f"--ckpt={tmp_path / 'out'}", "--prompt=a", "--max_tokens=1")[2]
+
+
+@pytest.mark.parametrize("key, value", [("temperature", -1), ("top_p", 3), ("top_k", 1.5), ("min_p", "a")])
+def test_settings_that_no_sampling_has_are_refused(folder, here, tmp_path, key, value):
+    model = shutil.copytree(folder, tmp_path / "model")
+    (model / "generation_config.json").write_text(json.dumps({key: value}))
+    status, _, err = here(f"--ckpt={model}", "--max_tokens=1")
+    assert status == 2 and key in err and len(err.splitlines()) == 1
+    tokenizer = hf.load_tokenizer(folder).to_dict() | {"sampling": {key: value}}
+    make_model(vocab_size=400).save(tmp_path / "best.pt", tokenizer=tokenizer)
+    status, _, err = here(f"--ckpt={tmp_path / 'best.pt'}", "--max_tokens=1")
+    assert status == 1 and "damaged" in err and len(err.splitlines()) == 1
+
+
+def test_a_chat_model_that_says_nothing_without_chat_is_pointed_to_it(chatty, tmp_path, here):
+    """A head that gives every logit the same: argmax is the first token, which ends a text."""
+    model, tokenizer, _ = load_model(chatty)
+    model.lm_head.weight.data.zero_()
+    for name, template, hints in (("chat", CHATML, 2), ("plain", "", 0)):
+        ends = tokenizer.to_dict() | {"eos_tokens": [0], "chat_template": template}
+        model.save(tmp_path / f"{name}.pt", tokenizer=ends)
+        flags = [f"--ckpt={tmp_path / name}.pt", "--temperature=0", "--max_tokens=5"]
+        err = here(*flags, "--prompt=a")[2] + here(*flags, "--interactive", lines=("a",))[2]
+        assert err.count("it has a chat template: add --chat") == hints, err
+    assert "add --chat" not in here(f"--ckpt={tmp_path / 'chat.pt'}", *flags[1:], "--chat", "--prompt=a")[2]
+
+
+def test_a_prompt_is_the_first_message_of_an_interactive_chat(chatty, here):
+    flags = [f"--ckpt={chatty}", "--interactive", "--chat", "--temperature=0", "--max_tokens=6"]
+    typed = here(*flags, lines=("Hello", "And 3?"))[1]
+    assert here(*flags, "--prompt=Hello", lines=("And 3?",))[1] == f"> Hello\n{typed}"
+
+
 @pytest.mark.parametrize(
     "dtype, expected", [("auto", "bfloat16"), ("float32", "float32"), ("bfloat16", "bfloat16")]
 )
@@ -202,7 +272,7 @@ def test_errors_are_one_line(chatty, folder, tmp_path, here):
         ([f"--ckpt={refuses}", "--chat", "--interactive"], "no system message"),
         ([good, "--system=x"], "--chat"),
         ([good, f"--init_from=hf:{folder}"], "--ckpt and --init_from"),
-        (["--init_from=gpt3"], "hf:"),
+        (["--init_from=gpt3"], "give a checkpoint, a run's folder, hf:NAME or gguf:FILE"),
         ([good, "--dtype=int8"], "int8"),
         ([f"--init_from=hf:{tmp_path / 'empty'}"], "config.json"),
         ([f"--init_from=hf:{tmp_path / 'none'}"], f"there is no folder {tmp_path / 'none'}"),

@@ -583,8 +583,9 @@ def test_load_model(good, tmp_path, monkeypatch):
     model, tokenizer, about = load_model(f"gguf:{path}", "cpu", torch.bfloat16)
     assert model.dtype == torch.bfloat16 and tokenizer.encode("a") == [97]
     assert about == {"source": f"gguf:{path}"}
-    with pytest.raises(ValueError, match=f"load it as gguf:{path}"):
-        load_model(path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for source in (path, "gguf:~/a.gguf", "~/a.gguf"):
+        assert load_model(source)[2] == about and load_model(source)[1].name == "a"
     with pytest.raises(FileNotFoundError):
         load_model("gguf:none.gguf")
     monkeypatch.setitem(sys.modules, "gguf", None)
@@ -601,14 +602,13 @@ def test_scripts_take_a_file(good, tmp_path):
     texts.mkdir()
     for i in range(10):
         (texts / f"{i}.txt").write_text(f"def f{i}(x): return x + {i}\n" * 40)
-    (tmp_path / "tokenizer.json").write_text(json.dumps(gguf.load(path)[1].to_dict()))
-    data = ("--input", texts, "--out_dir", tmp_path / "data", f"--tokenizer={tmp_path / 'tokenizer.json'}")
+    data = ("--input", texts, "--out_dir", tmp_path / "data", f"--tokenizer={path}")
     run("data/text/prepare.py", *data)
     flags = ("--max_iters=2", "--eval_iters=1", "--batch_size=2", "--sequence_len=32", "--sample_tokens=4")
     flags += (f"--dataset={tmp_path / 'data'}", f"--out_dir={tmp_path / 'out'}")
     run("train.py", f"--init_from=gguf:{path}", *flags)
     flags = ("--max_tokens=5", "--prompt=def", "--device=cpu")
-    assert run("sample.py", f"--init_from=gguf:{path}", *flags).stdout.startswith("def")
+    assert run("sample.py", f"--ckpt={path}", *flags).stdout.startswith("def")
     gguf.main(["export", str(tmp_path / "out"), str(tmp_path / "b.gguf"), "--dtype=q8_0"])
     assert gguf.load(tmp_path / "b.gguf")[0].config == gguf.load(path)[0].config
 

@@ -816,7 +816,6 @@ assert not {{"configurator", "train", "sample", "data"}} & set(sys.modules)
         (["import", "good", "file"], "File exists", 2),
         (["export", "nowhere.pt", "out"], "nowhere.pt", 2),
         (["export", "empty", "out"], "no best.pt or ckpt.pt in", 2),
-        (["export", "good", "out"], "hf:good", 2),
         (["export", "file", "out"], "damaged", 1),
         (["export", "model.pt", "out"], "no tokenizer", 1),
         (["export", "ours.pt", "full"], "exists already", 2),

@@ -133,10 +133,10 @@ def theirs(folder) -> tokenizers.Tokenizer:
 # ---- encode
 
 
-def test_encode_gives_the_ids_of_the_library(ours, theirs):
+def test_encode_gives_the_ids_of_the_library(ours, theirs, folder):
     assert ours.encode(TEXT) == theirs.encode(TEXT, add_special_tokens=False).ids
     assert ours.encode_prompt(TEXT) == theirs.encode(TEXT).ids
-    assert ours.encode("") == [] and ours.vocab_size == theirs.get_vocab_size() and ours.name == "llama"
+    assert ours.encode("") == [] and ours.vocab_size == theirs.get_vocab_size() and ours.name == folder.name
 
 
 def test_encode_prompt_gives_the_ids_of_transformers(ours, folder):
@@ -171,7 +171,7 @@ def test_a_pattern_that_backtracks_for_ever_is_a_value_error(tmp_path, pattern):
     made = json.loads(d["tokenizer_json"])
     made["pre_tokenizer"]["pretokenizers"][0]["pattern"] = {"Regex": pattern}
     tokenizer = Tokenizer.from_dict(d | {"tokenizer_json": json.dumps(made)})
-    with pytest.raises(ValueError, match="llama cannot encode this text"):
+    with pytest.raises(ValueError, match="cannot encode this text"):
         tokenizer.encode("a" * 40 + "c")
 
 

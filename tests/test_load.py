@@ -214,9 +214,11 @@ def test_a_hugging_face_model(folder):
     assert tokenizer.encode("abc") == BYTES.encode("abc") and about == {"source": f"hf:{folder}"}
 
 
-def test_a_hugging_face_folder_needs_the_prefix(folder, tmp_path):
-    with pytest.raises(ValueError, match=f"hf:{folder}"):
-        load_model(folder)
+def test_a_hugging_face_folder_needs_no_prefix(folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(folder.parent))
+    for source in (folder, f"hf:~/{folder.name}", f"~/{folder.name}"):
+        model, _, about = load_model(source)
+        assert same_weights(model, hf.load(folder)[0]) and about == {"source": f"hf:{folder}"}
     hf.save(MODEL, BYTES, tmp_path / "both")
     save(tmp_path / "both" / "best.pt", step=5)
     assert load_model(tmp_path / "both")[2]["step"] == 5  # a folder that is an out_dir too

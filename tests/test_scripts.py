@@ -363,6 +363,8 @@ def test_compile_gives_the_same_losses(dataset, tmp_path, monkeypatch):
     plain, compiled = losses_with("--compile", dataset, tmp_path, monkeypatch)
     assert compiled == pytest.approx(plain, abs=1e-3)
     assert counters["stats"]["unique_graphs"] >= 2, "one for training, one for evaluation"
+    first, second, *_ = records(tmp_path / "with")
+    assert "compile_seconds" in first and "tokens_per_second" not in first and "tokens_per_second" in second
 
 
 def test_train_says_what_is_wrong(trained, dataset, tmp_path, error_here):
@@ -495,6 +497,20 @@ def test_several_samples(trained):
     done = run("sample.py", f"--out_dir={trained}", "--prompt=de", "--num_samples=3", "--max_tokens=12")
     samples = done.stdout.split("---\n")
     assert len(samples) == 3 and all(s.startswith("de") for s in samples) and len(set(samples)) == 3
+    assert done.stderr.endswith("ended by length\n")
+    stop = samples[1][2]
+    done = run("sample.py", *done.args[1:], f"--stop={stop}")
+    n = sum(stop in s[2:] for s in samples)
+    assert n == 3 or {f"stop ({n})", f"length ({3 - n})"} == {
+        *done.stderr.strip().split("ended by ")[1].split(", ")
+    }
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_on_a_build_for_the_cpu_says_what_to_install(trained, error_here, monkeypatch):
+    monkeypatch.setattr(torch.version, "cuda", None)
+    line = error_here(sample, f"--out_dir={trained}", "--device=cuda")
+    assert "is a build for the CPU; pytorch.org/get-started/locally" in line
 
 
 def test_a_prompt_longer_than_the_window_is_said(trained):
