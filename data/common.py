@@ -35,6 +35,8 @@ CHUNK = 2**20  # bytes per read
 MIN_TOKENS = 32  # in a split
 MAX_ROW = 1024  # tokens, unless --sequence_len says more
 
+ICONV = "iconv -f LATIN1 -t UTF-8 OLD > NEW converts it, if it is in Latin-1"
+
 T = TypeVar("T")
 
 # -----------------------------------------------------------------------------
@@ -83,7 +85,7 @@ class Document:
             return decoder.decode(chunk, final=not chunk)
         except UnicodeDecodeError as e:
             at = size - len(e.object) + e.start  # e.object begins with bytes that the decoder had buffered
-            raise UserError(f"{self.path} is not UTF-8 text: {e.reason} at byte {at}") from e
+            raise UserError(f"{self.path} is not UTF-8 text: {e.reason} at byte {at}; {ICONV}") from e
 
 
 def split(documents: list[Document], val_fraction: float) -> tuple[list[Document], list[Document]]:
@@ -125,6 +127,7 @@ def write(folder: Path, documents: list[Document], spec: str, val_fraction: floa
     tokenizer = open_tokenizer(spec, (text for document in train for text in document))
     meta = first_meta(tokenizer)
     lines = []
+    warn_of_another_tokenizer(folder, tokenizer)
     with replacing_dataset(folder, FILES):
         for name, part in (("train", train), ("val", val)):
             counts = write_tokens(folder / f"{name}.bin.tmp", part, tokenizer, meta["dtype"])
@@ -133,10 +136,25 @@ def write(folder: Path, documents: list[Document], spec: str, val_fraction: floa
             if counts["tokens"] < MIN_TOKENS:
                 needed = f"needs {MIN_TOKENS} or more"
                 raise UserError(f"too little text: {name}.bin would have {tokens}, and {needed}")
-            size = f"{len(part):,} documents, {tokens}"
+            size = f"{plural(len(part), 'document')}, {tokens}"
             lines.append(f"{folder.name}/{name}.bin: {size} (tokenizer: {tokenizer.name})")
         (folder / "meta.json.tmp").write_text(json.dumps(meta))
     print(*lines, sep="\n")
+
+
+def plural(n: int, what: str) -> str:
+    return f"{n:,} {what}" + "s" * (n != 1)
+
+
+def warn_of_another_tokenizer(folder: Path, tokenizer: Tokenizer) -> None:
+    """Say so if the dataset in folder, which is to be replaced, has another tokenizer."""
+    try:
+        old = Tokenizer.from_dict(json.loads((folder / "meta.json").read_bytes())["tokenizer"])
+    except (OSError, ValueError, KeyError, TypeError, ImportError):
+        return  # there is none, or it is damaged
+    if not old.has_ids_of(tokenizer):
+        what = f"{folder} has the tokenizer {old.name}, and gets {tokenizer.name}"
+        print(f"note: {what}: a run with the old one needs that again; --out_dir=data/NAME keeps both")
 
 
 def first_meta(tokenizer: Tokenizer) -> dict[str, Any]:
@@ -198,8 +216,8 @@ def write_errors(folder: Path) -> Iterator[None]:
 def open_tokenizer(spec: str, texts: Iterable[str] = ()) -> Tokenizer:
     """Return the tokenizer "stdlib", that of a file, or Tokenizer.from_spec(spec, texts).
 
-    A file is FILE.json (a tokenizer's dict, or a dataset's meta.json) or FILE.pt (a checkpoint). UserError if
-    it has no tokenizer, ImportError if the tokenizer needs a missing extra.
+    A file is FILE.json (a tokenizer's dict, or a dataset's meta.json) or a model, as in `load_model`.
+    UserError if it has no tokenizer, ImportError if the tokenizer needs a missing extra.
     """
     return open_tokenizer_and_window(spec, texts)[0]
 
@@ -209,12 +227,19 @@ def open_tokenizer_and_window(spec: str, texts: Iterable[str] = ()) -> tuple[Tok
     if spec == "stdlib":
         merges = (FOLDER / "stdlib" / "merges.txt").read_text("utf-8")
         return Tokenizer.from_merges(spec, merges), MAX_ROW
-    path = Path(spec)
+    path = Path(spec).expanduser()
     if path.suffix not in (".json", ".pt"):
-        return Tokenizer.from_spec(spec, texts), MAX_ROW
+        if not (spec.startswith(("hf:", "gguf:")) or path.suffix == ".gguf" or path.is_dir()):
+            return Tokenizer.from_spec(spec, texts), MAX_ROW
+        from sologpt.load import find_checkpoint, find_source, load_model  # imports torch
+
+        if find_source(spec)[0]:
+            model, tokenizer, _ = load_model(spec)
+            return tokenizer, min(MAX_ROW, model.config.sequence_len)
+        path = find_checkpoint(path)
     try:
         if path.suffix == ".pt":
-            from sologpt.load import make_config, read_checkpoint  # imports torch
+            from sologpt.load import make_config, read_checkpoint
 
             content = read_checkpoint(path)
             config = make_config(content.get("config", {"sequence_len": MAX_ROW}))
@@ -252,6 +277,7 @@ def write_conversations(
     tokenizer, window = open_tokenizer_and_window(spec, texts)
     tokenizer = tokenizer.with_chat_template()
     sequence_len = sequence_len or window
+    warn_of_another_tokenizer(folder, tokenizer)
     meta = first_meta(tokenizer) | {"sequence_len": sequence_len}
     lines = []
     with replacing_dataset(folder, ROW_FILES):
@@ -307,7 +333,8 @@ def describe(folder: Path, name: str, examples: list[Example], counts: dict[str,
     }
     losses = [f"{n:,} {what}" for what, n in lost.items() if n]
     return (
-        f"{folder.name}/{name}.bin: {len(examples):,} conversations, {counts['rows']:,} rows, "
+        f"{folder.name}/{name}.bin: {plural(len(examples), 'conversation')}, "
+        f"{plural(counts['rows'], 'row')}, "
         f"{counts['tokens']:,} tokens, {counts['trained']:,} trained, the longest row {counts['longest']:,}"
         + "".join(f"; {loss}" for loss in losses)
     )
@@ -359,8 +386,9 @@ class Parser(argparse.ArgumentParser):
             default="bytes",
             metavar="NAME",
             help="Tokenize by bytes, stdlib (a BPE trained on Python's standard library), bpe:N (a BPE of N "
-            "ids, trained on this text), a tiktoken encoding such as gpt2, or the tokenizer in FILE.pt (a "
-            "checkpoint) or FILE.json (a meta.json). Default: %(default)s.",
+            "ids, trained on this text), a tiktoken encoding such as gpt2, or by the tokenizer of a model (a "
+            "checkpoint, a run's folder, hf:NAME, gguf:FILE) or of FILE.json (a meta.json). Default: "
+            "%(default)s.",
         )
 
     def add_val_fraction(self, default: float) -> None:

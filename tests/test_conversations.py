@@ -418,7 +418,7 @@ GOOD = json.dumps({"prompt": "a", "completion": "b"})
         ('{"messages": "hello"}', "in.jsonl:1: messages are a list of objects"),
         ('{"messages": [1]}', "in.jsonl:1: messages are a list of objects"),
         ('{"messages": []}', "in.jsonl:1: it has messages, but not"),
-        (GOOD, "has 1 conversations, and needs 2"),
+        (GOOD, "has 1 conversation, and needs 2"),
         ("", "has 0 conversations, and needs 2"),
     ],
 )

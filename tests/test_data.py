@@ -22,6 +22,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import sologpt.data
+from sologpt import hf
 from sologpt.data import find, get_batch, load, prepare
 from sologpt.errors import RunError
 from sologpt.tokenizer import EOT, Tokenizer, train_bpe
@@ -100,20 +101,27 @@ def test_stdlib_is_python_and_always_the_same(tmp_path, monkeypatch):
 
 
 def test_text_from_a_folder_and_from_a_file(tmp_path):
+    """Hidden, binary and empty files are skipped, and counted by kind."""
     (tmp_path / "in").mkdir()
     for i in range(12):
-        (tmp_path / "in" / f"{i:02}.txt").write_text(f"this is text {i}\n")
+        suffix = ".txt" if i % 4 else ".md"
+        (tmp_path / "in" / f"{i:02}{suffix}").write_text(f"this is text {i}\n")
     (tmp_path / "in" / ".git").mkdir()
     (tmp_path / "in" / ".git" / "objects").write_bytes(b"\xff")
-    run(
+    (tmp_path / "in" / "a.png").write_bytes(b"\x89PNG\0\xff")
+    (tmp_path / "in" / "b.txt").touch()
+    done = run(
         "data/text/prepare.py", "--input", tmp_path / "in", "--out_dir", tmp_path / "a", "--val_fraction=0.25"
     )
+    skipped = "1 without a suffix (hidden), 1 .png (binary), 1 .txt (empty)"
+    assert done.stdout.splitlines()[:2] == ["taken: 9 .txt, 3 .md", f"skipped: {skipped}"]
     a = load(tmp_path / "a")
     assert a.tokenizer.decode(a.val.tolist()) == "<|endoftext|>".join(
         f"this is text {i}\n" for i in (3, 7, 11)
     )
     (tmp_path / "one.txt").write_text("x" * 900 + "y" * 100)
-    run("data/text/prepare.py", "--input", tmp_path / "one.txt", "--out_dir", tmp_path / "b")
+    done = run("data/text/prepare.py", "--input", tmp_path / "one.txt", "--out_dir", tmp_path / "b")
+    assert "b/train.bin: 1 document, 900 tokens" in done.stdout and "note" not in done.stdout
     b = load(tmp_path / "b")
     assert b.tokenizer.decode(b.val.tolist()) == "y" * 100
 
@@ -212,7 +220,7 @@ def test_chunks_are_decoded_as_the_whole_file(tmp_path_factory, content, size):
         try:
             assert content.decode() == "".join(common.Document(path))
         except UnicodeDecodeError as e:
-            with pytest.raises(ValueError, match=f"{re.escape(e.reason)} at byte {e.start}$"):
+            with pytest.raises(ValueError, match=f"{re.escape(e.reason)} at byte {e.start};"):
                 list(common.Document(path))
 
 
@@ -283,6 +291,26 @@ def test_a_tokenizer_comes_from_a_file(tmp_path):
     assert load(tmp_path).train.tolist() == tokenizer.encode(SOURCE[:4500])
     for name in ("tokenizer.json", "meta.json"):
         assert common.open_tokenizer(str(tmp_path / name)).to_dict() == tokenizer.to_dict()
+
+
+def test_a_tokenizer_comes_from_any_model(tmp_path, monkeypatch):
+    """A run's folder, the folder of a Hugging Face model with and without hf:, and ~."""
+    model, tokenizer = make_model(vocab_size=300), Tokenizer.from_spec("bpe:300", [SOURCE])
+    (tmp_path / "run").mkdir()
+    model.float().save(tmp_path / "run" / "best.pt", tokenizer=tokenizer.to_dict())
+    hf.save(model, tokenizer, tmp_path / "hf")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for spec in ("~/run", f"{tmp_path / 'run' / 'best.pt'}", "hf:~/hf", f"{tmp_path / 'hf'}"):
+        found, window = common.open_tokenizer_and_window(spec)
+        assert found.encode(SOURCE) == tokenizer.encode(SOURCE) and window == 32, spec
+
+
+def test_another_tokenizer_in_the_place_of_one_is_said(tmp_path):
+    (tmp_path / "a.txt").write_text(SOURCE)
+    flags = ["data/text/prepare.py", "--input", tmp_path / "a.txt", "--out_dir", tmp_path / "out"]
+    assert "note" not in run(*flags).stdout + run(*flags).stdout
+    note = "out has the tokenizer bytes, and gets stdlib: a run with the old one needs that again"
+    assert note in run(*flags, "--tokenizer=stdlib").stdout
 
 
 def test_a_file_without_a_tokenizer_is_one_line(tmp_path):
@@ -401,9 +429,18 @@ def test_bad_input_is_one_line(tmp_path):
     assert "--input" in error(text, *out)
     assert "nowhere" in error(text, *out, "--input=nowhere")
     assert "no text" in error(text, *out, "--input", tmp_path / "empty.txt")
-    assert "UTF-8" in error(text, *out, "--input", tmp_path / "binary")
-    (tmp_path / "empty.txt").write_text("a")
-    assert "too little" in error(text, *out, "--input", tmp_path / "empty.txt")
+    line = error(text, *out, "--input", tmp_path / "binary")
+    assert "binary is not UTF-8 text" in line and "iconv -f LATIN1 -t UTF-8" in line
+    (tmp_path / "utf16").mkdir()
+    (tmp_path / "utf16" / "a.txt").write_text("hello", "utf-16")
+    assert "a.txt is not UTF-8" in error(text, *out, "--input", tmp_path / "utf16"), "text, but skipped"
+    (tmp_path / "empty.txt").write_text("a" * 40)
+    done = run(text, *out, "--input", tmp_path / "empty.txt", status=2)
+    assert "too little" in done.stderr and not done.stdout, "no success before an error"
+    for name, record in (("a.jsonl", '{"messages": []}\n{'), ("a.json", '[{"conversations": []}]')):
+        (tmp_path / name).write_text(record)
+        line = error(text, *out, "--input", tmp_path / name)
+        assert f"holds conversations: python data/chat/prepare.py --input {tmp_path / name}" in line
     (tmp_path / "binary").write_text("fine")
     assert "'words'" in error(text, *out, "--input", tmp_path / "binary", "--tokenizer=words")
     assert "val_fraction" in error(text, *out, "--input", tmp_path / "binary", "--val_fraction=2")

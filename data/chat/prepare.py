@@ -49,7 +49,7 @@ def read_records(path: Path) -> Iterator[tuple[str, Any]]:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError as e:
         line = content.count(b"\n", 0, e.start) + 1
-        raise UserError(f"{path}:{line}: this is not UTF-8 text: {e.reason}") from e
+        raise UserError(f"{path}:{line}: this is not UTF-8 text: {e.reason}; {common.ICONV}") from e
     if text.lstrip().startswith("["):
         for i, record in enumerate(parse(text, path, 1)):
             yield f"{path}[{i}]", record
@@ -149,8 +149,8 @@ def main() -> None:
     args = parser.parse_args()
     examples = read_examples(args.input)
     if len(examples) < 2:
-        n = len(examples)
-        raise UserError(f"--input={args.input} has {n} conversations, and needs 2: one of them is held out")
+        n = common.plural(len(examples), "conversation")
+        raise UserError(f"--input={args.input} has {n}, and needs 2: one of them is held out")
     train, val = common.hold_out(examples, args.val_fraction)
     common.write_conversations(args.out_dir, train, val, args.tokenizer, args.sequence_len)
 
