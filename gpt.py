@@ -6,7 +6,7 @@ The default architecture is that of nanochat (https://github.com/karpathy/nanoch
 - RMSNorm without gains (https://arxiv.org/abs/1910.07467), before each sublayer and after the embedding
 - an MLP with ReLU squared (https://arxiv.org/abs/2109.08668), no biases, an untied head
 - logits softcapped in float32 (Gemma 2, https://arxiv.org/abs/2408.00118)
-Switches in the config make it GPT-2, Llama, Mistral, Qwen or SmolLM3.
+Switches in the config make it GPT-2, Llama, Mistral, Qwen, SmolLM3 or Gemma 3.
 
 Shapes in the comments: B rows, T new tokens, S tokens to attend to, C = n_embd, H = n_head, G = n_kv_head,
 D = head_dim, M = n_hidden, V = vocab_size. The file needs PyTorch alone, and knows token ids but no text.
@@ -43,9 +43,11 @@ class GPTConfig:
     n_embd: int = 768  # width of the residual stream
     head_dim: int = DERIVED  # channels of a head; None means n_embd // n_head
     n_hidden: int = DERIVED  # width of the MLP; None means 4 * n_embd
-    mlp: str = "relu2"  # relu2, gelu, gelu_tanh (two matrices) or swiglu (three, one of them the gate)
+    mlp: str = "relu2"  # relu2, gelu, gelu_tanh (two matrices); swiglu, geglu (three, one of them the gate)
     qk_norm: bool = True  # normalize queries and keys
     embd_norm: bool = True  # normalize the embedding
+    embd_scale: bool = False  # multiply the embedding by sqrt(n_embd)
+    post_norm: bool = False  # a norm after each sublayer, too
     norm: str = "rms"  # rms (RMSNorm) or layer (LayerNorm)
     norm_weight: bool = False  # learned gains in every norm
     bias: bool = False  # biases in all linear layers but the head, and in every LayerNorm
@@ -57,7 +59,8 @@ class GPTConfig:
     dropout: float = 0.0  # probability of zeroing an activation in training
     softcap: float = 15.0  # bound on the logits, softcap * tanh(logits / softcap); 0 switches it off
     rope_base: float = 10_000.0  # base of the rotary frequencies
-    rope_scaling: dict | None = None  # {"rope_type": "linear", "factor": 2.0}, or "llama3" and its numbers
+    rope_scaling: dict | None = None  # {"rope_type": "linear", "factor": 2.0}; llama3, yarn and their numbers
+    window_rope_base: float | None = None  # rope_base of S layers, which then have no rope_scaling
     norm_eps: float = 1e-6  # added to the mean square, or the variance, in a norm
 
     def __post_init__(self) -> None:
@@ -96,28 +99,34 @@ def make_norm(channels: int, config: GPTConfig) -> nn.Module:
     return nn.RMSNorm(channels, config.norm_eps, config.norm_weight)
 
 
-def rope(positions: Tensor, config: GPTConfig, dtype: torch.dtype) -> Tensor:
+def rope(positions: Tensor, config: GPTConfig, dtype: torch.dtype, base: float | None = None) -> Tensor:
     """Cosine and sine of the rotary angles at positions (B or 1, T): (B or 1, T, 1, D/2, 2).
 
     Channel pair i turns by position * base^(-2i/D), so q @ k depends on the distance alone.
     """
     D, real = config.head_dim, torch.promote_types(dtype, torch.float32)
+    scaling = {} if base else config.rope_scaling or {}
     exponents = torch.arange(0, D, 2, device=positions.device, dtype=real) / -D  # (D/2,)
-    frequencies = config.rope_base**exponents
-    if config.rope_scaling:
-        frequencies = scale_frequencies(frequencies, config.rope_scaling)
+    frequencies = (base or config.rope_base) ** exponents
+    frequencies = scale_frequencies(frequencies, config.rope_base, scaling) if scaling else frequencies
     angles = positions[:, :, None, None].to(real) * frequencies  # (B or 1, T, 1, D/2)
-    return torch.stack((angles.cos(), angles.sin()), dim=-1)
+    return torch.stack((angles.cos(), angles.sin()), dim=-1) * scaling.get("attention_factor", 1.0)
 
 
-def scale_frequencies(frequencies: Tensor, scaling: dict) -> Tensor:
-    """Rotary frequencies (D/2,) for a longer context: "linear" (arXiv:2306.15595) or "llama3"."""
+def scale_frequencies(frequencies: Tensor, base: float, scaling: dict) -> Tensor:
+    """Rotary frequencies (D/2,) for a longer context: "linear" (arXiv:2306.15595), "llama3" or "yarn"."""
     if scaling["rope_type"] == "linear":
         return frequencies / scaling["factor"]
     # Those that turn often in the original context are kept, slow ones are divided, with a blend in between
-    low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
-    turns = frequencies * scaling["original_max_position_embeddings"] / (2 * math.pi)
-    kept = ((turns - low) / (high - low)).clamp(0, 1)
+    turns, pairs = scaling["original_max_position_embeddings"] / (2 * math.pi), len(frequencies)
+    if scaling["rope_type"] == "llama3":
+        low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+        kept = ((frequencies * turns - low) / (high - low)).clamp(0, 1)
+    else:  # YaRN (arXiv:2309.00071): by the pair's number, between those that turn beta_fast, beta_slow times
+        fast, slow = (pairs * math.log(turns / scaling[f"beta_{x}"], base) for x in ("fast", "slow"))
+        first, last = max(math.floor(fast), 0), min(math.ceil(slow), 2 * pairs - 1)
+        numbers = torch.arange(pairs, device=frequencies.device, dtype=frequencies.dtype)
+        kept = 1 - ((numbers - first) / (last - first or 0.001)).clamp(0, 1)
     return frequencies * (kept + (1 - kept) / scaling["factor"])
 
 
@@ -182,7 +191,8 @@ def relu2(x: Tensor) -> Tensor:
     return x * x  # the backward pass of x.square() takes twice the time
 
 
-ACTIVATIONS: dict[str, Any] = {"relu2": relu2, "gelu": F.gelu, "gelu_tanh": nn.GELU("tanh"), "swiglu": F.silu}
+ACTIVATIONS: dict[str, Any] = {"relu2": relu2, "gelu": F.gelu, "gelu_tanh": nn.GELU("tanh")}
+ACTIVATIONS |= {"swiglu": F.silu, "geglu": nn.GELU("tanh")}
 CHOICES = {"mlp": (*ACTIVATIONS,), "norm": ("rms", "layer"), "positions": ("rotary", "learned")}
 
 
@@ -193,7 +203,7 @@ class MLP(nn.Module):
         self.activation = ACTIVATIONS[config.mlp]
         self.c_fc = nn.Linear(C, M, config.bias)
         self.c_proj = nn.Linear(M, C, config.bias)
-        self.c_gate = nn.Linear(C, M, config.bias) if config.mlp == "swiglu" else None
+        self.c_gate = nn.Linear(C, M, config.bias) if config.mlp.endswith("glu") else None
 
     def forward(self, x: Tensor) -> Tensor:
         if self.c_gate is None:
@@ -206,13 +216,15 @@ class Block(nn.Module):
         super().__init__()
         self.attn_norm = make_norm(config.n_embd, config)
         self.attn = Attention(config, layer)
+        self.attn_post_norm = make_norm(config.n_embd, config) if config.post_norm else nn.Identity()
         self.mlp_norm = make_norm(config.n_embd, config)
         self.mlp = MLP(config)
+        self.mlp_post_norm = make_norm(config.n_embd, config) if config.post_norm else nn.Identity()
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x: Tensor, cache: KVCache | None, rotary: Tensor | None, mask: Tensor | None) -> Tensor:
-        x = x + self.dropout(self.attn(self.attn_norm(x), cache, rotary, mask))
-        return x + self.dropout(self.mlp(self.mlp_norm(x)))
+        x = x + self.dropout(self.attn_post_norm(self.attn(self.attn_norm(x), cache, rotary, mask)))
+        return x + self.dropout(self.mlp_post_norm(self.mlp(self.mlp_norm(x))))
 
 
 # ---- The network: token ids to logits, or to a loss ----
@@ -268,11 +280,12 @@ class Transformer(nn.Module):
 
     def attention_inputs(self, positions: Tensor, mask: Tensor | None, S: int) -> dict[str, dict[str, Any]]:
         """`rope` and mask of each layer type, for queries at positions (B or 1, T) and S keys."""
-        window = self.config.sliding_window
+        window, base = self.config.sliding_window, self.config.window_rope_base
         recent = causal_mask(positions, S, window) if window and window < S else mask
         rotary = rope(positions, self.config, self.dtype) if self.wpe is None else None
-        full = dict(rotary=rotary, mask=mask)
-        return {"F": full, "S": full | {"mask": recent}, "N": full | {"rotary": None}}
+        local = rope(positions, self.config, self.dtype, base) if self.wpe is None and base else rotary
+        full, windowed = dict(rotary=rotary, mask=mask), dict(rotary=local, mask=recent)
+        return {"F": full, "S": windowed, "N": full | {"rotary": None}}
 
     def hidden(self, idx: Tensor, kv_cache: KVCache | None = None) -> Tensor:
         """All layers but the head: idx (B, T) int64 to (B, T, C)."""
@@ -286,6 +299,8 @@ class Transformer(nn.Module):
         mask = causal_mask(positions, past + T) if needs_mask else None  # (B or 1, 1, T, S)
         inputs = self.attention_inputs(positions, mask, past + T)
         x = self.wte(idx)  # (B, T, C)
+        if self.config.embd_scale:
+            x = x * torch.tensor(self.config.n_embd**0.5, dtype=x.dtype)  # rounded to it, as in Gemma
         if self.wpe is not None:
             x = x + self.wpe(positions)
         x = self.dropout(self.embd_norm(x))

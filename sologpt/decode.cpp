@@ -102,7 +102,7 @@ void activate(const std::string& mlp, float* x, int64_t n) {
     map(x, n, [&](Vec x) { return at::vec::maximum(x, zero) * at::vec::maximum(x, zero); });
   } else if (mlp == "gelu") {
     map(x, n, [&](Vec x) { return half * x * (one + (x * Vec(M_SQRT1_2)).erf()); });
-  } else if (mlp == "gelu_tanh") {
+  } else if (mlp == "gelu_tanh" || mlp == "geglu") {
     const Vec a(M_SQRT2 * M_2_SQRTPI / 2), b(0.044715);
     map(x, n, [&](Vec x) { return half * x * (one + (a * (x + b * x * x * x)).tanh()); });
   } else {
@@ -118,7 +118,7 @@ struct Config {
   int64_t vocab_size, n_embd, n_head, n_hidden;
   std::string mlp, norm, layer_types;
   int64_t sliding_window;  // 0 is all
-  bool learned_positions, qk_norm, embd_norm, norm_weight, bias, qkv_bias, tie_embd;
+  bool learned_positions, qk_norm, embd_norm, embd_scale, post_norm, norm_weight, bias, qkv_bias, tie_embd;
   double norm_eps, softcap;
 };
 
@@ -225,6 +225,11 @@ void normalize(const Norm& norm, const Floats& x, Tokens& y, int64_t M) {
   for (int64_t m = 0; m < M; m++) norm(&x[m * y.K], &y.x[m * y.K], y.K);
 }
 
+// Normalize each row of x (M, C)
+void normalize(const Norm& norm, Floats& x, int64_t C) {
+  for (size_t i = 0; i < x.size(); i += C) norm(&x[i], &x[i], C);
+}
+
 // x (M, C) += attention(norm(x)). The new keys and values go into the cache
 void attention(Weights& weights, int64_t layer, const KVCache& cache, const Tensor& rotary, int64_t T,
                Floats& x) {
@@ -240,6 +245,7 @@ void attention(Weights& weights, int64_t layer, const KVCache& cache, const Tens
   const Linear c_v = weights.linear(G * D, C, qkv_bias), c_proj = weights.linear(C, H * D, config.bias);
   const Norm q_norm = config.qk_norm ? weights.norm(D) : Norm();
   const Norm k_norm = config.qk_norm ? weights.norm(D) : Norm();
+  const Norm post_norm = config.post_norm ? weights.norm(C) : Norm();
 
   Tokens normed(M, C), y(M, H * D);
   Floats q(M * H * D), k(M * G * D), v(M * G * D), out(M * C);
@@ -270,6 +276,7 @@ void attention(Weights& weights, int64_t layer, const KVCache& cache, const Tens
     });
   });
   linear(y, M, {{&c_proj, out.data()}});
+  if (config.post_norm) normalize(post_norm, out, C);
   for (int64_t i = 0; i < M * C; i++) x[i] += out[i];
 }
 
@@ -277,10 +284,11 @@ void attention(Weights& weights, int64_t layer, const KVCache& cache, const Tens
 void mlp(Weights& weights, int64_t M, Floats& x) {
   const Config& config = weights.config;
   const int64_t C = config.n_embd, hidden = config.n_hidden;
-  const bool has_gate = config.mlp == "swiglu";
+  const bool has_gate = config.mlp == "swiglu" || config.mlp == "geglu";
   const Norm norm = weights.norm(C);
   const Linear c_fc = weights.linear(hidden, C, config.bias), c_proj = weights.linear(C, hidden, config.bias);
   const Linear c_gate = has_gate ? weights.linear(hidden, C, config.bias) : Linear();
+  const Norm post_norm = config.post_norm ? weights.norm(C) : Norm();
 
   Tokens normed(M, C), y(M, hidden);
   Floats up(has_gate ? M * hidden : 0), out(M * C);
@@ -293,20 +301,23 @@ void mlp(Weights& weights, int64_t M, Floats& x) {
   activate(config.mlp, y.x.data(), M * hidden);
   for (size_t i = 0; i < up.size(); i++) y.x[i] *= up[i];
   linear(y, M, {{&c_proj, out.data()}});
+  if (config.post_norm) normalize(post_norm, out, C);
   for (int64_t i = 0; i < M * C; i++) x[i] += out[i];
 }
 
 // Read idx (B, T) after what the cache holds. Return the logits (B, T, V), or those of each row's last token
 Tensor decode(Tensor idx, Tensor k, Tensor v, Tensor cached_ids, Tensor lengths, Tensor rotary,
-              std::vector<Tensor> tensors, int64_t vocab_size, int64_t n_embd, int64_t n_head,
-              int64_t n_hidden, std::string mlp_kind, std::string norm_kind, std::string layer_types,
-              int64_t sliding_window, bool learned_positions, bool qk_norm, bool embd_norm, bool norm_weight,
-              bool bias, bool qkv_bias, bool tie_embd, double norm_eps, double softcap, bool is_last) {
+              Tensor window_rotary, std::vector<Tensor> tensors, int64_t vocab_size, int64_t n_embd,
+              int64_t n_head, int64_t n_hidden, std::string mlp_kind, std::string norm_kind,
+              std::string layer_types, int64_t sliding_window, bool learned_positions, bool qk_norm,
+              bool embd_norm, bool embd_scale, bool post_norm, bool norm_weight, bool bias, bool qkv_bias,
+              bool tie_embd, double norm_eps, double softcap, bool is_last) {
   const Config config{vocab_size,  n_embd,         n_head,            n_hidden, mlp_kind,  norm_kind,
-                      layer_types, sliding_window, learned_positions, qk_norm,  embd_norm, norm_weight,
-                      bias,        qkv_bias,       tie_embd,          norm_eps, softcap};
+                      layer_types, sliding_window, learned_positions, qk_norm,  embd_norm, embd_scale,
+                      post_norm,   norm_weight,    bias,              qkv_bias, tie_embd,  norm_eps,
+                      softcap};
   const KVCache cache{k, v, cached_ids, lengths};
-  cache.check(idx, rotary, config);
+  for (auto& each : {rotary, window_rotary}) cache.check(idx, each, config);
   Weights weights{config, tensors};
   const int64_t C = n_embd, V = vocab_size, B = cache.B, T = idx.size(1), M = B * T;
   const int64_t* ids = pointer<int64_t>(idx);
@@ -314,6 +325,12 @@ Tensor decode(Tensor idx, Tensor k, Tensor v, Tensor cached_ids, Tensor lengths,
   const Linear wte = weights.linear(V, C, false);
   Floats x(M * C), position(C);
   embed(wte, ids, M, x.data());
+  if (embd_scale) {
+    with_type(wte.scale_dtype, [&](auto type) {
+      const float scale = decltype(type)(std::sqrt(double(C)));  // rounded, as in gpt.py
+      for (float& each : x) each *= scale;
+    });
+  }
   if (learned_positions) {
     const int64_t longest = weights.next < tensors.size() ? tensors[weights.next].size(0) : 0;
     const Linear wpe = weights.linear(longest, C, false);
@@ -323,12 +340,9 @@ Tensor decode(Tensor idx, Tensor k, Tensor v, Tensor cached_ids, Tensor lengths,
       for (int64_t c = 0; c < C; c++) x[m * C + c] += position[c];
     }
   }
-  if (embd_norm) {
-    const Norm norm = weights.norm(C);
-    for (int64_t m = 0; m < M; m++) norm(&x[m * C], &x[m * C], C);
-  }
+  if (embd_norm) normalize(weights.norm(C), x, C);
   for (size_t layer = 0; layer < layer_types.size(); layer++) {
-    attention(weights, layer, cache, rotary, T, x);
+    attention(weights, layer, cache, layer_types[layer] == 'S' ? window_rotary : rotary, T, x);
     mlp(weights, M, x);
   }
   const Norm norm = weights.norm(C);
@@ -374,10 +388,10 @@ Tensor linear_of_tokens(Tensor x, std::vector<Tensor> tensors) {
 STABLE_TORCH_LIBRARY_FRAGMENT(sologpt, m) {
   m.def(
       "decode(Tensor idx, Tensor(a!) k, Tensor(b!) v, Tensor(c!) cached_ids, Tensor(d!) lengths, "
-      "Tensor rotary, Tensor[] weights, int vocab_size, int n_embd, int n_head, int n_hidden, str mlp, "
-      "str norm, str layer_types, int sliding_window, bool learned_positions, bool qk_norm, bool embd_norm, "
-      "bool norm_weight, bool bias, bool qkv_bias, bool tie_embd, float norm_eps, float softcap, "
-      "bool is_last) -> Tensor");
+      "Tensor rotary, Tensor window_rotary, Tensor[] weights, int vocab_size, int n_embd, int n_head, "
+      "int n_hidden, str mlp, str norm, str layer_types, int sliding_window, bool learned_positions, "
+      "bool qk_norm, bool embd_norm, bool embd_scale, bool post_norm, bool norm_weight, bool bias, "
+      "bool qkv_bias, bool tie_embd, float norm_eps, float softcap, bool is_last) -> Tensor");
   m.def("linear(Tensor x, Tensor[] weights) -> Tensor");
 }
 

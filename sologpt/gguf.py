@@ -134,7 +134,7 @@ def rope_factors(config: GPTConfig) -> Tensor | None:
         return None
     D = config.head_dim
     frequencies = config.rope_base ** (torch.arange(0, D, 2, dtype=torch.float64) / -D)  # (D/2,)
-    return (frequencies / scale_frequencies(frequencies, scaling)).float()
+    return (frequencies / scale_frequencies(frequencies, config.rope_base, scaling)).float()
 
 
 def to_metadata(config: GPTConfig) -> tuple[Architecture, dict[str, Any]]:

@@ -147,6 +147,8 @@ class Compiled:
         kv_cache.ids[slots] = ids[:, None]
         inputs = model.attention_inputs(positions, mask, end)
         x = model.wte(ids[:, None])  # (B, 1, C)
+        if model.config.embd_scale:
+            x = x * torch.tensor(model.config.n_embd**0.5, dtype=x.dtype)
         x = model.embd_norm(x + model.wpe(positions) if model.wpe else x)
         keys, values = kv_cache.k.transpose(2, 3), kv_cache.v.transpose(2, 3)  # (n_layer, B, max_len, G, D)
         for block, k, v, kind in zip(model.h, keys, values, model.config.layer_types, strict=True):

@@ -162,10 +162,11 @@ class Native:
         self.model = model
         self.switches = (
             c.vocab_size, c.n_embd, c.n_head, c.n_hidden, c.mlp, c.norm, c.layer_types, c.sliding_window or 0,
-            c.positions == "learned", c.qk_norm, c.embd_norm, c.norm_weight, c.bias, c.qkv_bias, c.tie_embd,
-            c.norm_eps, c.softcap,
+            c.positions == "learned", c.qk_norm, c.embd_norm, c.embd_scale, c.post_norm, c.norm_weight,
+            c.bias, c.qkv_bias, c.tie_embd, c.norm_eps, c.softcap,
         )  # fmt: skip
-        self.rotary = torch.empty(0, c.head_dim // 2, 2)  # of each position, as far as it was needed
+        # Of each position, as far as it was needed; of layers with a window
+        self.rotary = self.window_rotary = torch.empty(0, c.head_dim // 2, 2)
         self.find_weights()
 
     def find_weights(self) -> None:
@@ -222,10 +223,13 @@ class Native:
             return self.model(idx, kv_cache=kv_cache)
         if self.model.wpe is None and end > len(self.rotary):
             positions = torch.arange(min(max(2 * end, 1024), self.model.config.sequence_len))
-            self.rotary = rope(positions[None], self.model.config, torch.float32)[0, :, 0].contiguous()
+            self.rotary, self.window_rotary = (
+                rope(positions[None], self.model.config, torch.float32, base)[0, :, 0].contiguous()
+                for base in (None, self.model.config.window_rope_base)
+            )
         return torch.ops.sologpt.decode(
             idx.contiguous(), kv_cache.k, kv_cache.v, kv_cache.ids, kv_cache.lengths, self.rotary,
-            [tensors[name] for tensors, name in self.places], *self.switches, is_last,
+            self.window_rotary, [tensors[name] for tensors, name in self.places], *self.switches, is_last,
         )  # fmt: skip
 
 
@@ -238,6 +242,7 @@ def computes_the_same(model: GPT) -> bool:
     small = replace(
         c, sequence_len=12, vocab_size=24, n_layer=min(c.n_layer, 4), n_head=4,
         n_kv_head=4 if c.n_head == c.n_kv_head else 2, n_embd=16, head_dim=8, n_hidden=24,
+        layer_types="".join(dict.fromkeys(c.layer_types)),  # each that there is
         sliding_window=c.sliding_window and min(c.sliding_window, 5),
     )  # fmt: skip
     try:

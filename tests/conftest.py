@@ -60,6 +60,17 @@ QWEN = LLAMA | dict(
 )
 GPT2 = dict(norm="layer", norm_weight=True, bias=True, positions="learned", mlp="gelu_tanh", qk_norm=False)
 GPT2 |= dict(embd_norm=False, softcap=0.0, tie_embd=True, head_dim=9)
+GEMMA = LLAMA | dict(mlp="geglu", qk_norm=True, tie_embd=True, embd_scale=True, post_norm=True, rope_base=1e6)
+GEMMA |= dict(layer_types="SSF", sliding_window=5, window_rope_base=1e4)
+GEMMA |= dict(rope_scaling={"rope_type": "linear", "factor": 8.0})
+YARN = {
+    "rope_type": "yarn",
+    "factor": 4.0,
+    "original_max_position_embeddings": 64,
+    "beta_fast": 4.0,
+    "beta_slow": 0.5,
+    "attention_factor": 1.2,
+}
 WINDOWS = dict(layer_types="SFN", sliding_window=5)
 LLAMA3 = {
     "rope_type": "llama3",

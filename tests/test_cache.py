@@ -3,7 +3,7 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import GPT2, LLAMA, QWEN, WINDOWS, make_model
+from conftest import GEMMA, GPT2, LLAMA, QWEN, WINDOWS, make_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.overrides import TorchFunctionMode
@@ -20,7 +20,7 @@ def cache_for(model, batch_size, max_len=None) -> KVCache:
 @given(
     cuts=st.lists(st.integers(1, 31)),
     n_kv_head=st.sampled_from([1, 2, 4]),
-    switches=st.sampled_from([{}, LLAMA, QWEN, GPT2, WINDOWS]),
+    switches=st.sampled_from([{}, LLAMA, QWEN, GPT2, WINDOWS, GEMMA]),
     seed=st.integers(0, 99),
 )
 def test_any_way_to_cut_a_sequence_gives_the_uncached_logits(cuts, n_kv_head, switches, seed):

@@ -8,7 +8,7 @@ from dataclasses import asdict
 
 import pytest
 import torch
-from conftest import GPT2, LLAMA, QWEN, ROOT, WINDOWS, make_model
+from conftest import GEMMA, GPT2, LLAMA, QWEN, ROOT, WINDOWS, make_model
 
 import gpt
 from gpt import GPT
@@ -36,7 +36,7 @@ def test_a_model_saved_and_loaded_is_the_same(tmp_path):
     assert list(loaded.generate([1, 2, 3], 40)) == before
 
 
-@pytest.mark.parametrize("switches", [LLAMA, QWEN, GPT2, WINDOWS])
+@pytest.mark.parametrize("switches", [LLAMA, QWEN, GPT2, WINDOWS, GEMMA])
 def test_switches_are_saved(switches, tmp_path):
     model = make_model(**switches)
     model.save(tmp_path / "m.pt")

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import GPT2, QWEN, WINDOWS, make_model
+from conftest import GEMMA, GPT2, QWEN, WINDOWS, make_model
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -69,7 +69,9 @@ def new_cache(model, rows):
     return cache
 
 
-@pytest.mark.parametrize("kind", [{}, QWEN, GPT2, WINDOWS], ids=["nanochat", "qwen", "gpt2", "windows"])
+@pytest.mark.parametrize(
+    "kind", [{}, QWEN, GPT2, WINDOWS, GEMMA], ids=["nanochat", "qwen", "gpt2", "windows", "gemma"]
+)
 @settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(lengths=st.lists(st.integers(1, 48), min_size=1, max_size=4), seed=st.integers(0, 99))
 def test_the_same_tokens_past_a_full_window_too(kind, lengths, seed):

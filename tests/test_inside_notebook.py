@@ -7,7 +7,7 @@ import matplotlib
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import GPT2, QWEN, ROOT, WINDOWS, make_model
+from conftest import GEMMA, GPT2, QWEN, ROOT, WINDOWS, make_model
 
 from sologpt.tokenizer import Tokenizer
 
@@ -26,7 +26,9 @@ def run_notebook(folder: Path, monkeypatch, **config) -> dict:
     return names
 
 
-@pytest.mark.parametrize("config", [{}, QWEN, GPT2, WINDOWS], ids=["default", "qwen", "gpt2", "windows"])
+@pytest.mark.parametrize(
+    "config", [{}, QWEN, GPT2, WINDOWS, GEMMA], ids=["default", "qwen", "gpt2", "windows", "gemma"]
+)
 def test_every_architecture_can_be_looked_into(tmp_path, monkeypatch, config):
     """The notebook checks its own attention weights. Losses, and those without a head, are compared here."""
     names = run_notebook(tmp_path, monkeypatch, **config)

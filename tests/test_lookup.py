@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import QWEN, WINDOWS, make_model
+from conftest import GEMMA, QWEN, WINDOWS, make_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -54,7 +54,7 @@ def test_looking_ahead_reads_what_repeats_at_once():
     assert counts[0] == 150 and counts[1] < 60
 
 
-@pytest.mark.parametrize("kind", [{}, QWEN, WINDOWS], ids=["nanochat", "qwen", "windows"])
+@pytest.mark.parametrize("kind", [{}, QWEN, WINDOWS, GEMMA], ids=["nanochat", "qwen", "windows", "gemma"])
 @settings(max_examples=15, deadline=None)
 @given(
     turns=st.lists(st.lists(st.integers(0, 3), min_size=1, max_size=20), min_size=1, max_size=2),

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 import torch
-from conftest import GPT2, LLAMA, LLAMA3, QWEN, ROOT, WINDOWS, make_model
+from conftest import GEMMA, GPT2, LLAMA, LLAMA3, QWEN, ROOT, WINDOWS, make_model
 
 from bench.peers import as_transformers
 from gpt import GPT, GPTConfig, rope, rotate
@@ -27,13 +27,14 @@ def test_logits_equal_transformers(n_kv_head, softcap, rope_base):
     assert (ours - theirs).abs().max() < 1e-5
 
 
-@pytest.mark.parametrize("switches", [{}, LLAMA, QWEN, GPT2, WINDOWS])
+@pytest.mark.parametrize("switches", [{}, LLAMA, QWEN, GPT2, WINDOWS, GEMMA])
 def test_a_fresh_model_knows_nothing_and_each_block_is_the_identity(switches):
     config = GPTConfig(sequence_len=64, vocab_size=1000, n_layer=4, n_head=4, n_embd=64, **switches)
     model = GPT(config)
     idx = torch.randint(1000, (8, 64))
     assert model(idx, idx).item() == pytest.approx(math.log(1000), rel=0.02)
     x = model.wte(idx) if model.wpe is None else model.wte(idx) + model.wpe.weight
+    x = x * 8 if config.embd_scale else x  # the square root of 64
     assert torch.equal(model.hidden(idx), model.norm(model.embd_norm(x)))
     weight = model.h[1].mlp.c_fc.weight
     assert (
@@ -143,7 +144,7 @@ def test_stretched_positions_keep_the_fast_pairs_and_slow_the_others_down():
         (dict(n_hidden=0), ("n_hidden", "0")),
         (dict(norm="batch"), ("rms", "layer", "'batch'")),
         (dict(positions="none"), ("rotary", "learned", "'none'")),
-        (dict(mlp="tanh"), ("relu2", "swiglu", "'tanh'")),
+        (dict(mlp="tanh"), ("relu2", "swiglu", "geglu", "'tanh'")),
         (dict(layer_types="FX"), ("F, S or N", "'FX'")),
         (dict(layer_types=""), ("F, S or N", "''")),
         (dict(sliding_window=0), ("sliding_window", "0")),

@@ -9,7 +9,7 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import GPT2, LLAMA, LLAMA3, QWEN, ROOT, WINDOWS, make_model
+from conftest import GEMMA, GPT2, LLAMA, LLAMA3, QWEN, ROOT, WINDOWS, YARN, make_model
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
@@ -32,6 +32,8 @@ ARCHITECTURES = {
     "gpt2": GPT2,
     "windows": WINDOWS,
     "llama3": LLAMA | dict(rope_scaling=LLAMA3),
+    "yarn": LLAMA | dict(rope_scaling=YARN),
+    "gemma": GEMMA,
     "biases": dict(mlp="gelu", bias=True, norm_weight=True),
     "layernorm": dict(norm="layer"),
     "grouped": dict(n_kv_head=1, head_dim=54, layer_types="NS", sliding_window=3, norm_weight=True),
@@ -105,7 +107,7 @@ def test_a_row_past_a_full_window(switches):
 
 
 @pytest.mark.parametrize("rows", [2, 3, 5, 8, 35])
-@pytest.mark.parametrize("name", ["ours", "qwen", "gpt2", "windows"])
+@pytest.mark.parametrize("name", ["ours", "qwen", "gpt2", "windows", "gemma"])
 def test_rows_of_different_lengths_that_end(name, rows):
     model, errors = make_model(torch.float32, sequence_len=16, **ARCHITECTURES[name]), []
     prompts = [[*range(1 + b, 2 + 5 * b % 13 + b)] for b in range(rows)]
@@ -219,7 +221,8 @@ def configs(draw) -> dict:
         head_dim=draw(st.integers(1, 40)) * (1 if learned else 2), positions="learned" if learned else "rotary",
         mlp=draw(st.sampled_from([*gpt.ACTIVATIONS])), norm=draw(st.sampled_from(["rms", "layer"])), norm_eps=1e-3,
         layer_types=draw(st.text("FSN", min_size=1, max_size=3)), sliding_window=draw(st.none() | st.integers(1, 30)),
-        rope_scaling=draw(st.sampled_from([None, LLAMA3, {"rope_type": "linear", "factor": 3.0}])),
+        rope_scaling=draw(st.sampled_from([None, LLAMA3, YARN, {"rope_type": "linear", "factor": 3.0}])),
+        window_rope_base=draw(st.sampled_from([None, 100.0])), embd_scale=draw(flag), post_norm=draw(flag),
         softcap=draw(st.sampled_from([0.0, 2.0])), qk_norm=draw(flag), embd_norm=draw(flag), norm_weight=draw(flag),
         bias=draw(flag), qkv_bias=draw(flag), tie_embd=draw(flag),
     )  # fmt: skip
@@ -443,6 +446,7 @@ REFUSED = {  # arguments of the operator, from good ones
     "an absurd length": lambda a: dict(lengths=torch.tensor([1, 2**63 - 1])),
     "lengths of one row": lambda a: dict(lengths=torch.tensor([1])),
     "no angles": lambda a: dict(rotary=a["rotary"][:1]),
+    "no angles of windowed layers": lambda a: dict(window_rotary=a["rotary"][:1]),
     "double angles": lambda a: dict(rotary=a["rotary"].double()),
     "no weights": lambda a: dict(weights=[]),
     "a weight less": lambda a: dict(weights=a["weights"][:-1]),
@@ -481,7 +485,8 @@ def test_the_operator_refuses(change):
     decode, cache = prepare(model), cache_for(model, 2, 20)
     decode(torch.tensor([1, 2]), cache)
     names = [argument.name for argument in torch.ops.sologpt.decode.default._schema.arguments]
-    values = torch.tensor([[3], [4]]), cache.k, cache.v, cache.ids, cache.lengths, decode.rotary
+    values = torch.tensor([[3], [4]]), cache.k, cache.v, cache.ids, cache.lengths
+    values += (decode.rotary, decode.window_rotary)
     good = dict(
         zip(names, (*values, [x[name] for x, name in decode.places], *decode.switches, False), strict=True)
     )

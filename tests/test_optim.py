@@ -3,7 +3,7 @@ import sys
 
 import pytest
 import torch
-from conftest import GPT2, LLAMA, QWEN, ROOT, make_model
+from conftest import GEMMA, GPT2, LLAMA, QWEN, ROOT, make_model
 from torch import nn
 
 from sologpt.optim import Muon, configure_optimizers, orthogonalize
@@ -11,7 +11,7 @@ from sologpt.parallel import load_optimizers
 
 
 @pytest.mark.parametrize("optimizer", ["muon", "adamw"])
-@pytest.mark.parametrize("switches", [{}, LLAMA, QWEN, GPT2])
+@pytest.mark.parametrize("switches", [{}, LLAMA, QWEN, GPT2, GEMMA])
 def test_every_parameter_is_in_exactly_one_group(switches, optimizer):
     model = make_model(**switches)
     optimizers = configure_optimizers(model, optimizer=optimizer)
@@ -152,7 +152,7 @@ def test_a_parameter_without_a_gradient_stays():
 
 
 @pytest.mark.parametrize("rates", [{}, dict(learning_rate=0.005, optimizer="adamw")])
-@pytest.mark.parametrize("switches", [{}, LLAMA, QWEN, GPT2])
+@pytest.mark.parametrize("switches", [{}, LLAMA, QWEN, GPT2, GEMMA])
 def test_the_model_learns_a_batch_by_heart(switches, rates):
     model = make_model(torch.float32, sequence_len=16, **switches)
     model.init_weights()

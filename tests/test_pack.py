@@ -5,7 +5,7 @@ import pickle
 
 import pytest
 import torch
-from conftest import GPT2, LLAMA, QWEN, WINDOWS, make_model
+from conftest import GEMMA, GPT2, LLAMA, QWEN, WINDOWS, make_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -17,7 +17,9 @@ from sologpt.lookup import Lookup
 from sologpt.native import Native
 
 KINDS = pytest.mark.parametrize(
-    "kind", [{}, LLAMA, QWEN, GPT2, WINDOWS], ids=["nanochat", "llama", "qwen", "gpt2", "windows"]
+    "kind",
+    [{}, LLAMA, QWEN, GPT2, WINDOWS, GEMMA],
+    ids=["nanochat", "llama", "qwen", "gpt2", "windows", "gemma"],
 )
 
 

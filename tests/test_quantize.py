@@ -9,7 +9,7 @@ import weakref
 
 import pytest
 import torch
-from conftest import GPT2, LLAMA, QWEN, WINDOWS, make_model, run
+from conftest import GEMMA, GPT2, LLAMA, QWEN, WINDOWS, make_model, run
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -31,6 +31,7 @@ ARCHITECTURES = {
     "qwen": QWEN | WIDE | dict(n_hidden=96),
     "gpt2": GPT2 | WIDE,
     "windows": WINDOWS | WIDE,
+    "gemma": GEMMA | WIDE | dict(n_hidden=96),
 }
 KINDS = pytest.mark.parametrize("kind", ["int8", "int4"])
 EACH = pytest.mark.parametrize("config", ARCHITECTURES.values(), ids=ARCHITECTURES)
