@@ -27,10 +27,11 @@ from typing import Any, AnyStr, NamedTuple, NoReturn
 import torch
 from torch import Tensor
 
-from gpt import GPT, Device, Dtype, GPTConfig
+from gpt import GPT, Device, Dtype, GPTConfig, in_float32
 from sologpt import errors
 from sologpt.errors import UserError
 from sologpt.load import (
+    MAX_NUMBER,
     check_rope_scaling,
     check_value,
     empty_model,
@@ -245,6 +246,11 @@ GPT2_NAMES = {
     "mlp.c_fc": "mlp.c_fc",
     "mlp.c_proj": "mlp.c_proj",
 }
+GEMMA_NAMES = MODULE_NAMES | {
+    "attn_post_norm": "post_attention_layernorm",
+    "mlp_norm": "pre_feedforward_layernorm",
+    "mlp_post_norm": "post_feedforward_layernorm",
+}
 PARTS = {"attn.c_q": 0, "attn.c_k": 1, "attn.c_v": 2}  # of c_attn
 
 
@@ -262,12 +268,13 @@ class Family:
     inverse_rotation: bool = False  # rotary positions rotate by the negative angle
     transposed: bool = False  # the blocks' matrices are (in, out)
     layer_types: str = "F*"  # a regular expression: the GPTConfig.layer_types that it can have
+    is_gemma: bool = False  # gains are 1 + w, queries have a scale, windowed layers a rotary base
 
 
-ROPE: dict[str, Any] = dict(norm="rms", bias=False, positions="rotary")
+ROPE: dict[str, Any] = dict(norm="rms", bias=False, positions="rotary", embd_scale=False, post_norm=False)
 PLAIN: dict[str, Any] = dict(qk_norm=False, embd_norm=False, norm_weight=True, qkv_bias=False, softcap=0.0)
 LLAMA = ROPE | dict(mlp="swiglu") | PLAIN
-GPT2 = PLAIN | dict(norm="layer", positions="learned")  # its models differ in mlp and bias
+GPT2 = PLAIN | dict(norm="layer", positions="learned", embd_scale=False, post_norm=False)  # any mlp, bias
 FAMILIES = {
     "nanochat": Family(
         "NanoChatForCausalLM",
@@ -311,6 +318,32 @@ FAMILIES = {
         dict(num_key_value_heads=4, tie_word_embeddings=True, rope_theta=2e6, no_rope_layer_interval=4),
         layer_types="[FN]*",
     ),
+    "gemma3_text": Family(
+        "Gemma3ForCausalLM",
+        LLAMA | dict(mlp="geglu", qk_norm=True, embd_scale=True, post_norm=True),
+        dict(
+            hidden_activation="gelu_pytorch_tanh",
+            attention_bias=False,
+            use_bidirectional_attention=False,
+            final_logit_softcapping=None,
+            attn_logit_softcapping=None,
+        ),
+        dict(
+            num_key_value_heads=4,
+            head_dim=256,
+            tie_word_embeddings=True,
+            rope_theta=1e6,
+            rope_local_base_freq=1e4,
+            query_pre_attn_scalar=256,
+            sliding_window=4096,
+            use_sliding_window=True,
+            max_window_layers=0,
+            sliding_window_pattern=6,
+        ),
+        module_names=GEMMA_NAMES,
+        layer_types="[FS]*",
+        is_gemma=True,
+    ),
     "gpt2": Family(
         "GPT2LMHeadModel",
         GPT2 | dict(bias=True),
@@ -352,7 +385,7 @@ def to_gpt_config(config_json: dict[str, Any]) -> GPTConfig:
                 raise UserError(f"{key} is {config_json[key]!r}, but only {supported} are supported")
         check_value(ours, value, key)
         values[ours] = value
-    values |= read_rope(config_json)
+    values |= read_gemma_rope(config_json) if family.is_gemma else read_rope(config_json)
     values |= read_layer_types(config_json, values["n_layer"], family)
     return make_config(values)
 
@@ -375,8 +408,51 @@ def read_rope(config_json: dict[str, Any]) -> dict[str, Any]:
         if others:
             raise UserError(f"{key}: rope_type 'default' with {list_names(others)} is not supported")
         return {"rope_base": float(base), "rope_scaling": None}
+    if rope["rope_type"] == "yarn":
+        rope = read_yarn(rope, config_json.get("max_position_embeddings"))
     check_rope_scaling(rope, key)
     return {"rope_base": float(base), "rope_scaling": rope}
+
+
+def read_yarn(rope: dict[str, Any], max_position: Any) -> dict[str, Any]:
+    """Return YaRN's scaling with the numbers that transformers fills in for missing ones."""
+    given = {key: value for key, value in rope.items() if value is not None}
+    if given.pop("truncate", True) is not True:
+        raise UserError(f"truncate is {rope['truncate']!r} in YaRN's scaling, but only True is supported")
+    scales = given.pop("mscale", 0), given.pop("mscale_all_dim", 0)
+    scaling = dict(original_max_position_embeddings=max_position, beta_fast=32.0, beta_slow=1.0) | given
+    if "attention_factor" not in scaling:
+        numbers = [scaling.get("factor"), *scales]
+        if not all(type(x) in (int, float) and 0 <= x < MAX_NUMBER for x in numbers):
+            raise UserError(f"factor, mscale and mscale_all_dim of YaRN's scaling are {numbers}")
+        log = 0.1 * math.log(max(numbers[0], 1))
+        above, below = scales if all(scales) else (1, 0)
+        scaling["attention_factor"] = (above * log + 1) / (below * log + 1)
+    return scaling
+
+
+def read_gemma_rope(config_json: dict[str, Any]) -> dict[str, Any]:
+    """`read_rope` where windowed layers have a base of their own, by older and newer keys."""
+    both = config_json.get("rope_parameters") or {}
+    try:
+        full, windowed = (dict(both.get(f"{kind}_attention") or {}) for kind in ("full", "sliding"))
+        full |= config_json.get("rope_scaling") or {}
+    except (AttributeError, TypeError, ValueError) as e:
+        raise UserError(f"rope_parameters are {both!r}, not objects") from e
+    base = windowed.pop("rope_theta", config_json["rope_local_base_freq"])
+    check_value("rope_base", base, "rope_local_base_freq")
+    if windowed.pop("rope_type", "default") != "default" or windowed:
+        raise UserError(f"sliding_attention has the rope_parameters {both['sliding_attention']!r}")
+    values = read_rope({**config_json, "rope_scaling": None, "rope_parameters": full})
+    return values | {"window_rope_base": float(base)}
+
+
+def query_scale(config_json: dict[str, Any], head_dim: int) -> float:
+    """Return what queries are multiplied by, beside those of a model whose scores are / sqrt(head_dim)."""
+    scalar = config_json.get("query_pre_attn_scalar", 256)
+    if type(scalar) not in (int, float) or not 0 < scalar < MAX_NUMBER:
+        raise UserError(f"query_pre_attn_scalar has the wrong type or size: {scalar!r}")
+    return math.sqrt(head_dim / scalar)
 
 
 def read_layer_types(config_json: dict[str, Any], n_layer: int, family: Family) -> dict[str, Any]:
@@ -391,6 +467,12 @@ def read_layer_types(config_json: dict[str, Any], n_layer: int, family: Family) 
         raise UserError(f"no_rope_layer_interval has the wrong type or size: {interval!r}")
     attention = config_json.get("layer_types")
     ropes = config_json.get("no_rope_layers")  # 1: the layer has rotary positions
+    if attention is None and family.is_gemma:
+        period = config_json["sliding_window_pattern"]
+        if type(period) is not int or period < 1:
+            raise UserError(f"sliding_window_pattern has the wrong type or size: {period!r}")
+        kinds = ("full_attention", "sliding_attention")
+        attention = [kinds[(i + 1) % period > 0] for i in range(n_layer)]
     if attention is None:
         attention = ["full_attention" if i < n_full else "sliding_attention" for i in range(n_layer)]
     if ropes is None:
@@ -419,8 +501,9 @@ def write_layer_types(config: GPTConfig, family: Family) -> dict[str, Any]:
         keys["sliding_window"] = config.sliding_window if "S" in layer_types else None
     if family.layer_types == "[FS]*":
         names = {"F": "full_attention", "S": "sliding_attention"}
-        keys["use_sliding_window"] = "S" in layer_types
         keys["layer_types"] = [names[letter] for letter in layer_types]
+    if family.layer_types == "[FS]*" and not family.is_gemma:
+        keys["use_sliding_window"] = "S" in layer_types
         keys["max_window_layers"] = len(layer_types.rstrip("S"))
     if "N" in family.layer_types:
         keys["no_rope_layers"] = [int(letter != "N") for letter in layer_types]
@@ -444,6 +527,10 @@ def to_hf_config(config: GPTConfig) -> dict[str, Any]:
     if config.positions == "learned":
         activations = {"gelu_tanh": "gelu_new", "gelu": "gelu"}
         return config_json | {"activation_function": activations[config.mlp]}
+    if family.is_gemma:
+        config_json["query_pre_attn_scalar"] = config.head_dim
+        config_json["rope_local_base_freq"] = config.window_rope_base
+        config_json["sliding_window"] = config.sliding_window or config.sequence_len  # transformers needs one
     if config_json.get("final_logit_softcapping") == 0:
         config_json["final_logit_softcapping"] = None
     # The older rotary keys: transformers 5 reads them too, and other programs know only these
@@ -456,6 +543,8 @@ def find_mismatches(config: GPTConfig, model_type: str) -> list[str]:
     fields = [key for key, value in family.switches.items() if getattr(config, key) != value]
     if not re.fullmatch(family.layer_types, config.layer_types):
         fields.append("layer_types")
+    if (config.window_rope_base is not None) != family.is_gemma:
+        fields.append("window_rope_base")
     if model_type == "llama" and config.n_embd % config.n_head:  # LlamaConfig refuses it, mistral's does not
         fields.append("n_head")
     if model_type == "gpt2":
@@ -483,6 +572,7 @@ class TensorName:
     transposed: bool  # theirs is (in, out)
     head_dim: int | None  # of the rotary layout that permutes its rows
     inverse_rotation: bool
+    gain: float | None  # ours is gain * (1 + theirs)
 
 
 def split_name(ours: str) -> tuple[str | None, str, str]:
@@ -502,7 +592,8 @@ def tensor_names(model: GPT, family: Family) -> list[TensorName]:
         transposed = family.transposed and kind == "weight" and ".c_" in module
         rotated = module in ROTATED and model.config.positions == "rotary"
         head_dim = model.config.head_dim if rotated else None
-        names.append(TensorName(ours, theirs, part, transposed, head_dim, family.inverse_rotation))
+        gain = 1.0 if family.is_gemma and module.endswith("norm") else None
+        names.append(TensorName(ours, theirs, part, transposed, head_dim, family.inverse_rotation, gain))
     return names
 
 
@@ -514,6 +605,8 @@ def from_theirs(x: Tensor, name: TensorName) -> Tensor:
         x = x.chunk(3)[name.part]
     if name.head_dim is not None:
         x = to_interleaved(x, name.head_dim, name.inverse_rotation)
+    if name.gain is not None:
+        x = name.gain * (1 + in_float32(x))
     return x
 
 
@@ -524,6 +617,8 @@ def to_theirs(state: dict[str, Tensor], names: list[TensorName]) -> dict[str, Te
         x = state[name.ours]
         if name.head_dim is not None:
             x = to_half_split(x, name.head_dim, name.inverse_rotation)
+        if name.gain is not None:
+            x = (in_float32(x) / name.gain - 1).to(x.dtype)
         parts.setdefault(name.theirs, []).append(x)  # in order
     transposed = {name.theirs for name in names if name.transposed}
     weights = {}
@@ -585,6 +680,7 @@ def load(
     config_json = read_json(path)
     try:
         config = to_gpt_config(config_json)
+        scale = query_scale(config_json, config.head_dim)
     except UserError as e:
         raise UserError(f"{path}: {e}") from e
     tokenizer = load_tokenizer(folder, Path(name_or_dir).resolve().name)
@@ -601,6 +697,8 @@ def load(
     prefix = family.block.partition(".")[0] + "."
     if not any(name.startswith(prefix) for name in found):  # saved without its head, by AutoModel
         names = [replace(name, theirs=name.theirs.removeprefix(prefix)) for name in names]
+    if config.post_norm:  # Gemma's
+        names = [replace(name, gain=scale) if "q_norm" in name.ours else name for name in names]
     check_tensors(folder, found, names, model)
     fill(model, read_weights(found, names, device, dtype, copy=not quantize), quantize)
     return model.eval(), tokenizer

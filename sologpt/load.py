@@ -10,6 +10,7 @@ import importlib
 import os
 import re
 import reprlib
+import sys
 import zipfile
 from collections.abc import Iterable, Mapping
 from dataclasses import fields
@@ -62,6 +63,7 @@ def load_model(
     if kind:
         module = importlib.import_module(f"sologpt.{kind}")  # not at the top: it imports this module
         model, tokenizer = module.load(name, device, dtype, quantize)
+        note_overflow(model)
         return model, tokenizer, {"source": f"{kind}:{name}"}
 
     path = Path(name)
@@ -81,6 +83,7 @@ def load_model(
             f"{path} holds no tokenizer: save it with model.save(PATH, tokenizer=tokenizer.to_dict())"
         )
     tokenizer = read_tokenizer(path, about.pop("tokenizer"))
+    note_overflow(model)
     if quantize:
         sologpt.quantize.quantize(model, quantize)
     return model, tokenizer, about | {"source": str(path)}
@@ -104,6 +107,12 @@ def find_source(source: Path | str) -> tuple[str, str]:
     if is_hf or (text in SHORT_NAMES and not path.exists()):
         return "hf", str(path)
     return "", str(path)
+
+
+def note_overflow(model: GPT) -> None:
+    """Say that Gemma's activations do not fit into float16."""
+    if model.config.embd_scale and model.dtype == torch.float16:
+        print("note: Gemma's activations overflow float16: take bfloat16", file=sys.stderr)
 
 
 def newest(paths: Iterable[Path]) -> Path | None:
@@ -261,13 +270,15 @@ def is_out_of_memory(e: Exception) -> bool:
 # Configs
 
 TYPES = get_type_hints(GPTConfig)
-LEAST = {"vocab_size": 1, "sequence_len": 1, "rope_base": 1, "norm_eps": 0}  # what GPTConfig does not check
+# What GPTConfig does not check
+LEAST = {"vocab_size": 1, "sequence_len": 1, "rope_base": 1, "window_rope_base": 1, "norm_eps": 0}
 MAX_LAYERS = 10_000
 MAX_SIZE = 2**31 - 1  # the product of two fits in an int64
 MAX_NUMBER = 1e18  # what gpt.py computes with it, or with its inverse, stays finite
 ROPE_SCALINGS = {  # the numbers that each rope_type takes, by Hugging Face's names
     "linear": {"factor"},
     "llama3": {"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"},
+    "yarn": {"factor", "beta_fast", "beta_slow", "attention_factor", "original_max_position_embeddings"},
 }
 
 
@@ -286,10 +297,12 @@ def check_config(values: Mapping[str, Any]) -> None:
         if field not in TYPES:
             raise UserError(f"the config field {shown(field)} is unknown: was it saved with another gpt.py?")
         check_value(field, value, field)
-        if field in LEAST and value < LEAST[field]:
+        if field in LEAST and value is not None and value < LEAST[field]:
             raise UserError(f"{field} must be at least {LEAST[field]}, not {value!r}")
     if values.get("rope_scaling") is not None:
         check_rope_scaling(values["rope_scaling"], "rope_scaling")
+        if values["rope_scaling"]["rope_type"] == "yarn" and values.get("rope_base") == 1:
+            raise UserError("rope_base must be above 1 with YaRN's rope_scaling, not 1")
 
 
 def check_value(field: str, value: Any, key: str) -> None:
@@ -298,7 +311,7 @@ def check_value(field: str, value: Any, key: str) -> None:
         valid = getattr(GPTConfig, field) is None  # the default
     elif type(value) is bool:
         valid = TYPES[field] is bool
-    elif TYPES[field] is float:
+    elif TYPES[field] in (float, float | None):
         valid = isinstance(value, int | float) and (value == 0 or is_number(abs(value)))
     elif type(value) is int:
         most = MAX_LAYERS if field == "n_layer" else MAX_SIZE

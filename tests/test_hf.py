@@ -14,7 +14,8 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from conftest import ROOT, error, make_model, run, write_prepare
+from conftest import GEMMA, ROOT, error, make_model, run, write_prepare
+from conftest import YARN as SCALED
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
@@ -28,6 +29,7 @@ transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
 
 LLAMA3 = dict(rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0)
+YARN = dict(rope_type="yarn", factor=4.0, original_max_position_embeddings=64)
 SHAPE = dict(
     hidden_size=32,
     intermediate_size=56,
@@ -50,6 +52,9 @@ MODELS = {
         tie_word_embeddings=True,
         head_dim=14,
         rope_parameters=dict(rope_type="linear", factor=2.5, rope_theta=1e4),
+    ),
+    "llama-yarn": dict(
+        vocab_size=101, num_key_value_heads=2, head_dim=14, rope_parameters=YARN | dict(rope_theta=1e4)
     ),
     "mistral": dict(vocab_size=101, num_key_value_heads=4, sliding_window=None),
     "mistral-gqa": dict(
@@ -102,6 +107,18 @@ MODELS = {
         head_dim=6,
         rope_parameters=dict(rope_type="linear", factor=4.0, rope_theta=1e6),
     ),
+    "qwen3-yarn": dict(
+        vocab_size=97,
+        num_key_value_heads=1,
+        head_dim=40,
+        rope_parameters=YARN | dict(rope_theta=1e6, beta_fast=8, beta_slow=0.5, attention_factor=0.7),
+    ),
+    "qwen3-yarn-mscale": dict(
+        vocab_size=63,
+        num_key_value_heads=4,
+        head_dim=24,
+        rope_parameters=YARN | dict(rope_theta=1e4, factor=2.5, mscale=0.7, mscale_all_dim=0.3),
+    ),
     "qwen3-window": dict(
         vocab_size=97, num_key_value_heads=2, use_sliding_window=True, sliding_window=33, max_window_layers=0
     ),
@@ -122,6 +139,34 @@ MODELS = {
         no_rope_layers=[0, 0, 1, 0],  # longer than the model is deep
         tie_word_embeddings=False,
         rope_parameters=dict(rope_type="linear", factor=2.0, rope_theta=5e6),
+    ),
+    # Five layers with a window to a full one; all kinds of rotary positions, of queries, and of heads
+    "gemma3_text": dict(
+        vocab_size=101,
+        num_key_value_heads=1,
+        head_dim=12,
+        query_pre_attn_scalar=12,
+        num_hidden_layers=7,
+        sliding_window=16,
+    ),
+    "gemma3_text-gqa-linear": dict(
+        vocab_size=97,
+        num_key_value_heads=2,
+        head_dim=16,
+        query_pre_attn_scalar=24,
+        num_hidden_layers=6,
+        layer_types=["sliding_attention", "full_attention", "sliding_attention"] * 2,
+        sliding_window=5,
+        rope_scaling=dict(rope_type="linear", factor=8.0),
+    ),
+    "gemma3_text-untied-yarn": dict(
+        vocab_size=63,
+        num_key_value_heads=4,
+        head_dim=32,
+        query_pre_attn_scalar=10,
+        tie_word_embeddings=False,
+        layer_types=["full_attention"] * 2,
+        rope_scaling=YARN,
     ),
     "gpt2": dict(vocab_size=101),
     "gpt2-exact": dict(vocab_size=97, activation_function="gelu", n_inner=72, layer_norm_epsilon=1e-3),
@@ -150,8 +195,14 @@ def make_theirs(name: str = "llama", **keys):
         model_type, **shape | MODELS[name] | keys, bos_token_id=None, eos_token_id=None, pad_token_id=0
     )
     theirs = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    is_gemma = model_type == "gemma3_text"
     for key, parameter in theirs.named_parameters():
-        parameter.data.normal_(1.0 if parameter.ndim == 1 and key.endswith("weight") else 0.0, 0.3)
+        is_gain = parameter.ndim == 1 and key.endswith("weight")
+        parameter.data.normal_(1.0 if is_gain and not is_gemma else 0.0, 0.3)
+        if is_gain and is_gemma:  # 1 + w is exact in float32 for w in bfloat16, as published
+            parameter.data = parameter.data.bfloat16().float()
+    if is_gemma:  # or each token would be followed by itself
+        theirs.model.embed_tokens.weight.data *= 0.5
     return theirs
 
 
@@ -194,8 +245,13 @@ def test_load_then_save_keeps_every_tensor_and_key(models, tmp_path):
     _, tokenizer = hf.load(folder)
     hf.save(ours, tokenizer, tmp_path / "out")
     before, after = (load_file(f / "model.safetensors") for f in (folder, tmp_path / "out"))
-    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
     config = AutoConfig.from_pretrained(tmp_path / "out")
+    scalars = [getattr(c, "query_pre_attn_scalar", None) for c in (theirs.config, config)]
+    if scalars[0] != scalars[1]:  # the gains of queries have their quotient
+        for name in [name for name in before if name.endswith("q_norm.weight")]:
+            gains = [(1 + w.pop(name)) / s**0.5 for w, s in zip((before, after), scalars, strict=True)]
+            torch.testing.assert_close(*gains)
+    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
     # Mistral without a sliding window is Llama
     assert config.model_type in (theirs.config.model_type, "llama")
     if config.model_type == theirs.config.model_type:
@@ -206,6 +262,10 @@ def test_load_then_save_keeps_every_tensor_and_key(models, tmp_path):
     for key in (*hf.FAMILIES[config.model_type].config_keys, "hidden_act", "rope_parameters"):
         if config.model_type == "gpt2" and key in ("hidden_act", "rope_parameters"):
             continue
+        if config.model_type == "gemma3_text" and key == "hidden_act":
+            key = "hidden_activation"
+        if key == "rope_parameters" and "yarn" in str(theirs.config.rope_parameters):
+            continue  # all numbers are written, those that theirs leaves out too
         expected = getattr(theirs.config, key, None)
         if key == "head_dim" and expected is None:
             expected = config.hidden_size // config.num_attention_heads
@@ -231,7 +291,13 @@ def test_load_then_save_keeps_every_tensor_and_key(models, tmp_path):
         ("qwen2", hf.FAMILIES["qwen2"].switches | dict(layer_types="SF", sliding_window=9)),
         ("qwen3", hf.FAMILIES["qwen3"].switches | dict(rope_base=1e6, head_dim=12)),
         ("qwen3", hf.FAMILIES["qwen3"].switches | dict(layer_types="SFF", sliding_window=2)),
+        ("llama", hf.LLAMA | dict(head_dim=32, rope_scaling=SCALED)),
         ("smollm3", hf.LLAMA | dict(layer_types="NF")),
+        ("gemma3_text", GEMMA),
+        (
+            "gemma3_text",
+            GEMMA | dict(tie_embd=False, layer_types="F", sliding_window=None, rope_scaling=SCALED),
+        ),
         ("gpt2", hf.FAMILIES["gpt2"].switches | dict(mlp="gelu", n_kv_head=None)),
         (
             "gpt2",
@@ -244,6 +310,8 @@ def test_a_saved_model_gives_the_same_logits_and_tokens_in_transformers(model_ty
     ours = make_model(torch.float32, sequence_len=100, vocab_size=257, **switches)
     for name, parameter in ours.named_parameters():  # such that other tokens are followed by others
         parameter *= {"wte.weight": 1.4, "norm.bias": 0.1}.get(name, 0.7)
+        if ours.config.post_norm and name.endswith("norm.weight"):  # 1 + w, for a w in bfloat16
+            parameter.copy_(1 + parameter.bfloat16())
     tokenizer = Tokenizer.from_spec("bytes")
     hf.save(ours, tokenizer, tmp_path / "a" / "model")
     assert [path.name for path in (tmp_path / "a").iterdir()] == ["model"]
@@ -273,6 +341,9 @@ def test_a_saved_model_gives_the_same_logits_and_tokens_in_transformers(model_ty
         (hf.LLAMA | dict(mlp="relu2"), ("llama", "mlp='relu2'")),
         (hf.LLAMA | dict(qk_norm=True, qkv_bias=True), ("qwen2", "qk_norm=True")),
         (dict(qkv_bias=True), ("nanochat", "qkv_bias=True")),
+        (hf.LLAMA | dict(window_rope_base=1e4), ("llama", "window_rope_base=10000.0")),
+        (GEMMA | dict(window_rope_base=None), ("gemma3_text", "window_rope_base=None")),
+        (GEMMA | dict(softcap=30.0), ("gemma3_text", "softcap=30.0")),
         (hf.LLAMA | dict(layer_types="FS", sliding_window=9), ("llama", "layer_types='FSF'")),
         (dict(layer_types="N"), ("nanochat", "layer_types='NNN'")),
         (hf.GPT2 | dict(mlp="gelu", n_kv_head=None), ("gpt2", "bias=False")),
@@ -298,6 +369,7 @@ def test_every_field_of_gpt_config_is_mapped():
             *((*GPT2_FIXED,) if "learned" in family.switches.values() else ()),
             "rope_base",
             "rope_scaling",
+            "window_rope_base",
             "layer_types",
             "sliding_window",
             "dropout",
@@ -347,9 +419,6 @@ def test_a_full_disk_is_a_run_error(tmp_path):
 # Models that are refused
 
 
-YARN = dict(rope_type="yarn", factor=4.0, original_max_position_embeddings=64)
-
-
 @pytest.mark.parametrize(
     "name, keys, words",
     [
@@ -365,9 +434,13 @@ YARN = dict(rope_type="yarn", factor=4.0, original_max_position_embeddings=64)
         ("llama", dict(quantization_config={"quant_method": "gptq"}), ("quantization_config", "gptq")),
         ("llama", dict(auto_map={"AutoModelForCausalLM": "mine.Mine"}), ("auto_map",)),
         ("llama", dict(partial_rotary_factor=0.5), ("partial_rotary_factor",)),
-        ("llama", dict(rope_scaling=YARN), ("'yarn'",)),
-        ("llama", dict(rope_parameters=YARN), ("'yarn'",)),
+        ("llama", dict(rope_scaling=YARN | dict(truncate=False)), ("truncate", "False")),
+        ("llama", dict(rope_parameters=YARN | dict(factor=None)), ("factor", "None")),
+        ("llama", dict(rope_parameters=YARN | dict(mscale="1")), ("mscale", "'1'")),
+        ("llama", dict(rope_parameters=YARN | dict(beta=3.0)), ("'yarn'", "beta_fast", "'beta': 3.0")),
+        ("llama", dict(rope_parameters=YARN | dict(rope_theta=1)), ("rope_base", "YaRN", "1")),
         ("llama", dict(rope_scaling=dict(type="dynamic", factor=2.0)), ("'dynamic'",)),
+        ("llama", dict(rope_scaling=dict(rope_type="longrope", long_factor=[1.0])), ("'longrope'",)),
         ("llama", dict(rope_parameters=dict(rope_type="default", partial_rotary_factor=0.5)), ("'default'",)),
         ("llama", dict(rope_parameters=LLAMA3), ("original_max_position_embeddings",)),
         ("llama", dict(rope_parameters=dict(full_attention=dict(rope_type="default"))), ("'default'",)),
@@ -418,6 +491,24 @@ YARN = dict(rope_type="yarn", factor=4.0, original_max_position_embeddings=64)
         ("smollm3", dict(no_rope_layers=None, no_rope_layer_interval=0), ("no_rope_layer_interval", "0")),
         ("llama", dict(no_rope_layers=[0, 1]), ("no_rope_layers", "[0, 1]")),
         ("qwen3", dict(attention_bias=True), ("attention_bias",)),
+        ("gemma3_text", dict(final_logit_softcapping=30.0), ("final_logit_softcapping", "30.0", "None")),
+        ("gemma3_text", dict(attn_logit_softcapping=50.0), ("attn_logit_softcapping", "50.0", "None")),
+        ("gemma3_text", dict(use_bidirectional_attention=True), ("use_bidirectional_attention", "True")),
+        ("gemma3_text", dict(hidden_activation="gelu"), ("hidden_activation", "'gelu'")),
+        ("gemma3_text", dict(sliding_window=None), ("sliding_window",)),
+        ("gemma3_text", dict(layer_types=None, sliding_window_pattern=0), ("sliding_window_pattern", "0")),
+        ("gemma3_text", dict(rope_parameters="linear"), ("rope_parameters", "'linear'")),
+        ("gemma3_text", dict(rope_parameters=dict(sliding_attention=YARN)), ("sliding_attention", "'yarn'")),
+        (
+            "gemma3_text",
+            dict(rope_parameters=None, rope_local_base_freq="1"),
+            ("rope_local_base_freq", "'1'"),
+        ),
+        (
+            "gemma3_text",
+            dict(rope_parameters=None, rope_local_base_freq=math.nan),
+            ("rope_local_base_freq", "nan"),
+        ),
         ("nanochat", dict(hidden_act="gelu"), ("hidden_act", "'gelu'", "'relu2'")),
         ("nanochat", dict(attention_bias=True), ("attention_bias",)),
     ],
@@ -430,6 +521,13 @@ def test_a_config_that_gpt_cannot_compute_exactly_is_refused_with_its_key(name, 
     with pytest.raises(ValueError) as e:
         hf.to_gpt_config(config_json | keys)
     assert all(word in str(e.value) for word in words), str(e.value)
+
+
+def test_a_scale_of_queries_that_is_no_number_is_refused():
+    assert hf.query_scale({"query_pre_attn_scalar": 64}, 16) == 0.5 and hf.query_scale({}, 256) == 1
+    for scalar in (0, -1, "256", True, math.nan, 10**400):
+        with pytest.raises(errors.UserError, match="query_pre_attn_scalar"):
+            hf.query_scale({"query_pre_attn_scalar": scalar}, 16)
 
 
 # In every config.json
@@ -450,7 +548,9 @@ def test_defaults_of_missing_keys_are_those_of_transformers():
         ours = hf.to_gpt_config(config_json)
         for key, field in hf.FAMILIES[model_type].config_keys.items():
             assert getattr(ours, field) == getattr(theirs, key, 128), (model_type, key)
-        assert ours.rope_base == theirs.rope_parameters["rope_theta"] and ours.rope_scaling is None
+        ropes = theirs.rope_parameters
+        ropes = ropes if "rope_theta" in ropes else {"rope_theta": ropes["full_attention"]["rope_theta"]}
+        assert ours.rope_base == ropes["rope_theta"] and ours.rope_scaling is None
         kinds = {"F": "full_attention", "S": "sliding_attention", "N": "full_attention"}
         window = getattr(theirs, "sliding_window", None)
         types = (

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import LLAMA3, ROOT, make_model, run
+from conftest import GEMMA, LLAMA3, ROOT, YARN, make_model, run
 
 import sample
 from gpt import GPT, GPTConfig
@@ -86,6 +86,17 @@ def test_device_and_dtype(tmp_path):
         assert model.device.type == pick_device(device or "cpu").type
 
 
+def test_gemma_in_float16_is_a_note(tmp_path, capsys):
+    model = make_model(torch.float32, vocab_size=257, **GEMMA)
+    model.save(tmp_path / "best.pt", tokenizer=BYTES.to_dict())
+    hf.save(model, BYTES, tmp_path / "hf")
+    for source in (tmp_path / "best.pt", f"hf:{tmp_path / 'hf'}"):
+        load_model(source, dtype=torch.float16)
+        assert capsys.readouterr().err == "note: Gemma's activations overflow float16: take bfloat16\n"
+        load_model(source, dtype=torch.bfloat16)
+        assert not capsys.readouterr().err
+
+
 def test_an_out_dir_is_its_newest_best_checkpoint(tmp_path):
     """ckpt.pt, newer, is not taken; nor is best.old.pt, of the run before."""
     paths = [save(tmp_path / name, seed) for seed, name in enumerate(("a/best.pt", "b/c/best.pt", "best.pt"))]
@@ -136,7 +147,7 @@ def test_a_checkpoint_that_was_moved_aside_is_named(tmp_path):
 # ---- configs of strangers
 
 
-@pytest.mark.parametrize("scaling", [None, {"rope_type": "linear", "factor": 2}, LLAMA3])
+@pytest.mark.parametrize("scaling", [None, {"rope_type": "linear", "factor": 2}, LLAMA3, YARN])
 def test_a_good_config_passes(scaling):
     config = GPTConfig(rope_scaling=scaling, n_kv_head=None, sliding_window=None, softcap=0, dropout=0)
     check_config(asdict(config))
@@ -170,7 +181,15 @@ def test_a_good_config_passes(scaling):
         (dict(rope_scaling="linear"), ("rope_scaling", "'linear'")),
         (dict(rope_scaling={}), ("linear", "llama3", "None")),
         (dict(rope_scaling={"rope_type": ["linear"]}), ("linear", "llama3", "['linear']")),
-        (dict(rope_scaling={"rope_type": "yarn", "factor": 2.0}), ("linear", "llama3", "'yarn'")),
+        (dict(rope_scaling={"rope_type": "longrope"}), ("linear", "llama3", "yarn", "'longrope'")),
+        (
+            dict(rope_scaling={"rope_type": "yarn", "factor": 2.0}),
+            ("'yarn'", "beta_fast", "attention_factor"),
+        ),
+        (dict(rope_scaling=YARN, rope_base=1.0), ("rope_base", "YaRN", "1")),
+        (dict(window_rope_base=0.5), ("window_rope_base", "0.5")),
+        (dict(window_rope_base=math.nan), ("window_rope_base", "nan")),
+        (dict(window_rope_base="10000"), ("window_rope_base", "'10000'")),
         (dict(rope_scaling={"rope_type": "linear"}), ("factor", "{}")),
         (dict(rope_scaling={"rope_type": "linear", "factor": 2.0, "beta": 1}), ("factor", "beta")),
         (dict(rope_scaling={"rope_type": "linear", "factor": 0}), ("factor", "0")),
@@ -310,7 +329,7 @@ def test_out_of_memory_is_not_reported_as_damage(error, tmp_path, monkeypatch):
 @pytest.mark.parametrize("name", ["gpt2", "gpt2-xl"])
 def test_the_short_names_of_gpt2_are_models_on_the_hub(name, tmp_path, monkeypatch):
     asked = []
-    monkeypatch.setattr(hf, "load", lambda name, *rest: asked.append(name) or (None, None))
+    monkeypatch.setattr(hf, "load", lambda name, *rest: asked.append(name) or (MODEL, None))
     monkeypatch.chdir(tmp_path)
     assert load_model(name)[2] == {"source": f"hf:{name}"} and asked == [name]
     assert sample.Config(init_from=name).init_from == name

@@ -11,7 +11,7 @@ import peft
 import pytest
 import torch
 import transformers
-from conftest import GPT2, LLAMA, QWEN, error, make_model, run
+from conftest import GEMMA, GPT2, LLAMA, QWEN, error, make_model, run
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
@@ -42,6 +42,7 @@ FAMILIES = [
     "qwen2-tied-gqa",
     "qwen3-tied-gqa",
     "smollm3",
+    "gemma3_text-gqa-linear",
     "nanochat-gqa",
     "gpt2-odd",
 ]
@@ -58,7 +59,7 @@ TARGETS = [
     "mlp.c_proj",
 ]
 TARGETS += ["mlp.c_gate", "attn.c_v,attn.c_q,mlp.c_fc"]
-ARCHITECTURES = {"nanochat": {}, "llama": LLAMA, "qwen": QWEN, "gpt2": GPT2}
+ARCHITECTURES = {"nanochat": {}, "llama": LLAMA, "qwen": QWEN, "gpt2": GPT2, "gemma": GEMMA}
 EACH = pytest.mark.parametrize("config", ARCHITECTURES.values(), ids=ARCHITECTURES)
 WIDE = dict(n_embd=64, head_dim=16, n_hidden=96)  # int4 takes all of these widths
 EPS = {torch.float32: 1e-6, torch.bfloat16: 2**-8, torch.float64: 1e-14}
@@ -113,7 +114,7 @@ def test_new_adapters_change_nothing_and_are_drawn_as_in_peft(config, dtype):
         if name.endswith("lora_B"):
             assert not p.any()
     assert sum(isinstance(module, LoRALinear) for module in model.modules()) == 3 * (
-        7 if config.get("mlp") == "swiglu" else 6
+        7 if config.get("mlp", "").endswith("glu") else 6
     )
 
 
@@ -401,7 +402,7 @@ def test_autocast_and_activation_checkpointing(kind, dtype):
 @pytest.mark.parametrize("targets", TARGETS)
 def test_peft_reads_ours_and_we_do(bases, family, targets, tmp_path):
     model, _ = hf.load(bases[family])
-    if "c_gate" in targets and model.config.mlp != "swiglu":
+    if "c_gate" in targets and not model.config.mlp.endswith("glu"):
         return
     adapt(model, targets=targets)
     save_adapter(model, tmp_path / "adapter", str(bases[family]))
