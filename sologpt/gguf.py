@@ -60,7 +60,8 @@ KEYS = {  # GGUF, after the name of the architecture: config.json
     "vocab_size": "vocab_size",
 }
 HEAD_DIM_KEYS = ("attention.value_length", "rope.dimension_count")
-SCALING_KEYS = {f"rope.scaling.{name}" for name in ("type", "factor", "original_context_length", "finetuned")}
+SCALING = "type factor original_context_length finetuned attn_factor yarn_beta_fast yarn_beta_slow"
+SCALING_KEYS = {f"rope.scaling.{name}" for name in SCALING.split()}
 
 MODULES = {  # ours: theirs, for the whole model and within a block
     "wte": "token_embd",
@@ -88,6 +89,12 @@ GPT2_KEYS = {
     "vocab_size": "vocab_size",
 }
 GPT2_MODULES = MODULES | {"wpe": "position_embd"} | dict.fromkeys(hf.PARTS, "attn_qkv")
+GEMMA_KEYS = KEYS | {
+    "attention.sliding_window": "sliding_window",
+    "attention.sliding_window_pattern": "sliding_window_pattern",
+    "rope.freq_base_swa": "rope_local_base_freq",
+}
+GEMMA_MODULES = MODULES | {"attn_post_norm": "post_attention_norm", "mlp_post_norm": "post_ffw_norm"}
 ROPE_FREQS = "rope_freqs.weight"  # (D/2,): each rotary frequency is divided by one, for Llama 3's scaling
 
 
@@ -99,6 +106,8 @@ class Architecture:
     half_split: bool  # its rotary layout is transformers': channel i pairs with i + D/2, not 2i with 2i + 1
     rope_freqs: bool = False  # it reads ROPE_FREQS
     square: bool = False  # its head_dim is always n_embd / n_head
+    windows: bool = False  # all layers but every n-th have a window
+    model_type: str = ""  # if it is not the name
     keys: dict[str, str] = field(default_factory=lambda: KEYS)
     modules: dict[str, str] = field(default_factory=lambda: MODULES)  # modules of one name are joined
 
@@ -109,6 +118,14 @@ ARCHITECTURES = {  # by model_type
     "mistral": LLAMA,
     "qwen2": Architecture("qwen2", half_split=True, square=True),
     "qwen3": Architecture("qwen3", half_split=True),
+    "gemma3_text": Architecture(
+        "gemma3",
+        half_split=True,
+        windows=True,
+        model_type="gemma3_text",
+        keys=GEMMA_KEYS,
+        modules=GEMMA_MODULES,
+    ),
     "gpt2": Architecture("gpt2", half_split=False, keys=GPT2_KEYS, modules=GPT2_MODULES),
 }
 
@@ -118,8 +135,10 @@ def find_architecture(config: GPTConfig) -> tuple[Architecture, dict[str, Any]]:
     only_full = set(config.layer_types) == {"F"}
     with suppress(UserError):
         config_json = hf.to_hf_config(config)
-        if only_full and config_json["model_type"] in ARCHITECTURES:
-            return ARCHITECTURES[config_json["model_type"]], config_json
+        arch = ARCHITECTURES.get(config_json["model_type"])
+        if arch and (only_full or arch.windows):
+            config_json["sliding_window_pattern"] = f"{config.layer_types}F".index("F") + 1
+            return arch, config_json
     flags = [f"--{key}={value}" for key, value in hf.LLAMA.items() if getattr(config, key) != value]
     if not only_full:
         flags.append("--layer_types=F")
@@ -144,8 +163,15 @@ def to_metadata(config: GPTConfig) -> tuple[Architecture, dict[str, Any]]:
     if "rope.freq_base" in arch.keys:
         values |= dict.fromkeys(HEAD_DIM_KEYS, config.head_dim)
     scaling = config.rope_scaling or {}
-    if scaling.get("rope_type") == "linear":
-        values |= {"rope.scaling.type": "linear", "rope.scaling.factor": float(scaling["factor"])}
+    if scaling.get("rope_type") in ("linear", "yarn"):
+        values["rope.scaling.type"] = scaling["rope_type"]
+        values["rope.scaling.factor"] = float(scaling["factor"])
+    if scaling.get("rope_type") == "yarn":
+        for name in ("beta_fast", "beta_slow"):
+            values[f"rope.scaling.yarn_{name}"] = float(scaling[name])
+        if scaling["attention_factor"] != yarn_attention(scaling["factor"]):
+            factor = scaling["attention_factor"] / yarn_attention(scaling["factor"])
+            values["rope.scaling.attn_factor"] = factor
     if "original_max_position_embeddings" in scaling:
         values["rope.scaling.original_context_length"] = int(scaling["original_max_position_embeddings"])
     metadata = {f"{arch.name}.{key}": value for key, value in values.items()}
@@ -157,6 +183,11 @@ def to_metadata(config: GPTConfig) -> tuple[Architecture, dict[str, Any]]:
         listed = ", ".join(f"{name}={getattr(config, name)!r}" for name in lost)
         raise UserError(f"{arch.name} in llama.cpp has no {listed}")
     return arch, metadata
+
+
+def yarn_attention(factor: float) -> float:
+    """Return the attention factor that llama.cpp gives to YaRN."""
+    return 0.1 * math.log(factor) + 1
 
 
 def to_config(arch: Architecture, metadata: dict[str, Any], tied: bool, factors: Tensor | None) -> GPTConfig:
@@ -173,18 +204,38 @@ def to_config(arch: Architecture, metadata: dict[str, Any], tied: bool, factors:
         "attention.head_count_kv": given.get("attention.head_count"),
         "attention.key_length": None,
         "rope.freq_base": 10_000.0,
+        "rope.freq_base_swa": 10_000.0,
+        "attention.sliding_window_pattern": 6,
     }
     values = defaults | given
     missing = [f"{prefix}{key}" for key in arch.keys if key not in values]
     if missing:
         raise UserError(f"{', '.join(missing)} is missing")
     config_json = {theirs: values[key] for key, theirs in arch.keys.items()}
-    config_json |= {"model_type": arch.name, "tie_word_embeddings": tied}
+    config_json |= {"model_type": arch.model_type or arch.name, "tie_word_embeddings": tied}
+    if arch.windows and given.get("block_count") == 62:
+        raise UserError(f"{prefix}block_count is 62, Gemma 3 27B's: its scale of queries is not supported")
     rope_type = given.get("rope.scaling.type", "linear")
     factor = given.get("rope.scaling.factor", 1.0)
-    if rope_type not in ("none", "linear"):
-        raise UserError(f"{prefix}rope.scaling.type is {rope_type!r}, but only none and linear are supported")
-    if factor not in (0, 1):
+    attention = given.get("rope.scaling.attn_factor", 1.0)
+    known = ["none", "linear"] + ["yarn"] * (not arch.windows)  # it would scale windowed layers, too
+    if rope_type not in known:
+        listed = ", ".join(known)
+        raise UserError(f"{prefix}rope.scaling.type is {rope_type!r}, but only {listed} are supported")
+    if rope_type == "yarn":
+        scaling = {"rope_type": "yarn", "factor": factor, "attention_factor": attention}
+        for name, default in (("beta_fast", 32.0), ("beta_slow", 1.0)):
+            scaling[name] = given.get(f"rope.scaling.yarn_{name}", default)
+        original = given.get("rope.scaling.original_context_length", given.get("context_length"))
+        scaling["original_max_position_embeddings"] = original
+        check_rope_scaling(scaling, f"{prefix}rope.scaling")
+        scaling["attention_factor"] = yarn_attention(factor)
+        if attention != 1:
+            scaling["attention_factor"] = float(f"{attention * yarn_attention(factor):.7g}")  # as float32
+        config_json["rope_scaling"] = scaling
+    elif attention != 1:
+        raise UserError(f"{prefix}rope.scaling.attn_factor is {attention!r}, but only 1 is supported")
+    elif factor not in (0, 1):
         config_json["rope_scaling"] = {"rope_type": "linear", "factor": factor}
     config = hf.to_gpt_config(config_json)
     if factors is not None:
@@ -276,8 +327,10 @@ SAMPLING = {  # of gpt.Sampling: the key of a file
 }
 ALIASES = dict.fromkeys(("llama3", "llama-v3", "falcon3"), "llama-bpe") | {"deepseek-r1-qwen": "qwen2"}
 
-PREPEND = {"type": "Prepend", "prepend": "▁"}
-REPLACE = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
+SPLIT = {"type": "Split", "pattern": {"String": " "}, "behavior": "MergedWithPrevious", "invert": False}
+SPACE = "▁"
+PREPEND = {"type": "Prepend", "prepend": SPACE}
+REPLACE = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
 
 
 @dataclass
@@ -393,6 +446,8 @@ def sentencepiece_metadata(v: Vocabulary) -> tuple[dict[str, Any], list[str]]:
     normalizer = v.spec["normalizer"] or {}
     pre_tokenizer = v.spec["pre_tokenizer"] or {}
     steps = normalizer.get("normalizers", [normalizer])
+    if pre_tokenizer == SPLIT and steps[-1] == REPLACE:  # Gemma's: no space is left to split at
+        pre_tokenizer = {}
     if not pre_tokenizer and steps in ([PREPEND, REPLACE], [REPLACE]):
         prefix = PREPEND in steps
     elif not normalizer and pre_tokenizer.get("type") == "Metaspace" and not pre_tokenizer["split"]:
@@ -409,7 +464,9 @@ def sentencepiece_metadata(v: Vocabulary) -> tuple[dict[str, Any], list[str]]:
     if not model["byte_fallback"] or model["ignore_merges"] or v.types.count(BYTE) != 256:
         raise UserError("it falls back to 256 bytes for unknown characters")
     normal = [text for text, kind in zip(v.tokens, v.types, strict=True) if kind == NORMAL]
-    merges = v.merges
+    merges = find_in_text(v)
+    if "  " in v.tokens:
+        notes.append(f"llama.cpp gives other ids to text with the character {SPACE}")
     runs = space_merges(normal)
     if merges[len(merges) - len(runs) :] == runs:
         merges = merges[: len(merges) - len(runs)]
@@ -432,6 +489,28 @@ def sentencepiece_metadata(v: Vocabulary) -> tuple[dict[str, Any], list[str]]:
     if UNKNOWN in v.types:
         metadata["unknown_token_id"] = v.types.index(UNKNOWN)
     return metadata, notes
+
+
+def find_in_text(v: Vocabulary) -> list[tuple[str, str]]:
+    """Write runs of spaces that are USER_DEFINED tokens as llama.cpp wants Gemma's. Return the other merges.
+
+    llama.cpp finds a USER_DEFINED token in the text, before it merges. That gives the same ids if runs are
+    merged before all else, from the left. Merges to other USER_DEFINED tokens are never used.
+    """
+    found = {text: i for i, text in enumerate(v.tokens) if v.types[i] == USER_DEFINED}
+    others = [merge for merge in v.merges if "".join(merge) not in found]
+    if any(part in found for merge in others for part in merge):
+        raise UserError("its tokens that are found in the text are merged with others")
+    with_spaces = [text for text in found if SPACE in text]
+    if with_spaces:
+        sizes = range(1, len(with_spaces) + 2)
+        pairs = [(SPACE * a, SPACE * b) for a in reversed(sizes) for b in reversed(sizes) if a + b in sizes]
+        first = [merge for merge in v.merges if SPACE in "".join(merge)][: len(pairs)]
+        if {*with_spaces} != {SPACE * n for n in sizes[1:]} or first != pairs:
+            raise UserError(f"its tokens of {SPACE} are not runs that are merged first")
+        for text in with_spaces:
+            v.tokens[found[text]] = text.replace(SPACE, " ")
+    return others
 
 
 def space_merges(tokens: list[str]) -> list[tuple[str, str]]:
@@ -492,6 +571,7 @@ def to_tokenizer(metadata: dict[str, Any], name: str) -> PretrainedTokenizer:
         if 0 <= i < len(tokens) and types[i] != UNUSED:
             special_tokens[f"{key[:3]}_token"] = tokens[i]
     ends = [get("eot_token_id", int), get("eom_token_id", int)]
+    ends.append(vocab.get("<end_of_turn>"))  # llama.cpp knows Gemma's by its text
     add_bos = get("add_bos_token", bool, defaults["add_bos"])
     add_eos = get("add_eos_token", bool, False)
     d: dict[str, Any] = {"version": "1.0", "truncation": None, "padding": None, "added_tokens": added}

@@ -33,6 +33,7 @@ TEXT = (
     + "\t\treturn {'a': [1, 22, 333, 4444]}\n   \n \n\n    "
 )
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+TURN_TOKENS = ["<start_of_turn>", "<end_of_turn>"]
 WORDS = r"[^\r\n\p{L}\p{N}]?\p{L}+|%s| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 CONTRACTIONS = "(?i:'s|'t|'re|'ve|'m|'ll|'d)|"
 
@@ -71,33 +72,47 @@ def byte_level(family: str) -> tokenizers.Tokenizer:
 
 
 def sentencepiece(family: str) -> tokenizers.Tokenizer:
-    """SentencePiece BPE with byte fallback, as in Llama 2. Older files prepend ▁ by a normalizer."""
+    """SentencePiece BPE with byte fallback, as in Llama 2 or Gemma. Older files prepend ▁ by a normalizer."""
     trained = tokenizers.Tokenizer(models.BPE())
     trained.pre_tokenizer = pre_tokenizers.Metaspace(replacement="▁")  # no token spans words
+    text = TEXT.replace("\n", " ") if family == "gemma" else TEXT
     trained.train_from_iterator(
-        [TEXT] * 3, trainers.BpeTrainer(vocab_size=400, limit_alphabet=120, show_progress=False)
+        [text] * 3, trainers.BpeTrainer(vocab_size=400, limit_alphabet=120, show_progress=False)
     )
     bpe = json.loads(trained.to_str())["model"]
     tokens = ["<unk>", "<s>", "</s>", *(f"<0x{i:02X}>" for i in range(256)), *bpe["vocab"]]
     tokens += [] if "▁" in bpe["vocab"] else ["▁"]
-    vocab = {token: i for i, token in enumerate(tokens)}
     merges = [tuple(pair) for pair in bpe["merges"]]
+    found: list[str] = []
+    if family == "gemma":  # some tokens are found in the text before it is split; runs are merged first
+        found = ["\n\n", "\n\n\n", "<table>", *("▁" * n for n in range(2, 9))]
+        tokens += ["\n", *found, *TURN_TOKENS]
+        runs = [("▁" * a, "▁" * b) for a in range(7, 0, -1) for b in range(8 - a, 0, -1)]
+        merges = [*runs[:7], ("\n\n", "\n"), ("\n", "\n"), *runs[7:], *merges]
+    vocab = {token: i for i, token in enumerate(tokens)}
     made = tokenizers.Tokenizer(
         models.BPE(vocab=vocab, merges=merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True)
     )
     if family == "metaspace":
         made.pre_tokenizer = pre_tokenizers.Metaspace(replacement="▁", prepend_scheme="first", split=False)
+    elif family == "gemma":
+        made.normalizer = normalizers.Replace(" ", "▁")
+        made.pre_tokenizer = pre_tokenizers.Split(" ", "merged_with_previous")
     else:
         made.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    strip = [] if family == "gemma" else [decoders.Strip(" ", 1, 0)]
     made.decoder = decoders.Sequence(
-        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), *strip]
     )
     made.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
-    made.add_special_tokens([tokenizers.AddedToken(text, normalized=False) for text in tokens[:3]])
+    special = [*tokens[:3], *(TURN_TOKENS if family == "gemma" else [])]
+    made.add_special_tokens([tokenizers.AddedToken(text, normalized=False) for text in special])
+    made.add_tokens([tokenizers.AddedToken(text, normalized=False) for text in found])
     return made
 
 
-FAMILIES = [*BYTE_LEVEL, "metaspace", "prepend"]
+SENTENCEPIECE = ["metaspace", "prepend", "gemma"]
+FAMILIES = [*BYTE_LEVEL, *SENTENCEPIECE]
 
 
 def write_folder(folder: Path, family: str, **tokenizer_config) -> Path:
@@ -110,6 +125,9 @@ def write_folder(folder: Path, family: str, **tokenizer_config) -> Path:
     defaults = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": bos, "eos_token": eos}
     (folder / "tokenizer_config.json").write_text(json.dumps(defaults | tokenizer_config))
     (folder / "config.json").write_text(json.dumps({"model_type": "llama", "eos_token_id": 2}))
+    if family == "gemma":
+        ends = [made.token_to_id(text) for text in ("</s>", TURN_TOKENS[1])]
+        (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": ends}))
     return folder
 
 
@@ -154,7 +172,8 @@ def test_bos_before_a_prompt_depends_on_tokenizer_json_alone(tmp_path, family, a
 
 
 def test_text_never_becomes_a_special_token(ours, theirs):
-    special = {i: token.content for i, token in theirs.get_added_tokens_decoder().items()}
+    added = theirs.get_added_tokens_decoder().items()
+    special = {i: token.content for i, token in added if token.special}
     for text in (f"a{''.join(special.values())}b", f"{next(iter(special.values()))}", *special.values()):
         assert not set(special) & {*ours.encode(text), *ours.encode_prompt(text)[1:]}
         assert ours.decode(ours.encode(text)) == text
