@@ -166,12 +166,11 @@ def to_metadata(config: GPTConfig) -> tuple[Architecture, dict[str, Any]]:
     if scaling.get("rope_type") in ("linear", "yarn"):
         values["rope.scaling.type"] = scaling["rope_type"]
         values["rope.scaling.factor"] = float(scaling["factor"])
-    if scaling.get("rope_type") == "yarn":
-        for name in ("beta_fast", "beta_slow"):
-            values[f"rope.scaling.yarn_{name}"] = float(scaling[name])
-        if scaling["attention_factor"] != yarn_attention(scaling["factor"]):
-            factor = scaling["attention_factor"] / yarn_attention(scaling["factor"])
-            values["rope.scaling.attn_factor"] = factor
+    if scaling.get("rope_type") == "yarn" and scaling["attention_factor"] != yarn_attention(
+        scaling["factor"]
+    ):
+        factor = scaling["attention_factor"] / yarn_attention(scaling["factor"])
+        values["rope.scaling.attn_factor"] = factor
     if "original_max_position_embeddings" in scaling:
         values["rope.scaling.original_context_length"] = int(scaling["original_max_position_embeddings"])
     metadata = {f"{arch.name}.{key}": value for key, value in values.items()}
@@ -224,8 +223,12 @@ def to_config(arch: Architecture, metadata: dict[str, Any], tied: bool, factors:
         raise UserError(f"{prefix}rope.scaling.type is {rope_type!r}, but only {listed} are supported")
     if rope_type == "yarn":
         scaling = {"rope_type": "yarn", "factor": factor, "attention_factor": attention}
-        for name, default in (("beta_fast", 32.0), ("beta_slow", 1.0)):
-            scaling[name] = given.get(f"rope.scaling.yarn_{name}", default)
+        for name, only in (("beta_fast", 32.0), ("beta_slow", 1.0)):  # llama.cpp reads no others
+            scaling[name] = only
+            if (value := given.get(f"rope.scaling.yarn_{name}", only)) != only:
+                raise UserError(
+                    f"{prefix}rope.scaling.yarn_{name} is {value!r}, but only {only} is supported"
+                )
         original = given.get("rope.scaling.original_context_length", given.get("context_length"))
         scaling["original_max_position_embeddings"] = original
         check_rope_scaling(scaling, f"{prefix}rope.scaling")

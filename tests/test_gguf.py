@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 import rustbpe
 import torch
-from conftest import GEMMA, LLAMA, ROOT, YARN, error, make_model, run
+from conftest import GEMMA, LLAMA, ROOT, error, make_model, run
+from conftest import YARN as SCALED
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_hf import full_disk
@@ -26,6 +27,7 @@ from sologpt.tokenizer import BPE_PATTERN, EOT, PretrainedTokenizer, Tokenizer
 package = pytest.importorskip("gguf")
 
 BYTES = Tokenizer.from_spec("bytes")
+YARN = SCALED | dict(beta_fast=32.0, beta_slow=1.0)  # which llama.cpp always takes
 LLAMA3 = dict(rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0)
 GPT2 = dict(norm="layer", positions="learned", bias=True, mlp="gelu_tanh", tie_embd=True)
 GPT2 |= dict(head_dim=None, n_kv_head=None, norm_eps=1e-5)
@@ -186,6 +188,7 @@ def test_q8_0(tmp_path):
         (GEMMA | dict(layer_types="SFF"), r"gemma3 in llama\.cpp has no layer_types='SFF'"),
         (GEMMA | dict(sliding_window=None), r"gemma3 in llama\.cpp has no .*sliding_window=None"),
         (GEMMA | dict(n_layer=62), r"block_count is 62"),
+        (LLAMA | dict(rope_scaling=YARN | dict(beta_fast=4.0)), r"llama in llama\.cpp has no rope_scaling"),
         (
             GEMMA | dict(rope_scaling=YARN),
             r"gemma3\.rope\.scaling\.type is 'yarn', but only none, linear are",
@@ -365,6 +368,10 @@ def rewrite(good: bytes, path: Path, changes: dict, drop: str = "", extra: str =
             r"rope\.scaling: 'yarn' takes",
         ),
         ({"llama.rope.scaling.attn_factor": 2.0}, "attn_factor is 2.0"),
+        (
+            {"llama.rope.scaling.type": "yarn", "llama.rope.scaling.yarn_beta_fast": 8.0},
+            "yarn_beta_fast is 8.0",
+        ),
         ({"llama.rope.scaling.yarn_ext_factor": 0.5}, "yarn_ext_factor is 0.5"),
         ({"llama.rope.scaling.factor": -2.0}, "rope_scaling"),
         ({"llama.expert_count": 8}, "llama.expert_count is 8"),
@@ -697,7 +704,6 @@ def llama_cpp():
 def open_llama(llama_cpp, path: Path, **options):
     """llama.cpp with keys and values in float32, as far from our numbers as its kernels are."""
     settings = dict(n_ctx=400, logits_all=True, type_k=0, type_v=0, n_threads=2, verbose=False)
-    settings |= dict(yarn_beta_fast=-1.0, yarn_beta_slow=-1.0)  # those of the file
     return llama_cpp.Llama(str(path), **settings | options)
 
 
