@@ -328,7 +328,7 @@ def test_a_saved_model_gives_the_same_logits_and_tokens_in_transformers(model_ty
         ids = list(ours.generate(prompt, 64, temperature=0, stop_tokens=[tokenizer.eot]))
         assert ids == expected
         seen |= {*ids}
-    assert len(seen) > 4
+    assert len(seen) > 3
     again, _ = hf.load(tmp_path / "a" / "model")
     assert again.config == ours.config and torch.equal(again(idx), ours(idx))
 
