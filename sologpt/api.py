@@ -5,6 +5,7 @@ from functools import partial
 from typing import Any, ClassVar, NamedTuple
 
 from sologpt import errors
+from sologpt.chat import answer_sampling
 from sologpt.chat_template import RESERVED
 from sologpt.conversations import encode_after
 from sologpt.engine import Engine, Piece, QueueFull, Request, Token
@@ -228,7 +229,7 @@ class Chat(API):
             raise APIError(400, "top_logprobs needs logprobs: true", "top_logprobs")
         goes_on = fields.get("continue_final_message", False)
         ids = encode_messages(self.tokenizer, read_messages(fields["messages"]), goes_on, self.engine.max_len)
-        return [ids], {
+        return [ids], answer_sampling(self.tokenizer) | {
             "max_tokens": fields.get("max_completion_tokens", fields.get("max_tokens")),
             "logprobs": fields.get("top_logprobs", 0) if fields.get("logprobs") else None,
             "continues": goes_on,

@@ -122,6 +122,7 @@ class Engine:
         self.model = model.eval()
         self.tokenizer = tokenizer
         self.decode = decode or fast.prepare(model, rows=rows)
+        self.prefill = getattr(self.decode, "prefill", model.prefill)
         self.max_len = max_len or fitting_len(model, rows)
         self.capacity = rows + max_waiting
         self.chunk = chunk
@@ -327,16 +328,19 @@ class Engine:
         row = self.cache.rows(slice(b, b + 1))
         n = int(row.lengths)
         chunk = request.prompt[n : n + room]
-        x = self.model.hidden(self.never.new_tensor([chunk]), row)  # (1, T, C)
         if request.echo:
+            x = self.model.hidden(self.never.new_tensor([chunk]), row)  # (1, T, C)
             self._echo(request, n, x[0])
+            logits = self.model.logits(x[:, -1])  # (1, V)
+        else:
+            logits = self.prefill([chunk], row)
         if n + len(chunk) == len(request.prompt):
             self.running.append(request)
             self.prefilling = None
             if request.echo:
                 self._send_prompt(request)
             if request.max_tokens:
-                self._draw(request, self.model.logits(x[:, -1]))
+                self._draw(request, logits)
             else:
                 request.end("length")
             self._retire()

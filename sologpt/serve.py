@@ -30,6 +30,7 @@ import torch
 
 from sologpt import errors
 from sologpt.api import API, SWITCH, TEXT, APIError, Chat, Completion, api_error, read_fields
+from sologpt.chat import answer_sampling
 from sologpt.engine import Engine, Piece, Request
 from sologpt.errors import RunError, UserError
 from sologpt.hf import SOURCE, Parser
@@ -281,6 +282,7 @@ def make_app(
     chat_api, completion_api = Chat(engine), Completion(engine)
     model = {"id": name, "object": "model", "created": int(time.time()), "owned_by": "sologpt"}
     model |= {"chat": bool(tokenizer.chat_template), "context": engine.max_len}
+    model["sampling"] = answer_sampling(tokenizer) if tokenizer.chat_template else {}
 
     async def models(http: HTTPRequest) -> Response:
         return JSONResponse({"object": "list", "data": [model]})

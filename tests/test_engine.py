@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gpt import GPT, KVCache
+from sologpt import native
 from sologpt.engine import Engine, Piece, QueueFull, Request, fitting_len
 from sologpt.errors import RunError, UserError
 from sologpt.stream import stream_text
@@ -371,6 +372,20 @@ def test_an_error_fails_the_requests_of_a_round_and_not_the_engine(model):
             list(engine.generate("x", 20))
         assert is_idle(engine)
         assert "".join(engine.generate("x", 20)) == alone(model, "x")[0]
+
+
+def test_decode_cpp_reads_the_prompts_too():
+    model, forwards = byte_model(dtype=torch.float32), []
+    decode = native.prepare(model)
+    if decode is None:
+        pytest.skip("no C++ compiler")
+    model.norm.register_forward_hook(lambda *_: forwards.append(1))
+    prompts = ["x", "Once upon a time", "Once upon a day in the north"]
+    with closing(Engine(model, BYTES, rows=2, chunk=8, decode=decode)) as engine:
+        answers = [Answer(engine, prompt, 20, temperature=0) for prompt in prompts]
+        texts = [answer.wait().text for answer in answers]
+    assert not forwards
+    assert texts == [alone(model, prompt, 20, temperature=0)[0] for prompt in prompts]
 
 
 def test_logits_that_are_not_finite_fail_their_own_request():

@@ -1,6 +1,7 @@
 """The server beside the engine and `generate`, with the `openai` package as its client."""
 
 import contextlib
+import copy
 import json
 import os
 import random
@@ -337,6 +338,28 @@ def test_lm_evaluation_harness(tmp_path):
 
 
 # ---- Models, health, page
+
+
+def test_a_chat_samples_as_the_model_suggests():
+    """Its own settings, or 0.6 and 0.9; a field of the request wins. A completion has OpenAI's defaults."""
+    own = copy.copy(BYTES)
+    own.sampling = {"temperature": 0.3, "top_k": 7}
+    body = {"messages": QUESTION, "seed": 5, "max_tokens": 20}
+
+    def content(url: str, **fields) -> str:
+        answer = httpx.post(f"{url}/v1/chat/completions", json=body | fields).json()
+        return answer["choices"][0]["message"]["content"]
+
+    for tokenizer, sampling in ((own, own.sampling), (BYTES, {"temperature": 0.6, "top_p": 0.9})):
+        with serving(tokenizer=tokenizer) as (url, _):
+            assert httpx.get(f"{url}/v1/models").json()["data"][0]["sampling"] == sampling
+            assert content(url) == alone(QUESTION, seed=5, **sampling)[0]
+            assert (
+                content(url, temperature=1.4) == alone(QUESTION, seed=5, **sampling | {"temperature": 1.4})[0]
+            )
+            text = {"prompt": "Once", "seed": 5, "max_tokens": 20}
+            answer = httpx.post(f"{url}/v1/completions", json=text).json()["choices"][0]["text"]
+            assert answer == alone("Once", seed=5)[0] != alone("Once", seed=5, **sampling)[0]
 
 
 def test_models(client, web):
