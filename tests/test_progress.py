@@ -290,7 +290,7 @@ def test_two_lines_of_a_sample_are_shown_at_every_evaluation(dataset, tmp_path, 
 
 def test_the_end_explains_the_loss_once(trained, dataset, tmp_path):
     flags = [*SMALL, f"--dataset={dataset}", f"--out_dir={tmp_path}", "--max_iters=20", "--sample_tokens=0"]
-    with_plot = run("train.py", *flags).stdout
+    with_plot = run("train.py", *flags, plot=True).stdout
     hidden = (
         f"import sys; sys.modules['matplotlib'] = None; sys.path.insert(0, {str(ROOT)!r}); import train; "
     )
