@@ -196,7 +196,7 @@ def test_continue_final_message(client):
 
 
 def test_n_and_seed(client):
-    options = dict(model="tiny", messages=QUESTION, max_tokens=15, n=3)
+    options = dict(model="tiny", messages=QUESTION, max_tokens=15, n=3, temperature=1, top_p=1)
     answer = client.chat.completions.create(seed=5, **options)
     texts = [choice.message.content for choice in answer.choices]
     assert [choice.index for choice in answer.choices] == [0, 1, 2]
