@@ -6,7 +6,7 @@ from typing import Any, ClassVar, NamedTuple
 
 from sologpt import errors
 from sologpt.chat import answer_sampling
-from sologpt.chat_template import RESERVED
+from sologpt.chat_template import RESERVED, as_text
 from sologpt.conversations import encode_after
 from sologpt.engine import Engine, Piece, QueueFull, Request, Token
 from sologpt.errors import UserError
@@ -76,9 +76,7 @@ def is_stop(x: Any) -> bool:
 
 
 def is_content(x: Any) -> bool:
-    return is_text(x) or is_list_of(
-        x, lambda part: isinstance(part, dict) and part.get("type") == "text" and is_text(part.get("text"))
-    )
+    return x != [] and as_text(x) is not None
 
 
 TEXT = Field("text", is_text)
@@ -147,9 +145,8 @@ def read_messages(values: list[dict[str, Any]]) -> list[dict[str, str]]:
     for i, value in enumerate(values):
         given = {key: x for key, x in value.items() if x or key in MESSAGE}  # answers have empty fields
         fields = read_fields(given, MESSAGE, *MESSAGE, where=f"messages[{i}].")
-        role, content = fields["role"], fields["content"]
-        text = content if is_text(content) else "".join(part["text"] for part in content)
-        messages.append({"role": "system" if role == "developer" else role, "content": text})
+        role = "system" if fields["role"] == "developer" else fields["role"]
+        messages.append({"role": role, "content": as_text(fields["content"]) or ""})
     return messages
 
 
