@@ -54,7 +54,10 @@ def make_model(shape: str, device: torch.device, dtype: torch.dtype) -> GPT:
     model = GPT(SHAPES[shape])
     for weight in model.parameters():
         torch.nn.init.normal_(weight, std=0.02)
-    return model.to(device, dtype).eval()
+    model = model.to(device, dtype).eval()
+    for weight in model.parameters():
+        weight.data = HUGE_PAGES.copy(weight.data)  # as load_model does
+    return model
 
 
 def for_inference(model: GPT) -> GPT:

@@ -1,12 +1,15 @@
 """Where a model runs, in which dtype, and what is known about that device."""
 
 import ctypes
+import mmap
 import re
 import sys
+import threading
 from contextlib import AbstractContextManager, nullcontext, suppress
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from sologpt.errors import UserError
 
@@ -90,6 +93,35 @@ def return_freed_memory() -> None:
     if sys.platform == "linux":
         with suppress(AttributeError):  # musl has no malloc_trim
             ctypes.CDLL(None).malloc_trim(0)
+
+
+class HugePages(threading.local):
+    """Memory for weights in pages of 2 MB, where Linux has them. A token reads all the weights, and to find
+    where each page of 4 KB is took a tenth of its time on a CPU.
+    """
+
+    BLOCK = 2**26  # bytes; what is not used of it takes no memory
+
+    def __init__(self) -> None:
+        self.block, self.used = mmap.mmap(-1, 1), 0
+
+    def copy(self, x: Tensor) -> Tensor:
+        """Return a contiguous copy of x, on a GPU perhaps x itself."""
+        if x.device.type != "cpu" or not x.numel():
+            return x.contiguous()
+        start = (self.used + 63) // 64 * 64  # of a cache line
+        if start + x.nbytes > len(self.block):
+            try:
+                self.block, start = mmap.mmap(-1, max(x.nbytes, self.BLOCK), flags=mmap.MAP_PRIVATE), 0
+                self.block.madvise(mmap.MADV_HUGEPAGE)
+            except (AttributeError, OSError):  # a system without them, or not enough memory
+                return x.clone(memory_format=torch.contiguous_format)
+        self.used = start + x.nbytes
+        memory = torch.frombuffer(self.block, dtype=x.dtype, count=x.numel(), offset=start)
+        return memory.view(x.shape).copy_(x)
+
+
+HUGE_PAGES = HugePages()
 
 
 def free_memory(device: torch.device) -> int:

@@ -819,7 +819,7 @@ def load(
             for ours, x in zip(names[theirs], parts, strict=True):
                 if is_permuted(ours, arch):
                     x = hf.to_interleaved(x, model.config.head_dim, inverse_rotation=False)
-                yield ours, x.to(device, dtype, copy=not quantize)
+                yield ours, x.to(device, dtype)
 
     fill(model, weights(), quantize)
     return model.eval(), tokenizer

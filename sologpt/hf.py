@@ -700,7 +700,7 @@ def load(
     if config.post_norm:  # Gemma's
         names = [replace(name, gain=scale) if "q_norm" in name.ours else name for name in names]
     check_tensors(folder, found, names, model)
-    fill(model, read_weights(found, names, device, dtype, copy=not quantize), quantize)
+    fill(model, read_weights(found, names, device, dtype), quantize)
     return model.eval(), tokenizer
 
 
@@ -812,14 +812,14 @@ def check_tensors(folder: Path, found: dict[str, TensorInfo], names: list[Tensor
 
 
 def read_weights(
-    found: dict[str, TensorInfo], names: list[TensorName], device: Device, dtype: Dtype, copy: bool
+    found: dict[str, TensorInfo], names: list[TensorName], device: Device, dtype: Dtype
 ) -> Iterator[tuple[str, Tensor]]:
-    """Yield name and tensor of each parameter. Without copy, tensors may be memory-mapped."""
+    """Yield name and tensor of each parameter. Tensors may be memory-mapped, and transposed."""
     dtype = dtype or widest(DTYPES[found[name.theirs].dtype] for name in names)
     # Largest first: two copies of it exist for a moment
     for name in sorted(names, key=lambda name: -math.prod(found[name.theirs].shape)):
         x = from_theirs(read_tensor(found, name.theirs), name)
-        yield name.ours, x.to(device, dtype, copy=copy, memory_format=torch.contiguous_format)
+        yield name.ours, x.to(device, dtype)
 
 
 def read_tensor(found: dict[str, TensorInfo], name: str) -> Tensor:

@@ -22,7 +22,7 @@ from torch import Tensor
 
 import sologpt.quantize
 from gpt import GPT, Device, Dtype, GPTConfig, Sampling
-from sologpt.device import pick_device
+from sologpt.device import HUGE_PAGES, pick_device
 from sologpt.errors import RunError, UserError
 from sologpt.tokenizer import Tokenizer
 
@@ -178,7 +178,10 @@ def load_checkpoint(
         if is_out_of_memory(e):
             raise
         raise RunError(f"{path} is damaged: its weights do not fit its config") from e
-    return model.to(device, dtype).eval(), checkpoint
+    model = model.to(device, dtype)
+    for weight in model.parameters():
+        weight.data = HUGE_PAGES.copy(weight.data)
+    return model.eval(), checkpoint
 
 
 def fill_model(config: GPTConfig, state: Mapping[str, Any]) -> GPT:

@@ -15,7 +15,7 @@ import torch.nn as nn
 from torch import Tensor
 
 from gpt import GPT, in_float32
-from sologpt.device import return_freed_memory
+from sologpt.device import HUGE_PAGES, return_freed_memory
 from sologpt.errors import RunError, UserError
 
 # -----------------------------------------------------------------------------
@@ -220,7 +220,7 @@ def set_weight(model: GPT, name: str, x: Tensor, kind: str, group_size: int, is_
         if linear:
             model.set_submodule(path, linear)
             return
-    setattr(module, leaf, nn.Parameter(x.clone() if is_copied else x, requires_grad=False))
+    setattr(module, leaf, nn.Parameter(HUGE_PAGES.copy(x) if is_copied else x, requires_grad=False))
 
 
 def warn_of_other_widths(model: GPT, kind: str) -> None:
@@ -239,11 +239,11 @@ def warn_of_other_widths(model: GPT, kind: str) -> None:
 
 
 def fill(model: GPT, weights: Iterable[tuple[str, Tensor]], kind: str | None) -> None:
-    """Give a model on the meta device its weights, by name: quantized to kind, or as they are."""
+    """Give a model on the meta device its weights, by name: quantized to kind, or copied as they are."""
     if kind:
         quantize(model, kind, weights=weights)
     else:
-        model.load_state_dict(dict(weights), assign=True)
+        model.load_state_dict({name: HUGE_PAGES.copy(x) for name, x in weights}, assign=True)
 
 
 def make_quantized(
@@ -271,8 +271,8 @@ class QuantizedLinear(InferenceOnly):
         self.out_features, self.in_features = weight.shape
         self.bias = bias
         self.is_native = False  # whether native.py has loaded decode.cpp
-        self.register_buffer("q", q)
-        self.register_buffer("scale", scale)
+        self.register_buffer("q", HUGE_PAGES.copy(q))
+        self.register_buffer("scale", HUGE_PAGES.copy(scale))
 
     def forward(self, x: Tensor) -> Tensor:
         rows = x.to(self.scale.dtype).reshape(-1, self.in_features).contiguous()  # (M, K)

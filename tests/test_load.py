@@ -1,5 +1,7 @@
+import itertools
 import math
 import os
+import re
 import socket
 import sys
 import time
@@ -13,7 +15,7 @@ from conftest import GEMMA, LLAMA3, ROOT, YARN, make_model, run
 import sample
 from gpt import GPT, GPTConfig
 from sologpt import hf, load
-from sologpt.device import pick_device
+from sologpt.device import HUGE_PAGES, pick_device
 from sologpt.errors import UserError
 from sologpt.load import check_config, describe_run, find_checkpoint, load_model, make_config
 from sologpt.tokenizer import EOT, Tokenizer
@@ -32,7 +34,7 @@ def same_weights(a: GPT, b: GPT) -> bool:
     return all(torch.equal(x, b.state_dict()[name]) for name, x in a.state_dict().items())
 
 
-# ---- devices
+# ---- devices and memory
 
 
 def test_pick_device():
@@ -59,6 +61,46 @@ def test_a_missing_device_is_a_value_error_of_one_line(name, tmp_path):
         with pytest.raises(ValueError, match=name) as e:
             call()
         assert "\n" not in str(e.value) and "damaged" not in str(e.value)
+
+
+def test_copies_in_huge_pages_are_of_their_own():
+    """Each keeps its numbers while others are made and dropped, and has a storage of its own, as GPT.save needs."""
+    torch.manual_seed(0)
+    tensors = [torch.randn(n, 7).to(dtype) for n in (5, 60_000, 0, 1, 200) for dtype in load.FLOATS]
+    tensors.insert(9, torch.randn(HUGE_PAGES.BLOCK // 4 + 3))  # larger than a block
+    tensors += [
+        torch.randn(60, 40).t(),
+        torch.arange(250, dtype=torch.uint8),
+        torch.arange(-99, 99, dtype=torch.int8),
+    ]
+    copies = [HUGE_PAGES.copy(x) for x in tensors]
+    for x in tensors:
+        HUGE_PAGES.copy(x + 1)
+    for x, copy in zip(tensors, copies, strict=True):
+        assert torch.equal(x, copy) and x.dtype == copy.dtype and copy.is_contiguous()
+        assert copy.untyped_storage().nbytes() == x.nbytes and copy.data_ptr() % 64 == 0
+    spans = sorted((x.data_ptr(), x.data_ptr() + x.nbytes) for x in copies if x.numel())
+    assert all(end <= start for (_, end), (start, _) in itertools.pairwise(spans))
+
+
+@pytest.mark.skipif(not Path("/sys/kernel/mm/transparent_hugepage").exists(), reason="Linux has huge pages")
+@pytest.mark.parametrize("kind", [None, "int8", "int4"])
+def test_loaded_weights_are_in_huge_pages(tmp_path, kind):
+    """The kernel's flag "hg" of the memory they are in."""
+    hf.save(make_model(torch.bfloat16, vocab_size=257, **hf.LLAMA), BYTES, tmp_path / "model")
+    for source in (save(tmp_path / "x.pt"), f"hf:{tmp_path}/model"):
+        model, _, _ = load_model(source, quantize=kind)
+        areas = re.findall(r"^(\w+)-(\w+) [^\0]*?^VmFlags: (.*)$", Path("/proc/self/smaps").read_text(), re.M)
+        for x in (*model.h.parameters(), *model.h.buffers()):
+            (flags,) = (f for start, end, f in areas if int(start, 16) <= x.data_ptr() < int(end, 16))
+            assert "hg" in flags.split()
+
+
+def test_no_memory_for_huge_pages_is_the_error_of_torch(monkeypatch):
+    monkeypatch.setattr(HUGE_PAGES, "BLOCK", 2**62)
+    monkeypatch.setattr(HUGE_PAGES, "used", 2**62)
+    x = torch.randn(3, 4)
+    assert torch.equal(HUGE_PAGES.copy(x.t()), x.t())
 
 
 # ---- checkpoints
