@@ -15,6 +15,7 @@ import json
 import math
 import os
 import re
+import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import cached_property
@@ -68,9 +69,9 @@ def no_stderr() -> Iterator[None]:
     except OSError:  # it is closed
         yield
         return
-    with open(os.devnull, "wb") as f:
-        os.dup2(f.fileno(), 2)
     try:
+        with open(os.devnull, "wb") as f:
+            os.dup2(f.fileno(), 2)
         yield
     finally:
         os.dup2(saved, 2)
@@ -201,7 +202,8 @@ class Tokenizer:
         """
         cuts = [i for i in range(0, len(text), MAX_SPACE) if text[i : i + MAX_SPACE].isspace()]
         parts = [text[a:b] for a, b in pairwise([0, *cuts, len(text)])]
-        with refused(f"the tokenizer {self.name} cannot encode this text"):
+        alone = threading.active_count() == 1
+        with refused(f"the tokenizer {self.name} cannot encode this text", quiet=alone):
             return list(chain.from_iterable(map(self.encoding.encode_ordinary, parts)))
 
     def encode_prompt(self, text: str) -> list[int]:

@@ -55,6 +55,21 @@ def test_weights_that_are_not_finite_are_one_line(trained, tmp_path, flags):
     )
 
 
+@pytest.mark.parametrize("flags", [["--prompt"], ["--chat", "--prompt"], ["--interactive", "--prompt"]])
+def test_a_prompt_on_which_the_pattern_fails_is_one_line(trained, tmp_path, flags):
+    """tiktoken's pattern gives up after too many steps: its panic, in Rust, prints nothing of its own."""
+    model, extra = GPT.load_checkpoint(trained / "best.pt")
+    extra["tokenizer"] |= {"pattern": r"(?:a|a)+(?!a)b|[\s\S]"}
+    extra["tokenizer"] |= {"chat_template": "{{ messages[-1].content }}", "eos_tokens": []}
+    model.save(tmp_path / "best.pt", **extra)
+    args = ["sample.py", f"--ckpt={tmp_path / 'best.pt'}", "--max_tokens=2", *flags]
+    run(*args, "b")
+    done = run(*args, "a" * 99, status=2)
+    *notes, line = done.stderr.splitlines()
+    assert "cannot encode this text" in line and line.startswith("error: ")
+    assert len(notes) == (2 if "--interactive" in flags else 0), notes
+
+
 def test_float16_is_offered(trained):
     flags = [f"--out_dir={trained}", "--prompt=def ", "--max_tokens=8", "--temperature=0"]
     assert run("sample.py", *flags, "--dtype=float16").stdout == run("sample.py", *flags).stdout
