@@ -8,6 +8,7 @@ trained (train_trained.bin) and where the rows begin (train_rows.bin). `sologpt.
 
 import argparse
 import codecs
+import importlib
 import json
 import os
 import re
@@ -231,10 +232,12 @@ def open_tokenizer_and_window(spec: str, texts: Iterable[str] = ()) -> tuple[Tok
     if path.suffix not in (".json", ".pt"):
         if not (spec.startswith(("hf:", "gguf:")) or path.suffix == ".gguf" or path.is_dir()):
             return Tokenizer.from_spec(spec, texts), MAX_ROW
-        from sologpt.load import find_checkpoint, find_source, load_model  # imports torch
+        from sologpt.load import find_checkpoint, find_source  # imports torch
 
-        if find_source(spec)[0]:
-            model, tokenizer, _ = load_model(spec)
+        kind, name = find_source(spec)
+        if kind:
+            # On the meta device, weights take no memory, and those of safetensors are not even read
+            model, tokenizer = importlib.import_module(f"sologpt.{kind}").load(name, device="meta")
             return tokenizer, min(MAX_ROW, model.config.sequence_len)
         path = find_checkpoint(path)
     try:

@@ -14,6 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import common
 
 from sologpt import errors
+from sologpt.chat_template import as_text
 from sologpt.conversations import Example
 from sologpt.errors import UserError
 
@@ -91,7 +92,7 @@ def find_turns(record: Any) -> list[Any]:
     if turns := record.get("messages", record.get("conversations")):
         return as_list(turns)
     if {"instruction", "output"} <= record.keys():
-        question = "\n\n".join(as_text(record[key]) for key in ("instruction", "input") if record.get(key))
+        question = "\n\n".join(text_of(record[key]) for key in ("instruction", "input") if record.get(key))
         return [{"role": "user", "content": question}, {"role": "assistant", "content": record["output"]}]
     if {"prompt", "completion"} <= record.keys():
         turns = []
@@ -117,7 +118,7 @@ def to_message(turn: dict[str, Any]) -> dict[str, str]:
     if said not in ROLES:
         raise UserError(f"the role is {said!r}, but must be one of {', '.join(ROLES)}")
     role = ROLES[said]
-    content = as_text(turn.get("content", turn.get("value")))
+    content = text_of(turn.get("content", turn.get("value")))
     if role != "system" and not content.strip():
         raise UserError(f"a message of the {role} is empty")
     message = {"role": role, "content": content}
@@ -126,15 +127,12 @@ def to_message(turn: dict[str, Any]) -> dict[str, str]:
     return message
 
 
-def as_text(content: Any) -> str:
+def text_of(content: Any) -> str:
     """Return a content that is text, or a list of parts that are text."""
-    if isinstance(content, str):
-        return content
-    parts = content if isinstance(content, list) else [content]
-    for part in parts:
-        if not isinstance(part, dict) or part.get("type") != "text" or not isinstance(part.get("text"), str):
-            raise UserError(f"the content is no text: {json.dumps(part)[:50]}")
-    return "".join(part["text"] for part in parts)
+    text = as_text(content)
+    if text is None:
+        raise UserError(f"the content is no text: {json.dumps(content)[:50]}")
+    return text
 
 
 # -----------------------------------------------------------------------------
