@@ -11,6 +11,7 @@ import os
 import re
 import reprlib
 import sys
+import warnings
 import zipfile
 from collections.abc import Iterable, Mapping
 from dataclasses import fields
@@ -229,7 +230,8 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
 
     OSError if the file cannot be opened, RunError if it is damaged or something else.
     """
-    with open(path, "rb") as f:
+    # PyTorch warns of strange tensors, which are refused later
+    with open(path, "rb") as f, warnings.catch_warnings(action="ignore"):
         try:
             check_archive(f)
             checkpoint = torch.load(f, map_location="cpu", weights_only=True)

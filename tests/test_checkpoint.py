@@ -8,7 +8,7 @@ from dataclasses import asdict
 
 import pytest
 import torch
-from conftest import GEMMA, GPT2, LLAMA, QWEN, ROOT, WINDOWS, make_model
+from conftest import GEMMA, GPT2, LLAMA, QWEN, ROOT, WINDOWS, make_model, run
 
 import gpt
 from gpt import GPT
@@ -254,6 +254,17 @@ def test_tensors_that_are_no_plain_floats_are_damage(kind, tmp_path):
             with pytest.raises(RunError, match="optimizer states do not fit"):
                 load_optimizers(optimizers, states)
             values[key] = x
+
+
+@pytest.mark.filterwarnings("ignore:.*quantize")
+def test_damage_is_one_line_without_the_warnings_of_pytorch(tmp_path):
+    """In a process of its own: PyTorch warns once."""
+    model = make_model(torch.float32)
+    state = {name: STRANGE["quantized"](x) for name, x in model.state_dict().items()}
+    torch.save({"config": asdict(model.config), "model": state}, tmp_path / "m.pt")
+    code = "from sologpt import errors, load; errors.run(lambda: load.load_checkpoint(sys.argv[1]))"
+    [line] = run("-c", f"import sys; {code}", tmp_path / "m.pt", status=1).stderr.splitlines()
+    assert line.startswith("error: ") and "is damaged" in line
 
 
 def test_a_transposed_weight_and_two_dtypes_are_no_damage(tmp_path):
