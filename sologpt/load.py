@@ -64,7 +64,7 @@ def load_model(
     if kind:
         module = importlib.import_module(f"sologpt.{kind}")  # not at the top: it imports this module
         model, tokenizer = module.load(name, device, dtype, quantize)
-        note_overflow(model)
+        print_notes(model, tokenizer)
         return model, tokenizer, {"source": f"{kind}:{name}"}
 
     path = Path(name)
@@ -84,7 +84,7 @@ def load_model(
             f"{path} holds no tokenizer: save it with model.save(PATH, tokenizer=tokenizer.to_dict())"
         )
     tokenizer = read_tokenizer(path, about.pop("tokenizer"))
-    note_overflow(model)
+    print_notes(model, tokenizer)
     if quantize:
         sologpt.quantize.quantize(model, quantize)
     return model, tokenizer, about | {"source": str(path)}
@@ -110,10 +110,16 @@ def find_source(source: Path | str) -> tuple[str, str]:
     return "", str(path)
 
 
-def note_overflow(model: GPT) -> None:
-    """Say that Gemma's activations do not fit into float16."""
+def print_notes(model: GPT, tokenizer: Tokenizer) -> None:
+    """Say that Gemma's activations do not fit into float16, and that texts may have tokens that it lacks."""
     if model.config.embd_scale and model.dtype == torch.float16:
         print("note: Gemma's activations overflow float16: take bfloat16", file=sys.stderr)
+    size = model.config.vocab_size
+    # A special token beyond them is harmless: texts never have it. Gemma's tokenizer has one for images
+    lacking = [i for i in tokenizer.ids - {*tokenizer.special_ids.values()} if i >= size]
+    if lacking:
+        of = f"{len(lacking)} tokens of {tokenizer.name}, from id {min(lacking)}"
+        print(f"note: the model lacks {of}: a text that has one is refused", file=sys.stderr)
 
 
 def newest(paths: Iterable[Path]) -> Path | None:

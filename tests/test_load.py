@@ -18,6 +18,7 @@ from sologpt import hf, load
 from sologpt.device import HUGE_PAGES, pick_device
 from sologpt.errors import UserError
 from sologpt.load import check_config, describe_run, find_checkpoint, load_model, make_config
+from sologpt.stream import stream_text
 from sologpt.tokenizer import EOT, Tokenizer
 
 BYTES = Tokenizer.from_spec("bytes")
@@ -137,6 +138,18 @@ def test_gemma_in_float16_is_a_note(tmp_path, capsys):
         assert capsys.readouterr().err == "note: Gemma's activations overflow float16: take bfloat16\n"
         load_model(source, dtype=torch.bfloat16)
         assert not capsys.readouterr().err
+
+
+def test_tokens_that_the_model_lacks_are_a_note_and_then_an_error(tmp_path, capsys):
+    """Not the special one, which no text has."""
+    for size, note in ((256, ""), (250, "note: the model lacks 6 tokens of bytes, from id 250: ")):
+        make_model(vocab_size=size).save(tmp_path / "best.pt", tokenizer=BYTES.to_dict())
+        model, tokenizer, _ = load_model(tmp_path)
+        err = capsys.readouterr().err
+        assert err.startswith(note) if note else not err
+        assert len("".join(stream_text(model, tokenizer, "é", max_tokens=9))) > 0
+    with pytest.raises(UserError, match="ids from 97 to 255 with vocab_size 250"):
+        stream_text(model, tokenizer, [97, 255])
 
 
 def test_an_out_dir_is_its_newest_best_checkpoint(tmp_path):
@@ -371,7 +384,7 @@ def test_out_of_memory_is_not_reported_as_damage(error, tmp_path, monkeypatch):
 @pytest.mark.parametrize("name", ["gpt2", "gpt2-xl"])
 def test_the_short_names_of_gpt2_are_models_on_the_hub(name, tmp_path, monkeypatch):
     asked = []
-    monkeypatch.setattr(hf, "load", lambda name, *rest: asked.append(name) or (MODEL, None))
+    monkeypatch.setattr(hf, "load", lambda name, *rest: asked.append(name) or (MODEL, BYTES))
     monkeypatch.chdir(tmp_path)
     assert load_model(name)[2] == {"source": f"hf:{name}"} and asked == [name]
     assert sample.Config(init_from=name).init_from == name
