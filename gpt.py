@@ -554,15 +554,15 @@ class GPT(Transformer):
 
         `Sampling` has the filters. A token of stop_tokens is yielded last; suppress_tokens are never drawn. A
         seed of None draws anew each time. A full window is cut to its last half. tokens follow what kv_cache
-        holds, and all stay there. decode replaces `GPT.step`. Bad arguments: ValueError at the first token.
+        holds, and all stay there. decode replaces `GPT.step`. Bad arguments are an error at the first token.
         """
-        sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty)
+        sampling = Sampling(temperature, top_k and operator.index(top_k), top_p, min_p, repetition_penalty)
         generator = torch.Generator(self.device)
         generator.seed() if seed is None else generator.manual_seed(operator.index(seed))
         prompt, stop = self.token_ids(tokens), {*map(operator.index, stop_tokens)}
         never = torch.tensor(self.token_ids(suppress_tokens), device=self.device, dtype=torch.long)
         # 1. Prefill the prompt
-        max_len = min(self.config.sequence_len, len(prompt) + max_tokens)
+        max_len = min(self.config.sequence_len, len(prompt) + operator.index(max_tokens))
         cache = kv_cache or KVCache(self.config, 1, max_len, self.device, self.dtype)
         logits = self.in_eval_mode(getattr(decode, "prefill", self.prefill), [prompt], cache)  # (1, V)
         seen = torch.zeros_like(logits, dtype=torch.bool)  # (1, V), for the penalty
@@ -596,15 +596,15 @@ class GPT(Transformer):
 
         Yield a list per step: the token id of each row, None if it has ended. Return a list of reasons.
         """
-        sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty)
+        sampling = Sampling(temperature, top_k and operator.index(top_k), top_p, min_p, repetition_penalty)
         generator = torch.Generator(self.device)
         generator.seed() if seed is None else generator.manual_seed(operator.index(seed))
         texts, stop = [self.token_ids(prompt) for prompt in prompts], {*map(operator.index, stop_tokens)}
         never = torch.tensor(self.token_ids(suppress_tokens), device=self.device, dtype=torch.long)
-        if num_samples < 1 or (num_samples > 1 and kv_cache):
+        if operator.index(num_samples) < 1 or (num_samples > 1 and kv_cache):
             raise ValueError(f"num_samples must be at least 1, and 1 with a kv_cache, not {num_samples}")
         # 1. Prefill the prompts, and copy each row for its samples
-        max_len = min(self.config.sequence_len, max(map(len, texts)) + max_tokens)
+        max_len = min(self.config.sequence_len, max(map(len, texts)) + operator.index(max_tokens))
         cache = kv_cache or KVCache(self.config, len(texts), max_len, self.device, self.dtype)
         logits = self.in_eval_mode(getattr(decode, "prefill", self.prefill), texts, cache)  # (B, V)
         if num_samples > 1:

@@ -177,6 +177,38 @@ def test_bad_input_is_an_error_before_a_token(prompt, settings, words):
         next(make_model().generate(prompt, **dict(max_tokens=5) | settings))
 
 
+WRONG_TYPES = [
+    (name, value)
+    for name in ("tokens", "stop_tokens", "suppress_tokens")
+    for value in (["a"], [1.5], 3, "ab")
+]
+WRONG_TYPES += [
+    (name, value) for name in ("max_tokens", "seed", "top_k", "num_samples") for value in (1.5, "x", [])
+]
+WRONG_TYPES += [(name, "hot") for name in ("temperature", "top_p", "min_p", "repetition_penalty")]
+WRONG_TYPES += [("tokens", None), ("max_tokens", None), ("num_samples", None), ("kv_cache", 5)]
+
+
+@pytest.mark.parametrize("name, value", [pair for pair in WRONG_TYPES if pair != ("top_k", [])])  # [] is off
+@pytest.mark.parametrize("batch", [False, True])
+def test_a_wrong_type_is_an_error_before_anything_is_computed(batch, name, value):
+    """And so the caller's cache stays as it was."""
+    if name == "num_samples" and not batch:
+        return
+    model = make_model()
+    cache = new_cache(model)
+    model.prefill([[1, 2]], cache)
+    arguments = dict(tokens=[3], max_tokens=5, kv_cache=cache) | {name: value}
+    if batch:
+        arguments["prompts"] = [arguments.pop("tokens")]
+    forwards = []
+    model.wte.register_forward_hook(lambda *_: forwards.append(1))
+    generate = model.generate_batch if batch else model.generate
+    with pytest.raises((TypeError, ValueError, AttributeError)):
+        next(generate(**arguments))
+    assert not forwards and cache.tokens() == [[1, 2]]
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("temperature", [1e-9, 1.0, 1e9])
 @pytest.mark.parametrize("penalty", [1e-9, 1.0, 1e9])
