@@ -668,6 +668,15 @@ def test_400_malformed_requests(capfd, monkeypatch):
     assert "Traceback" not in capfd.readouterr().err
 
 
+def test_400_a_prompt_on_which_the_pattern_fails():
+    evil = Tokenizer.from_dict(BYTES.to_dict() | {"pattern": r"(?:a|a)+(?!a)b|[\s\S]"})
+    with serving(tokenizer=evil) as (url, _):
+        for prompt, status in (("a" * 99, 400), ("b", 200)):
+            answer = httpx.post(f"{url}/v1/completions", json={"prompt": prompt, "max_tokens": 2})
+            assert answer.status_code == status, answer.text
+            assert ("cannot encode this text" in answer.text) == (status == 400)
+
+
 def endless_model() -> GPT:
     """A window in which an answer takes long."""
     model = make_model(vocab_size=260, sequence_len=20_000).eval()
