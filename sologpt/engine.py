@@ -8,16 +8,15 @@
 `generate` may be called from many threads at once. One thread computes, in rounds: prefill a chunk of the
 oldest prompt that waits, then decode one token of each running row.
 
-Running rows are the first ones of the cache, so that a decoder reads a slice of it. The rows after them keep
-the tokens of requests that have ended, for prompts that begin with the same ones.
+Running rows are the first ones of the cache, so that a decoder reads a slice of it. Idle rows keep the tokens
+of requests that have ended, for prompts that begin with the same ones. A prompt is prefilled in an idle row.
 """
 
 import math
 import threading
 import time
-from collections import deque
-from collections.abc import Callable, Generator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import dataclass, field
 from queue import SimpleQueue
 from typing import Any
 
@@ -28,7 +27,7 @@ from gpt import GPT, Decoder, KVCache, Sampling
 from sologpt import fast
 from sologpt.device import free_memory
 from sologpt.errors import RunError, UserError
-from sologpt.stream import Prompt, Stop, TextRow
+from sologpt.stream import Prompt, Stop, TextRow, encode_prompt, is_chat
 from sologpt.tokenizer import Tokenizer
 
 
@@ -36,7 +35,7 @@ class QueueFull(RunError):
     """As many requests wait as may wait."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class Token:
     """A token of an answer. Log probabilities are the model's own, before the filters of `Sampling`."""
 
@@ -67,26 +66,24 @@ class Request:
     max_tokens: int
     sampling: Sampling
     generator: torch.Generator
+    seen: Tensor  # (1, V), true for the tokens so far
     answer: TextRow
     receive: Callable[[Piece], None]  # called by the engine's thread
-    logprobs: int | None = None  # so many of the most likely tokens with each token; None: no probabilities
-    echo: bool = False  # the first piece is the prompt
+    logprobs: int | None  # so many of the most likely tokens with each token; None: no probabilities
+    echo: bool  # the first piece is the prompt
     cancelled: bool = False  # may be set by any thread, at any time
+    row: int = 0  # of the cache, while the prompt is prefilled
     cached: int = 0  # tokens of the prompt that needed no prefill
     offset: int = 0  # characters of the prompt that were sent
     held: list[Token] = field(default_factory=list)  # tokens that are not sent yet
-    seen: Tensor | None = None  # the tokens so far, (1, V), for a repetition penalty
-    submitted: float = 0.0  # time.perf_counter() then, at the first token and at the last
-    first: float = 0.0
-    last: float = 0.0
 
     def send(self, text: str, error: Exception | None = None) -> None:
         """Send text that is certain, with its tokens. Those of a stop sequence are never sent."""
-        answer = self.answer
+        answer, tokens = self.answer, self.held
         stopped_by_text = answer.reason == "stop" and answer.tokens[-1] not in answer.eos_tokens
-        may_be_stop = bool(answer.stop) and (stopped_by_text or not answer.reason)
-        certain = self.offset + len(answer.text) if may_be_stop else math.inf
-        tokens = [token for token in self.held if token.start < certain]
+        if stopped_by_text or (answer.stop and not answer.reason):
+            certain = self.offset + len(answer.text)
+            tokens = [token for token in self.held if token.start < certain]
         self.held = self.held[len(tokens) :]
         if tokens or text or answer.reason:
             self.receive(Piece(text, tokens, answer.reason, error))
@@ -123,18 +120,17 @@ class Engine:
         self.tokenizer = tokenizer
         self.decode = decode or fast.prepare(model, rows=rows)
         self.prefill = getattr(self.decode, "prefill", model.prefill)
+        self.never = torch.tensor(tokenizer.gaps(model.config.vocab_size), device=model.device).long()
         self.max_len = max_len or fitting_len(model, rows)
         self.capacity = rows + max_waiting
         self.chunk = chunk
         self.cache = KVCache(model.config, rows, self.max_len, model.device, model.dtype)
-        self.never = torch.tensor(tokenizer.gaps(model.config.vocab_size), device=model.device).long()
-        self.running: list[Request] = []  # those of the first rows, in their order
-        self.prefilling: Request | None = None  # that of the row after them
-        self.ended = [0.0] * rows  # when the last request of each row ended
-        self.changed = threading.Condition()  # guards what follows
-        self.waiting: deque[Request] = deque()
-        self.active: set[Request] = set()  # waiting, prefilling and running ones
+        self.ended = torch.zeros(rows, dtype=torch.float64)  # when the last request of each row ended
+        self.running: list[Request] = []  # request b is in row b
+        self.prefilling: Request | None = None
+        self.active: list[Request] = []  # by age: those that run, the one that is prefilled, those that wait
         self.closed = False
+        self.changed = threading.Condition()  # guards the last two
         self.thread = threading.Thread(target=self._work, name="engine", daemon=True)
         self.thread.start()
 
@@ -147,21 +143,21 @@ class Engine:
         pieces: SimpleQueue[Piece] = SimpleQueue()
         request = self.request(prompt, max_tokens, receive=pieces.put, **settings)
         self.submit(request)
-        return self._stream(request, pieces)
 
-    @staticmethod
-    def _stream(request: Request, pieces: SimpleQueue[Piece]) -> Generator[str, None, str]:
-        try:
-            while True:
-                piece = pieces.get()
-                if piece.error:
-                    raise piece.error
-                if piece.text:
-                    yield piece.text
-                if piece.reason:
-                    return piece.reason
-        finally:
-            request.cancelled = True
+        def texts() -> Generator[str, None, str]:
+            try:
+                while True:
+                    piece = pieces.get()
+                    if piece.error:
+                        raise piece.error
+                    if piece.text:
+                        yield piece.text
+                    if piece.reason:
+                        return piece.reason
+            finally:
+                request.cancelled = True
+
+        return texts()
 
     def request(
         self,
@@ -180,31 +176,26 @@ class Engine:
         prompt: text, token ids, or messages. max_tokens: None is as many as fit. continues: the answer's
         leading space is kept, as after a text. sampling: the fields of `gpt.Sampling`. See also `Request`.
         """
-        is_chat = not isinstance(prompt, str) and len(prompt) > 0 and isinstance(prompt[0], Mapping)
-        ids: Any = prompt
-        if is_chat:
-            ids = self.tokenizer.encode_chat(ids, self.max_len)
-        elif isinstance(prompt, str):
-            ids = self.tokenizer.encode_prompt(prompt)
+        model, tokenizer = self.model, self.tokenizer
+        ids = encode_prompt(model, tokenizer, prompt, self.max_len)
         try:
-            ids = self.model.token_ids(ids)
             filters = Sampling(**sampling)
         except ValueError as e:
             raise UserError(str(e)) from e
-        if not ids:
-            raise UserError("the prompt is empty: it needs at least one token")
-        if unknown := {*ids} - self.tokenizer.ids:
+        if unknown := {*ids} - tokenizer.ids:
             raise UserError(f"token id {min(unknown)} of the prompt is not in the vocabulary")
         if len(ids) > self.max_len:
             raise UserError(f"the prompt has {len(ids)} tokens, more than the context of {self.max_len}")
         if seed is not None and not -(2**63) <= seed < 2**64:
             raise UserError(f"seed must be a whole number of at most 64 bits, not {seed}")
-        generator = torch.Generator(self.model.device)
+        generator = torch.Generator(model.device)
         generator.seed() if seed is None else generator.manual_seed(seed)
-        answer = TextRow(self.tokenizer, stop, continues=continues and not is_chat)
+        seen = torch.zeros(1, model.config.vocab_size, dtype=torch.bool, device=model.device)
+        seen[0, ids] = True
+        answer = TextRow(tokenizer, stop, continues=continues and not is_chat(prompt))
         room = self.max_len - len(ids) + 1  # the last token is drawn, but not read
         limit = room if max_tokens is None else min(max_tokens, room)
-        return Request(ids, limit, filters, generator, answer, receive, logprobs, echo)
+        return Request(ids, limit, filters, generator, seen, answer, receive, logprobs, echo)
 
     def submit(self, *requests: Request) -> None:
         """Start requests, all or none. QueueFull if there are too many, RunError if the engine is closed."""
@@ -213,10 +204,7 @@ class Engine:
                 raise RunError("the engine is closed")
             if len(self.active) + len(requests) > self.capacity:
                 raise QueueFull(f"{len(self.active)} requests run or wait, and {self.capacity} may")
-            for request in requests:
-                request.submitted = time.perf_counter()
-            self.waiting += requests
-            self.active |= {*requests}
+            self.active += requests
             self.changed.notify()
 
     def close(self) -> None:
@@ -237,72 +225,58 @@ class Engine:
                 self._round()
             except Exception as e:  # such as out of memory: fails these requests, but not the engine
                 self._forget(slice(None))
-                self._end(lambda request: True, "error", e)
-        self._end(lambda request: True, "error", RunError("the engine was closed"))
+                self._end(self.active, "error", e)
+        self._end(self.active, "error", RunError("the engine was closed"))
 
     @torch.inference_mode()
     def _round(self) -> None:
-        self._end(lambda request: request.cancelled, "cancelled")
+        self._end([request for request in self.active if request.cancelled], "cancelled")
         room = self.chunk
         while room and (request := self.prefilling or self._admit()):
             room -= self._prefill(request, room)
         if self.running:
             self._decode()
 
-    def _end(self, which: Callable[[Request], bool], reason: str, error: Exception | None = None) -> None:
-        """End the active requests that which is true of."""
-        with self.changed:
-            requests = [request for request in self.active if which(request)]
+    def _end(self, requests: list[Request], reason: str, error: Exception | None = None) -> None:
         for request in requests:
             request.end(reason, error)
-        if requests:
-            self._retire()
+        self._retire()
 
     def _retire(self) -> None:
-        """Take out the requests that have ended. Their rows move behind those that run."""
+        """Take out the requests that have ended."""
         if self.prefilling and self.prefilling.answer.reason:
-            self.ended[len(self.running)] = time.monotonic()
+            self.ended[self.prefilling.row] = time.monotonic()
             self.prefilling = None
         for b in reversed(range(len(self.running))):
             if reason := self.running[b].answer.reason:
                 self.ended[b] = time.monotonic()
                 if reason == "error":
                     self._forget(slice(b, b + 1))
-                last = len(self.running) - 1
-                self._swap(b, last)
-                self.running[b] = self.running[last]
+                # The last one that runs takes its row
+                self.running[b] = self.running[-1]
                 self.running.pop()
-                if self.prefilling:
-                    self._swap(last, last + 1)
+                self._swap(b, len(self.running))
         with self.changed:
-            self.active = {request for request in self.active if not request.answer.reason}
-            self.waiting = deque(request for request in self.waiting if not request.answer.reason)
+            self.active = [request for request in self.active if not request.answer.reason]
 
     def _admit(self) -> Request | None:
-        """Give the oldest waiting request the first idle row, with what its prompt shares with any row."""
-        cache, first = self.cache, len(self.running)
-        with self.changed:
-            if not self.waiting or first == cache.batch_size:
-                return None
-            request = self.prefilling = self.waiting.popleft()
-        if request.sampling.repetition_penalty != 1:
-            request.seen = self.never.new_zeros(1, self.model.config.vocab_size, dtype=torch.bool)
-            request.seen[0, request.prompt] = True
+        """Give the oldest waiting request an idle row, with what its prompt shares with any row."""
+        cache, n_running = self.cache, len(self.running)
+        if n_running == cache.batch_size or n_running == len(self.active):
+            return None
+        request = self.prefilling = self.active[n_running]
         prompt = self.never.new_tensor(request.prompt[:-1])  # the last one is read for its logits
         equal = (cache.ids[:, : len(prompt)] == prompt).long().cumprod(dim=1).sum(dim=1)  # (rows,)
         shared = torch.minimum(equal.cpu(), cache.lengths)
-        source = int(shared.argmax())
+        source = request.row = int(shared.argmax())
         n = request.cached = 0 if request.echo else int(shared[source])
-        if source < first or 2 * n < int(cache.lengths[source]):
+        if source < n_running or 2 * n < int(cache.lengths[source]):
             # It runs, or most of it would be lost: copy to the row that ended first
-            b = min(range(first, cache.batch_size), key=self.ended.__getitem__)
+            b = request.row = n_running + int(self.ended[n_running:].argmin())
             for x in (cache.k, cache.v):  # (n_layer, rows, G, max_len, D)
                 x[:, b, :, :n] = x[:, source, :, :n]
             cache.ids[b] = cache.ids[source]
-        else:
-            b = source
-        cache.lengths[b] = n
-        self._swap(b, first)
+        cache.lengths[request.row] = n
         return request
 
     def _swap(self, a: int, b: int) -> None:
@@ -312,9 +286,8 @@ class Engine:
         n = int(self.cache.lengths[[a, b]].max())
         for x in (self.cache.k, self.cache.v):  # (n_layer, rows, G, max_len, D)
             x[:, [a, b], :, :n] = x[:, [b, a], :, :n]
-        for y in (self.cache.ids, self.cache.lengths):
+        for y in (self.cache.ids, self.cache.lengths, self.ended):
             y[[a, b]] = y[[b, a]]
-        self.ended[a], self.ended[b] = self.ended[b], self.ended[a]
 
     def _forget(self, rows: slice) -> None:
         """Clear rows after an error. NaNs would reach the rows beside them: even masked, 0 * NaN is NaN."""
@@ -324,17 +297,21 @@ class Engine:
 
     def _prefill(self, request: Request, room: int) -> int:
         """Read up to room tokens of a prompt. After the last one, the request runs. Return how many."""
-        b = len(self.running)
-        row = self.cache.rows(slice(b, b + 1))
+        row = self.cache.rows(slice(request.row, request.row + 1))
         n = int(row.lengths)
         chunk = request.prompt[n : n + room]
         if request.echo:
+            request.held = request.held or [Token(request.prompt[0], 0)]
             x = self.model.hidden(self.never.new_tensor([chunk]), row)  # (1, T, C)
-            self._echo(request, n, x[0])
+            parts = x[0].split(64)  # bounds the memory for logits
+            rows = (logits for part in parts for logits in self.model.logits(part))
+            for token, logits in zip(request.prompt[n + 1 :], rows, strict=False):
+                request.held.append(self._token(token, 0, logits, request.logprobs))
             logits = self.model.logits(x[:, -1])  # (1, V)
         else:
             logits = self.prefill([chunk], row)
         if n + len(chunk) == len(request.prompt):
+            self._swap(request.row, len(self.running))
             self.running.append(request)
             self.prefilling = None
             if request.echo:
@@ -346,23 +323,15 @@ class Engine:
             self._retire()
         return len(chunk)
 
-    def _echo(self, request: Request, n: int, x: Tensor) -> None:
-        """Hold the tokens of the prompt that hidden states x (T, C) from position n predict."""
-        predicted = request.prompt[n + 1 : n + 1 + len(x)]
-        for i in range(0, len(predicted), 64):  # bounds the memory for logits
-            logits = self.model.logits(x[i : i + 64])  # (64, V)
-            for token, row in zip(predicted[i : i + 64], logits, strict=False):
-                request.held.append(self._token(token, 0, row, request.logprobs))
-
     def _send_prompt(self, request: Request) -> None:
         """Send the prompt as the first piece of its answer."""
-        decoder, text, tokens = self.tokenizer.decoder(), "", list[Token]()
-        for token in (Token(request.prompt[0], 0), *request.held):
-            tokens.append(replace(token, start=len(text)))
+        decoder, text = self.tokenizer.decoder(), ""
+        for token in request.held:
+            token.start = len(text)
             text += decoder.decode(token.id)
         text += decoder.flush()
+        request.receive(Piece(text, request.held))
         request.held, request.offset = [], len(text)
-        request.receive(Piece(text, tokens))
 
     def _decode(self) -> None:
         """Decode one token of each running row, and draw the next ones."""
@@ -375,16 +344,13 @@ class Engine:
     def _draw(self, request: Request, logits: Tensor) -> None:
         """Draw a token from logits (1, V), and send it."""
         answer = request.answer
-        known = logits.index_fill(1, self.never, -math.inf) if len(self.never) else logits
         try:
+            known = logits.index_fill(1, self.never, -math.inf)
             token = int(request.sampling.draw(known, request.generator, request.seen))
         except RuntimeError as e:  # the logits are not finite
             request.end("error", e)
             return
-        if request.seen is not None:
-            request.seen[0, token] = True
-        request.last = time.perf_counter()
-        request.first = request.first or request.last
+        request.seen[0, token] = True
         start = request.offset + len(answer.text) + len(answer.held)
         request.held.append(self._token(token, start, logits[0], request.logprobs))
         text = answer.push(token)
@@ -405,6 +371,5 @@ class Engine:
 
 def fitting_len(model: GPT, rows: int) -> int:
     """The window, or fewer tokens if a cache of so many rows would take over a quarter of the free memory."""
-    c = model.config
-    bytes_of_token = 2 * c.n_layer * rows * c.n_kv_head * c.head_dim * model.dtype.itemsize
-    return max(1, min(c.sequence_len, free_memory(model.device) // 4 // bytes_of_token))
+    of_a_token = KVCache(model.config, rows, 1, "meta", model.dtype).nbytes
+    return max(1, min(model.config.sequence_len, free_memory(model.device) // 4 // of_a_token))

@@ -109,8 +109,13 @@ class Job:
         self.n = n  # choices with the same prompt, which stand next to each other
         self.loop = asyncio.get_running_loop()
         self.pieces: asyncio.Queue[tuple[int, Piece]] = asyncio.Queue()
+        self.begun = time.perf_counter()
+        self.first = self.last = 0.0  # when the first token came, and the last one
 
     def receive(self, index: int, piece: Piece) -> None:
+        if piece.tokens:
+            self.last = time.perf_counter()
+            self.first = self.first or self.last
         self.loop.call_soon_threadsafe(self.pieces.put_nowait, (index, piece))
 
     async def __aiter__(self) -> AsyncIterator[tuple[int, Piece]]:
@@ -147,11 +152,10 @@ class Job:
         usage = self.usage()
         cached, n = usage["prompt_tokens_details"]["cached_tokens"], usage["completion_tokens"]
         line = f"{self.title} 200: {usage['prompt_tokens']} tokens in ({cached} cached), {n} out"
-        if started := [request for request in self.requests if request.first]:
-            first = min(request.first for request in started)
-            seconds = max(request.last for request in started) - first
-            line += f", the first after {1000 * (first - started[0].submitted):.0f} ms"
-            line += f", {(n - len(started)) / max(seconds, 1e-9):.1f} tokens/s"
+        if self.first:
+            later = n - sum(bool(request.answer.tokens) for request in self.requests)
+            line += f", the first after {1000 * (self.first - self.begun):.0f} ms"
+            line += f", {later / max(self.last - self.first, 1e-9):.1f} tokens/s"
         reasons = dict.fromkeys(request.answer.reason or "cancelled" for request in self.requests)
         log(f"{line}, {' '.join(reasons)}")
 

@@ -179,6 +179,28 @@ class TextStream(Iterator[str]):
         return self.rows[0].seconds
 
 
+def is_chat(prompt: Prompt) -> bool:
+    return not isinstance(prompt, str) and len(prompt) > 0 and isinstance(prompt[0], Mapping)
+
+
+def encode_prompt(
+    model: GPT, tokenizer: Tokenizer, prompt: Prompt, window: int, at_start: bool = True
+) -> list[int]:
+    """The token ids of a prompt, at least one. at_start: nothing comes before it. UserError for a bad one."""
+    ids: Any = prompt
+    if is_chat(prompt):
+        ids = tokenizer.encode_chat(ids, window)
+    elif isinstance(prompt, str):
+        ids = tokenizer.encode_prompt(prompt) if at_start else tokenizer.encode(prompt)
+    try:
+        ids = model.token_ids(ids)
+    except ValueError as e:
+        raise UserError(str(e)) from e
+    if not ids:
+        raise UserError("the prompt is empty: it needs at least one token")
+    return ids
+
+
 def stream_text(
     model: GPT,
     tokenizer: Tokenizer,
@@ -220,20 +242,15 @@ def stream_text(
         raise UserError(f"num_samples must be a whole number from 1 to {2**16}, not {num_samples}")
     if seed is not None and not -(2**63) <= seed < 2**63:
         raise UserError(f"seed must be a whole number of at most 64 bits, not {seed}")
-    ids: Any = prompt
-    chat = not isinstance(prompt, str) and len(prompt) > 0 and isinstance(prompt[0], Mapping)
-    if chat:
-        ids = chat_tokens or tokenizer.encode_chat(ids, model.config.sequence_len)
-    elif isinstance(prompt, str):
-        at_start = kv_cache is None or not kv_cache.lengths.any()  # where a BOS token belongs
-        ids = tokenizer.encode_prompt(prompt) if at_start else tokenizer.encode(prompt)
+    at_start = kv_cache is None or not kv_cache.lengths.any()  # where a BOS token belongs
+    chat = is_chat(prompt)
+    prompt_tokens = chat_tokens or encode_prompt(
+        model, tokenizer, prompt, model.config.sequence_len, at_start
+    )
     try:
-        prompt_tokens = model.token_ids(ids)
         Sampling(**sampling)
     except ValueError as e:
         raise UserError(str(e)) from e
-    if not prompt_tokens:
-        raise UserError("the prompt is empty: it needs at least one token")
     rows = [TextRow(tokenizer, stop, stop_on_repeat, continues=not chat) for _ in range(num_samples)]
     new_tokens = reuse_prefix(kv_cache, prompt_tokens) if chat and kv_cache is not None else prompt_tokens
     steps = model.generate_batch(

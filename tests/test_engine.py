@@ -67,7 +67,7 @@ def alone(model: GPT, prompt, max_tokens=20, **settings):
 
 def is_idle(engine: Engine) -> bool:
     for _ in range(1000):
-        if not (engine.running or engine.prefilling or engine.waiting or engine.active):
+        if not (engine.running or engine.prefilling or engine.active):
             return True
         time.sleep(0.01)
     return False
