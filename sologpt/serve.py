@@ -14,7 +14,6 @@ import hashlib
 import hmac
 import ipaddress
 import json
-import re
 import socket
 import sys
 import time
@@ -47,7 +46,7 @@ try:
     from starlette.requests import ClientDisconnect
     from starlette.requests import Request as HTTPRequest
     from starlette.responses import JSONResponse, Response, StreamingResponse
-    from starlette.routing import Route
+    from starlette.routing import Mount, Route
     from starlette.types import ASGIApp, Receive, Scope, Send
     from uvicorn.protocols.http.h11_impl import H11Protocol
 except ImportError as e:
@@ -94,6 +93,11 @@ async def read_body(http: HTTPRequest) -> dict[str, Any]:
     if not isinstance(fields, dict):
         raise APIError(400, "the body must be a JSON object")
     return fields
+
+
+def no_model(asked: str, name: str) -> APIError:
+    message = f"there is no model {asked[:100]!r} here, only {name!r}"
+    return APIError(404, message, "model", "model_not_found")
 
 
 # -----------------------------------------------------------------------------
@@ -160,51 +164,52 @@ class Job:
         log(f"{line}, {' '.join(reasons)}")
 
 
-class StreamOfJob(StreamingResponse):
-    """Server-sent events. However the response ends, the job does, too."""
+class Endpoint:
+    """An ASGI app that answers requests for text. However a response ends, its job does, too."""
 
-    def __init__(self, job: Job, events: AsyncIterator[str]) -> None:
-        super().__init__(events, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
-        self.job = job
+    def __init__(self, engine: Engine, name: str, api: API) -> None:
+        self.engine, self.name, self.api = engine, name, api
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        http, api = HTTPRequest(scope, receive), self.api
+        fields = read_fields(await read_body(http), api.fields, api.required)
+        if fields.get("model", self.name) != self.name:
+            raise no_model(fields["model"], self.name)
+        options = read_fields(fields.get("stream_options", {}), {"include_usage": SWITCH})
+        job = Job(http, fields.get("n", 1))
+        job.requests = await asyncio.to_thread(api.requests, fields, job.receive)
+        self.engine.submit(*job.requests)
+        head = {"id": f"{api.prefix}-{uuid.uuid4().hex}", "created": int(time.time()), "model": self.name}
+        response: Response
         try:
-            await super().__call__(scope, receive, send)
+            if fields.get("stream"):
+                parts = events(api, job, head, options.get("include_usage", False))
+                no_cache = {"Cache-Control": "no-cache"}
+                response = StreamingResponse(parts, media_type="text/event-stream", headers=no_cache)
+            else:
+                response = JSONResponse(head | await whole(http, api, job))
+            await response(scope, receive, send)
+            job.log()
         finally:
-            self.job.cancel()
-            self.job.log()
+            job.cancel()
 
 
-async def respond(http: HTTPRequest, engine: Engine, name: str, api: API) -> Response:
-    """The answer to a request for text."""
-    fields = read_fields(await read_body(http), api.fields, api.required)
-    if fields.get("model", name) != name:
-        message = f"there is no model {fields['model'][:100]!r} here, only {name!r}"
-        raise APIError(404, message, "model", "model_not_found")
-    options = read_fields(fields.get("stream_options", {}), {"include_usage": SWITCH})
-    job = Job(http, fields.get("n", 1))
-    job.requests = await asyncio.to_thread(api.requests, fields, job.receive)
-    engine.submit(*job.requests)
-    head = {"id": f"{api.prefix}-{uuid.uuid4().hex}", "created": int(time.time()), "model": name}
-    if fields.get("stream"):
-        head["object"] = api.chunk_object
-        return StreamOfJob(job, events(api, job, head, options.get("include_usage", False)))
-    watcher = asyncio.create_task(job.cancel_at_disconnect(http))
+async def whole(http: HTTPRequest, api: API, job: Job) -> dict[str, Any]:
+    """The JSON of an answer that is no stream."""
     pieces: list[list[Piece]] = [[] for _ in job.requests]
+    watcher = asyncio.create_task(job.cancel_at_disconnect(http))
     try:
         async for index, piece in job:
             pieces[index].append(piece)
     finally:
         watcher.cancel()
-        job.cancel()
-    job.log()
     choices = []
     for index, parts in enumerate(pieces):
         text = "".join(piece.text for piece in parts)
         tokens = [token for piece in parts for token in piece.tokens]
-        whole = Piece(text, tokens, parts[-1].reason)
-        choices.append(api.choice(index, job.requests[index], whole, None))
-    return JSONResponse(head | {"object": api.object, "choices": choices, "usage": job.usage()})
+        piece = Piece(text, tokens, parts[-1].reason)
+        choices.append(api.choice(index, job.requests[index], piece, None))
+    return {"object": api.object, "choices": choices, "usage": job.usage()}
 
 
 async def events(api: API, job: Job, head: dict[str, Any], with_usage: bool) -> AsyncIterator[str]:
@@ -213,6 +218,7 @@ async def events(api: API, job: Job, head: dict[str, Any], with_usage: bool) -> 
     def event(data: dict[str, Any]) -> str:
         return f"data: {json.dumps(data, ensure_ascii=False)}\n\n"
 
+    head = head | {"object": api.chunk_object}
     usage = {"usage": None} if with_usage else {}
     begun = set[int]()
     try:
@@ -238,17 +244,7 @@ class Guard:
         self.app, self.api_key, self.hosts = app, api_key, hosts
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http":
-            http = HTTPRequest(scope)
-            try:
-                self.check(http)
-            except APIError as e:
-                response = await respond_to_error(http, e)
-                await response(scope, receive, send)
-                return
-        await self.app(scope, receive, send)
-
-    def check(self, http: HTTPRequest) -> None:
+        http = HTTPRequest(scope)
         try:
             host = urlsplit(f"//{http.headers.get('host', '')}").hostname
         except ValueError:
@@ -260,18 +256,18 @@ class Guard:
         if self.api_key and http.url.path not in ("/", "/health") and not is_right:
             message = "the API key is missing or wrong: Authorization: Bearer KEY"
             raise APIError(401, message, code="invalid_api_key")
+        await self.app(scope, receive, send)
 
 
-def page_response() -> Response:
+def page() -> Response:
     """The page. The browser runs only the script that is in it, and sends requests only to this server."""
     html = Path(__file__).with_name("page.html").read_text(encoding="utf-8")
 
-    def sources(tag: str) -> str:
-        texts = re.findall(rf"<{tag}>(.*?)</{tag}>", html, re.DOTALL)
-        hashes = (base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() for text in texts)
-        return " ".join(f"'sha256-{digest}'" for digest in hashes)
+    def source(tag: str) -> str:
+        text = html.partition(f"<{tag}>")[2].partition(f"</{tag}>")[0]
+        return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
 
-    policy = f"default-src 'none'; script-src {sources('script')}; style-src {sources('style')}; "
+    policy = f"default-src 'none'; script-src {source('script')}; style-src {source('style')}; "
     policy += "connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
     headers = {"Content-Security-Policy": policy, "X-Content-Type-Options": "nosniff"}
     headers |= {"Referrer-Policy": "no-referrer", "Cache-Control": "no-cache"}
@@ -283,27 +279,14 @@ def make_app(
 ) -> Starlette:
     """The API of an engine, which is closed when the server stops. hosts: for the Host header; () is any."""
     tokenizer = engine.tokenizer
-    chat_api, completion_api = Chat(engine), Completion(engine)
     model = {"id": name, "object": "model", "created": int(time.time()), "owned_by": "sologpt"}
     model |= {"chat": bool(tokenizer.chat_template), "context": engine.max_len}
     model["sampling"] = answer_sampling(tokenizer) if tokenizer.chat_template else {}
 
-    async def models(http: HTTPRequest) -> Response:
-        return JSONResponse({"object": "list", "data": [model]})
-
-    async def one_model(http: HTTPRequest) -> Response:
+    def one_model(http: HTTPRequest) -> Response:
         if http.path_params["name"] != name:
-            raise APIError(404, f"there is only the model {name!r} here", "model", "model_not_found")
+            raise no_model(http.path_params["name"], name)
         return JSONResponse(model)
-
-    async def chat(http: HTTPRequest) -> Response:
-        return await respond(http, engine, name, chat_api)
-
-    async def complete(http: HTTPRequest) -> Response:
-        return await respond(http, engine, name, completion_api)
-
-    async def tokenizer_info(http: HTTPRequest) -> Response:
-        return JSONResponse(tokenizer.special_tokens)
 
     async def tokenize(http: HTTPRequest) -> Response:
         known = {"model": TEXT, "prompt": TEXT, "add_special_tokens": SWITCH}
@@ -313,36 +296,27 @@ def make_app(
         ids = [special[text]] if text in special else await asyncio.to_thread(encode, text)
         return JSONResponse({"tokens": ids, "count": len(ids), "max_model_len": engine.max_len})
 
-    async def health(http: HTTPRequest) -> Response:
-        return JSONResponse({"status": "ok", "requests": len(engine.active)})
-
-    async def page(http: HTTPRequest) -> Response:
-        return page_response()
-
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
         yield
         await asyncio.to_thread(engine.close)
 
     routes = [
-        Route("/", page),
-        Route("/health", health),
-        Route("/v1/models", models),
+        Route("/", lambda http: page()),
+        Route("/health", lambda http: JSONResponse({"status": "ok", "requests": len(engine.active)})),
+        Route("/v1/models", lambda http: JSONResponse({"object": "list", "data": [model]})),
         Route("/v1/models/{name:path}", one_model),
-        Route("/v1/chat/completions", chat, methods=["POST"]),
-        Route("/v1/completions", complete, methods=["POST"]),
-        Route("/tokenizer_info", tokenizer_info),
+        Route("/v1/chat/completions", Endpoint(engine, name, Chat(engine)), methods=["POST"]),
+        Route("/v1/completions", Endpoint(engine, name, Completion(engine)), methods=["POST"]),
+        Route("/tokenizer_info", lambda http: JSONResponse(tokenizer.special_tokens)),
         Route("/tokenize", tokenize, methods=["POST"]),
     ]
-    headers = ["Authorization", "Content-Type"]
-    shared = Middleware(
-        CORSMiddleware, allow_origins=cors, allow_methods=["GET", "POST"], allow_headers=headers
-    )
-    guard = Middleware(Guard, api_key=api_key, hosts={*hosts})
+    # The guard is within the error handlers, and these within CORS: a page of another origin reads errors
+    guarded = Mount("", routes=routes, middleware=[Middleware(Guard, api_key=api_key, hosts={*hosts})])
+    allowed: Any = dict(allow_methods=["GET", "POST"], allow_headers=["Authorization", "Content-Type"])
+    shared = Middleware(CORSMiddleware, allow_origins=cors, **allowed)
     handlers: Any = dict.fromkeys((Exception, APIError, HTTPException, UserError, RunError), respond_to_error)
-    return Starlette(
-        routes=routes, middleware=[shared, guard], exception_handlers=handlers, lifespan=lifespan
-    )
+    return Starlette(routes=[guarded], middleware=[shared], exception_handlers=handlers, lifespan=lifespan)
 
 
 class Protocol(H11Protocol):
