@@ -136,7 +136,7 @@ class Engine:
 
     # ---- Any thread
     def generate(self, prompt: Prompt, max_tokens: int = 500, **settings: Any) -> Generator[str, None, str]:
-        """Yield the text after a prompt, in pieces. Return why it ended: stop or length.
+        """Yield the text after a prompt, a piece for each token. Return why it ended: stop or length.
 
         settings are those of `request`. Closing the generator cancels the request.
         """
@@ -146,14 +146,12 @@ class Engine:
 
         def texts() -> Generator[str, None, str]:
             try:
-                while True:
-                    piece = pieces.get()
-                    if piece.error:
-                        raise piece.error
-                    if piece.text:
-                        yield piece.text
-                    if piece.reason:
-                        return piece.reason
+                while not (piece := pieces.get()).reason:
+                    yield piece.text
+                if piece.error:
+                    raise piece.error
+                yield piece.text
+                return piece.reason
             finally:
                 request.cancelled = True
 

@@ -21,6 +21,7 @@ import uuid
 import warnings
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
+from http import HTTPStatus
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -351,11 +352,10 @@ class Protocol(H11Protocol):
 
     def refuse(self, status: int, message: str) -> None:
         if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):  # no response has begun
-            body = json.dumps(APIError(status, message).body).encode()
-            headers = [("Content-Type", "application/json"), ("Content-Length", str(len(body)))]
-            response = h11.Response(status_code=status, headers=[*headers, ("Connection", "close")])
-            parts = (response, h11.Data(data=body), h11.EndOfMessage())
-            self.transport.write(b"".join(self.conn.send(part) or b"" for part in parts))
+            body = json.dumps(APIError(status, message).body)
+            head = f"HTTP/1.1 {status} {HTTPStatus(status).phrase}\r\nContent-Type: application/json\r\n"
+            head += f"Content-Length: {len(body)}\r\nConnection: close\r\n\r\n"
+            self.transport.write((head + body).encode())
         self.transport.close()
 
 
@@ -382,10 +382,6 @@ class Server(uvicorn.Server):
         with super().capture_signals():
             yield
             self._captured_signals.clear()  # which would be raised again
-
-
-def is_loopback(sock: socket.socket) -> bool:
-    return ipaddress.ip_address(sock.getsockname()[0]).is_loopback
 
 
 def make_parser() -> Parser:
@@ -423,10 +419,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         family = socket.AF_INET6 if ":" in args.host else socket.AF_INET
         sock = socket.create_server((args.host, args.port), family=family)
     except (OSError, OverflowError) as e:
-        hint = "try another --port"
-        raise UserError(
-            f"cannot listen on {args.host}, port {args.port}: {getattr(e, 'strerror', None) or e}; {hint}"
-        ) from e
+        reason = getattr(e, "strerror", None) or e
+        where = f"{args.host}, port {args.port}"
+        raise UserError(f"cannot listen on {where}: {reason}; try another --port") from e
+    host, port = sock.getsockname()[:2]
     # 2. The model
     source, hint = args.model, ""
     if not source:
@@ -442,12 +438,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     if not args.context and engine.max_len < window:
         log(f"note: {engine.max_len} of the window's {window} tokens fit into memory; --context sets it")
     # 3. The server
-    hosts = ["localhost", "127.0.0.1", "::1", args.host] if is_loopback(sock) else []
-    if not hosts and not args.api_key:
+    is_private = ipaddress.ip_address(host).is_loopback
+    hosts = ["localhost", "127.0.0.1", "::1", args.host] if is_private else []
+    if not is_private and not args.api_key:
         log(f"warning: whoever reaches {args.host} can use the model; --api_key KEY demands a key")
     for warning in caught:
         log(f"note: {warning.message}")
-    host, port = sock.getsockname()[:2]
     url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
     app = make_app(engine, source, args.api_key, args.cors, hosts)
     Server(app, f"{about['source']}, on {model.device}{hint}: {url}").run(sockets=[sock])
