@@ -125,12 +125,12 @@ class Engine:
         self.capacity = rows + max_waiting
         self.chunk = chunk
         self.cache = KVCache(model.config, rows, self.max_len, model.device, model.dtype)
-        self.ended = torch.zeros(rows, dtype=torch.float64)  # when the last request of each row ended
+        self.ended = torch.zeros(rows, dtype=torch.float64)  # when the last answer in each row ended
         self.running: list[Request] = []  # request b is in row b
         self.prefilling: Request | None = None
         self.active: list[Request] = []  # by age: those that run, the one that is prefilled, those that wait
         self.closed = False
-        self.changed = threading.Condition()  # guards the last two
+        self.changed = threading.Condition()  # guards changes of these two
         self.thread = threading.Thread(target=self._work, name="engine", daemon=True)
         self.thread.start()
 
@@ -243,7 +243,6 @@ class Engine:
     def _retire(self) -> None:
         """Take out the requests that have ended."""
         if self.prefilling and self.prefilling.answer.reason:
-            self.ended[self.prefilling.row] = time.monotonic()
             self.prefilling = None
         for b in reversed(range(len(self.running))):
             if reason := self.running[b].answer.reason:
