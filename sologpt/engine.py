@@ -16,7 +16,7 @@ import math
 import threading
 import time
 from collections.abc import Callable, Generator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from queue import SimpleQueue
 from typing import Any
 
@@ -58,24 +58,53 @@ class Piece:
     error: Exception | None = None
 
 
-@dataclass(eq=False)
 class Request:
-    """A prompt and its answer. `Engine.request` makes one, `Engine.submit` starts it."""
+    """A prompt and its answer, which `Engine.submit` starts. UserError for bad arguments.
 
-    prompt: list[int]
-    max_tokens: int
-    sampling: Sampling
-    generator: torch.Generator
-    seen: Tensor  # (1, V), true for the tokens so far
-    answer: TextRow
-    receive: Callable[[Piece], None]  # called by the engine's thread
-    logprobs: int | None  # so many of the most likely tokens with each token; None: no probabilities
-    echo: bool  # the first piece is the prompt
-    cancelled: bool = False  # may be set by any thread, at any time
-    row: int = 0  # of the cache, while the prompt is prefilled
-    cached: int = 0  # tokens of the prompt that needed no prefill
-    offset: int = 0  # characters of the prompt that were sent
-    held: list[Token] = field(default_factory=list)  # tokens that are not sent yet
+    prompt: text, token ids, or messages. max_tokens: None is as many as fit. logprobs: so many of the most
+    likely tokens with each token; None: no probabilities. echo: the first piece is the prompt. continues: the
+    answer's leading space is kept, as after a text. receive: called by the engine's thread. sampling: the
+    fields of `gpt.Sampling`.
+    """
+
+    def __init__(
+        self,
+        engine: "Engine",
+        prompt: Prompt,
+        max_tokens: int | None = None,
+        stop: Stop = (),
+        seed: int | None = 42,
+        logprobs: int | None = None,
+        echo: bool = False,
+        continues: bool = True,
+        receive: Callable[[Piece], None] = lambda piece: None,
+        **sampling: Any,
+    ) -> None:
+        model, tokenizer, window = engine.model, engine.tokenizer, engine.max_len
+        ids = self.prompt = encode_prompt(model, tokenizer, prompt, window)
+        try:
+            self.sampling = Sampling(**sampling)
+        except ValueError as e:
+            raise UserError(str(e)) from e
+        if unknown := {*ids} - tokenizer.ids:
+            raise UserError(f"token id {min(unknown)} of the prompt is not in the vocabulary")
+        if len(ids) > window:
+            raise UserError(f"the prompt has {len(ids)} tokens, more than the context of {window}")
+        if seed is not None and not -(2**63) <= seed < 2**64:
+            raise UserError(f"seed must be a whole number of at most 64 bits, not {seed}")
+        room = window - len(ids) + 1  # the last token is drawn, but not read
+        self.max_tokens = room if max_tokens is None else min(max_tokens, room)
+        self.generator = torch.Generator(model.device)
+        self.generator.seed() if seed is None else self.generator.manual_seed(seed)
+        self.seen = torch.zeros(1, model.config.vocab_size, dtype=torch.bool, device=model.device)
+        self.seen[0, ids] = True
+        self.answer = TextRow(tokenizer, stop, continues=continues and not is_chat(prompt))
+        self.logprobs, self.echo, self.receive = logprobs, echo, receive
+        self.held = [Token(ids[0], 0)] if echo else []  # tokens that are not sent yet
+        self.offset = 0  # characters of the prompt that were sent
+        self.cached = 0  # tokens of the prompt that needed no prefill
+        self.row = 0  # of the cache, while the prompt is prefilled
+        self.cancelled = False  # may be set by any thread, at any time
 
     def send(self, text: str, error: Exception | None = None) -> None:
         """Send text that is certain, with its tokens. Those of a stop sequence are never sent."""
@@ -138,7 +167,7 @@ class Engine:
     def generate(self, prompt: Prompt, max_tokens: int = 500, **settings: Any) -> Generator[str, None, str]:
         """Yield the text after a prompt, a piece for each token. Return why it ended: stop or length.
 
-        settings are those of `request`. Closing the generator cancels the request.
+        settings are those of `Request`. Closing the generator cancels the request.
         """
         pieces: SimpleQueue[Piece] = SimpleQueue()
         request = self.request(prompt, max_tokens, receive=pieces.put, **settings)
@@ -157,43 +186,9 @@ class Engine:
 
         return texts()
 
-    def request(
-        self,
-        prompt: Prompt,
-        max_tokens: int | None = None,
-        stop: Stop = (),
-        seed: int | None = 42,
-        logprobs: int | None = None,
-        echo: bool = False,
-        continues: bool = True,
-        receive: Callable[[Piece], None] = lambda piece: None,
-        **sampling: Any,
-    ) -> Request:
-        """Return a request. UserError for bad arguments, and for a prompt that is too long.
-
-        prompt: text, token ids, or messages. max_tokens: None is as many as fit. continues: the answer's
-        leading space is kept, as after a text. sampling: the fields of `gpt.Sampling`. See also `Request`.
-        """
-        model, tokenizer = self.model, self.tokenizer
-        ids = encode_prompt(model, tokenizer, prompt, self.max_len)
-        try:
-            filters = Sampling(**sampling)
-        except ValueError as e:
-            raise UserError(str(e)) from e
-        if unknown := {*ids} - tokenizer.ids:
-            raise UserError(f"token id {min(unknown)} of the prompt is not in the vocabulary")
-        if len(ids) > self.max_len:
-            raise UserError(f"the prompt has {len(ids)} tokens, more than the context of {self.max_len}")
-        if seed is not None and not -(2**63) <= seed < 2**64:
-            raise UserError(f"seed must be a whole number of at most 64 bits, not {seed}")
-        generator = torch.Generator(model.device)
-        generator.seed() if seed is None else generator.manual_seed(seed)
-        seen = torch.zeros(1, model.config.vocab_size, dtype=torch.bool, device=model.device)
-        seen[0, ids] = True
-        answer = TextRow(tokenizer, stop, continues=continues and not is_chat(prompt))
-        room = self.max_len - len(ids) + 1  # the last token is drawn, but not read
-        limit = room if max_tokens is None else min(max_tokens, room)
-        return Request(ids, limit, filters, generator, seen, answer, receive, logprobs, echo)
+    def request(self, prompt: Prompt, max_tokens: int | None = None, **settings: Any) -> Request:
+        """Return a `Request`, which has the settings."""
+        return Request(self, prompt, max_tokens, **settings)
 
     def submit(self, *requests: Request) -> None:
         """Start requests, all or none. QueueFull if there are too many, RunError if the engine is closed."""
@@ -298,7 +293,6 @@ class Engine:
         n = int(row.lengths)
         chunk = request.prompt[n : n + room]
         if request.echo:
-            request.held = request.held or [Token(request.prompt[0], 0)]
             x = self.model.hidden(self.never.new_tensor([chunk]), row)  # (1, T, C)
             parts = x[0].split(64)  # bounds the memory for logits
             rows = (logits for part in parts for logits in self.model.logits(part))
