@@ -6,10 +6,7 @@
     engine.close()
 
 `generate` may be called from many threads at once. One thread computes, in rounds: prefill a chunk of the
-oldest prompt that waits, then decode one token of each running row.
-
-Running rows are the first ones of the cache, so that a decoder reads a slice of it. Idle rows keep the tokens
-of requests that have ended, for prompts that begin with the same ones. A prompt is prefilled in an idle row.
+oldest prompt that waits, in an idle row, then decode one token of each running row.
 """
 
 import math
@@ -121,6 +118,48 @@ class Request:
         self.send(self.answer.end(reason), error)
 
 
+class Rows(KVCache):
+    """A cache whose first rows run, so that a decoder reads a slice of it.
+
+    Idle rows keep the tokens of requests that have ended, for prompts that begin with the same ones.
+    """
+
+    def __init__(self, model: GPT, rows: int, max_len: int) -> None:
+        super().__init__(model.config, rows, max_len, model.device, model.dtype)
+        self.ended = torch.zeros(rows, dtype=torch.float64)  # when the last answer in each row ended
+
+    def take(self, prompt: list[int], n_running: int) -> int:
+        """Return an idle row. It holds what a prompt shares with any row."""
+        ids = self.ids.new_tensor(prompt)
+        equal = (self.ids[:, : len(ids)] == ids).long().cumprod(dim=1).sum(dim=1)  # (rows,)
+        shared = torch.minimum(equal.cpu(), self.lengths)
+        b = source = int(shared.argmax())
+        n = int(shared[source])
+        if source < n_running or 2 * n < int(self.lengths[source]):
+            # It runs, or most of it would be lost: copy to the row that ended first
+            b = n_running + int(self.ended[n_running:].argmin())
+            for x in (self.k, self.v):  # (n_layer, rows, G, max_len, D)
+                x[:, b, :, :n] = x[:, source, :, :n]
+            self.ids[b] = self.ids[source]
+        self.lengths[b] = n
+        return b
+
+    def swap(self, a: int, b: int) -> None:
+        if a == b:
+            return
+        n = int(self.lengths[[a, b]].max())
+        for x in (self.k, self.v):  # (n_layer, rows, G, max_len, D)
+            x[:, [a, b], :, :n] = x[:, [b, a], :, :n]
+        for y in (self.ids, self.lengths, self.ended):
+            y[[a, b]] = y[[b, a]]
+
+    def clear(self, index: slice) -> None:
+        """Clear rows after an error. NaNs would reach the rows beside them: even masked, 0 * NaN is NaN."""
+        self.k[:, index] = 0
+        self.v[:, index] = 0
+        self.lengths[index] = 0
+
+
 class Engine:
     """Generates for many requests at once.
 
@@ -153,8 +192,7 @@ class Engine:
         self.max_len = max_len or fitting_len(model, rows)
         self.capacity = rows + max_waiting
         self.chunk = chunk
-        self.cache = KVCache(model.config, rows, self.max_len, model.device, model.dtype)
-        self.ended = torch.zeros(rows, dtype=torch.float64)  # when the last answer in each row ended
+        self.cache = Rows(model, rows, self.max_len)
         self.running: list[Request] = []  # request b is in row b
         self.prefilling: Request | None = None
         self.active: list[Request] = []  # by age: those that run, the one that is prefilled, those that wait
@@ -217,7 +255,7 @@ class Engine:
             try:
                 self._round()
             except Exception as e:  # such as out of memory: fails these requests, but not the engine
-                self._forget(slice(None))
+                self.cache.clear(slice(None))
                 self._end(self.active, "error", e)
         self._end(self.active, "error", RunError("the engine was closed"))
 
@@ -241,51 +279,26 @@ class Engine:
             self.prefilling = None
         for b in reversed(range(len(self.running))):
             if reason := self.running[b].answer.reason:
-                self.ended[b] = time.monotonic()
+                self.cache.ended[b] = time.monotonic()
                 if reason == "error":
-                    self._forget(slice(b, b + 1))
+                    self.cache.clear(slice(b, b + 1))
                 # The last one that runs takes its row
                 self.running[b] = self.running[-1]
                 self.running.pop()
-                self._swap(b, len(self.running))
+                self.cache.swap(b, len(self.running))
         with self.changed:
             self.active = [request for request in self.active if not request.answer.reason]
 
     def _admit(self) -> Request | None:
-        """Give the oldest waiting request an idle row, with what its prompt shares with any row."""
-        cache, n_running = self.cache, len(self.running)
-        if n_running == cache.batch_size or n_running == len(self.active):
+        """Give the oldest waiting request an idle row."""
+        n_running = len(self.running)
+        if n_running == self.cache.batch_size or n_running == len(self.active):
             return None
         request = self.prefilling = self.active[n_running]
-        prompt = self.never.new_tensor(request.prompt[:-1])  # the last one is read for its logits
-        equal = (cache.ids[:, : len(prompt)] == prompt).long().cumprod(dim=1).sum(dim=1)  # (rows,)
-        shared = torch.minimum(equal.cpu(), cache.lengths)
-        source = request.row = int(shared.argmax())
-        n = request.cached = 0 if request.echo else int(shared[source])
-        if source < n_running or 2 * n < int(cache.lengths[source]):
-            # It runs, or most of it would be lost: copy to the row that ended first
-            b = request.row = n_running + int(self.ended[n_running:].argmin())
-            for x in (cache.k, cache.v):  # (n_layer, rows, G, max_len, D)
-                x[:, b, :, :n] = x[:, source, :, :n]
-            cache.ids[b] = cache.ids[source]
-        cache.lengths[request.row] = n
+        known = [] if request.echo else request.prompt[:-1]  # the others are read for their logits
+        request.row = self.cache.take(known, n_running)
+        request.cached = int(self.cache.lengths[request.row])
         return request
-
-    def _swap(self, a: int, b: int) -> None:
-        """Swap two rows."""
-        if a == b:
-            return
-        n = int(self.cache.lengths[[a, b]].max())
-        for x in (self.cache.k, self.cache.v):  # (n_layer, rows, G, max_len, D)
-            x[:, [a, b], :, :n] = x[:, [b, a], :, :n]
-        for y in (self.cache.ids, self.cache.lengths, self.ended):
-            y[[a, b]] = y[[b, a]]
-
-    def _forget(self, rows: slice) -> None:
-        """Clear rows after an error. NaNs would reach the rows beside them: even masked, 0 * NaN is NaN."""
-        self.cache.k[:, rows] = 0
-        self.cache.v[:, rows] = 0
-        self.cache.lengths[rows] = 0
 
     def _prefill(self, request: Request, room: int) -> int:
         """Read up to room tokens of a prompt. After the last one, the request runs. Return how many."""
@@ -302,7 +315,7 @@ class Engine:
         else:
             logits = self.prefill([chunk], row)
         if n + len(chunk) == len(request.prompt):
-            self._swap(request.row, len(self.running))
+            self.cache.swap(request.row, len(self.running))
             self.running.append(request)
             self.prefilling = None
             if request.echo:
