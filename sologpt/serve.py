@@ -108,10 +108,10 @@ def no_model(asked: str, name: str) -> APIError:
 class Job:
     """The choices of one HTTP request: an asynchronous iterator of (choice, piece) until all have ended."""
 
-    def __init__(self, http: HTTPRequest, n: int) -> None:
-        self.title = f"{http.method} {http.url.path}"
-        self.requests: list[Request] = []
+    def __init__(self, http: HTTPRequest, api: API, n: int) -> None:
+        self.http, self.api = http, api
         self.n = n  # choices with the same prompt, which stand next to each other
+        self.requests: list[Request] = []
         self.loop = asyncio.get_running_loop()
         self.pieces: asyncio.Queue[tuple[int, Piece]] = asyncio.Queue()
         self.begun = time.perf_counter()
@@ -136,10 +136,43 @@ class Job:
         for request in self.requests:
             request.cancelled = True
 
-    async def cancel_at_disconnect(self, http: HTTPRequest) -> None:
-        while (await http.receive())["type"] != "http.disconnect":
+    async def cancel_at_disconnect(self) -> None:
+        while (await self.http.receive())["type"] != "http.disconnect":
             pass
         self.cancel()
+
+    def choice(self, index: int, piece: Piece, is_first: bool | None = None) -> dict[str, Any]:
+        return self.api.choice(index, self.requests[index], piece, is_first)
+
+    async def whole(self) -> dict[str, Any]:
+        """The JSON of an answer that is no stream."""
+        pieces: list[list[Piece]] = [[] for _ in self.requests]
+        watcher = asyncio.create_task(self.cancel_at_disconnect())
+        try:
+            async for index, piece in self:
+                pieces[index].append(piece)
+        finally:
+            watcher.cancel()
+        choices = []
+        for index, parts in enumerate(pieces):
+            text = "".join(piece.text for piece in parts)
+            tokens = [token for piece in parts for token in piece.tokens]
+            choices.append(self.choice(index, Piece(text, tokens, parts[-1].reason)))
+        return {"object": self.api.object, "choices": choices, "usage": self.usage()}
+
+    async def events(self, head: dict[str, Any], with_usage: bool) -> AsyncIterator[str]:
+        """The server-sent events of a stream."""
+        head = head | {"object": self.api.chunk_object} | ({"usage": None} if with_usage else {})
+        begun = set[int]()
+        try:
+            async for index, piece in self:
+                yield event(head | {"choices": [self.choice(index, piece, index not in begun)]})
+                begun.add(index)
+            if with_usage:
+                yield event(head | {"choices": [], "usage": self.usage()})
+        except Exception as e:  # the status has been sent
+            yield event(api_error(e).body)
+        yield "data: [DONE]\n\n"
 
     def usage(self) -> dict[str, Any]:
         prompts = self.requests[:: self.n]
@@ -156,13 +189,18 @@ class Job:
     def log(self) -> None:
         usage = self.usage()
         cached, n = usage["prompt_tokens_details"]["cached_tokens"], usage["completion_tokens"]
-        line = f"{self.title} 200: {usage['prompt_tokens']} tokens in ({cached} cached), {n} out"
+        line = f"{self.http.method} {self.http.url.path} 200: "
+        line += f"{usage['prompt_tokens']} tokens in ({cached} cached), {n} out"
         if self.first:
             later = n - sum(bool(request.answer.tokens) for request in self.requests)
             line += f", the first after {1000 * (self.first - self.begun):.0f} ms"
             line += f", {later / max(self.last - self.first, 1e-9):.1f} tokens/s"
         reasons = dict.fromkeys(request.answer.reason or "cancelled" for request in self.requests)
         log(f"{line}, {' '.join(reasons)}")
+
+
+def event(data: dict[str, Any]) -> str:
+    return f"data: {json.dumps(data, ensure_ascii=False)}\n\n"
 
 
 class Endpoint:
@@ -177,61 +215,22 @@ class Endpoint:
         if fields.get("model", self.name) != self.name:
             raise no_model(fields["model"], self.name)
         options = read_fields(fields.get("stream_options", {}), {"include_usage": SWITCH})
-        job = Job(http, fields.get("n", 1))
+        job = Job(http, api, fields.get("n", 1))
         job.requests = await asyncio.to_thread(api.requests, fields, job.receive)
         self.engine.submit(*job.requests)
         head = {"id": f"{api.prefix}-{uuid.uuid4().hex}", "created": int(time.time()), "model": self.name}
         response: Response
         try:
             if fields.get("stream"):
-                parts = events(api, job, head, options.get("include_usage", False))
+                parts = job.events(head, options.get("include_usage", False))
                 no_cache = {"Cache-Control": "no-cache"}
                 response = StreamingResponse(parts, media_type="text/event-stream", headers=no_cache)
             else:
-                response = JSONResponse(head | await whole(http, api, job))
+                response = JSONResponse(head | await job.whole())
             await response(scope, receive, send)
             job.log()
         finally:
             job.cancel()
-
-
-async def whole(http: HTTPRequest, api: API, job: Job) -> dict[str, Any]:
-    """The JSON of an answer that is no stream."""
-    pieces: list[list[Piece]] = [[] for _ in job.requests]
-    watcher = asyncio.create_task(job.cancel_at_disconnect(http))
-    try:
-        async for index, piece in job:
-            pieces[index].append(piece)
-    finally:
-        watcher.cancel()
-    choices = []
-    for index, parts in enumerate(pieces):
-        text = "".join(piece.text for piece in parts)
-        tokens = [token for piece in parts for token in piece.tokens]
-        piece = Piece(text, tokens, parts[-1].reason)
-        choices.append(api.choice(index, job.requests[index], piece, None))
-    return {"object": api.object, "choices": choices, "usage": job.usage()}
-
-
-async def events(api: API, job: Job, head: dict[str, Any], with_usage: bool) -> AsyncIterator[str]:
-    """The server-sent events of a stream."""
-
-    def event(data: dict[str, Any]) -> str:
-        return f"data: {json.dumps(data, ensure_ascii=False)}\n\n"
-
-    head = head | {"object": api.chunk_object}
-    usage = {"usage": None} if with_usage else {}
-    begun = set[int]()
-    try:
-        async for index, piece in job:
-            choice = api.choice(index, job.requests[index], piece, index not in begun)
-            begun.add(index)
-            yield event(head | {"choices": [choice]} | usage)
-        if with_usage:
-            yield event(head | {"choices": [], "usage": job.usage()})
-    except Exception as e:  # the status has been sent
-        yield event(api_error(e).body)
-    yield "data: [DONE]\n\n"
 
 
 # -----------------------------------------------------------------------------
