@@ -16,6 +16,7 @@ from torch import Tensor
 
 from gpt import GPT, GPTConfig, KVCache
 from sologpt import fast, hf
+from sologpt.device import HUGE_PAGES
 from sologpt.errors import RunError, UserError
 from sologpt.load import empty_model, load_model
 
