@@ -81,10 +81,10 @@ LLAMA3 = {
 }
 
 
-# Each script runs in a process of its own, forked from one that has imported PyTorch: that takes longest.
+# Each script runs in a process of its own, forked from one that has imported PyTorch and the modules: that takes longest.
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(
-    ["torch", "torch._dynamo", "torch.distributed.fsdp", "numpy", "tiktoken", "matplotlib.pyplot", "gpt"]
+    ["torch._dynamo", "torch.distributed.fsdp", "tiktoken", "matplotlib.pyplot", "common", "sample", "train"]
 )
 
 
@@ -203,6 +203,7 @@ def write_prepare(folder: Path, texts: Path) -> Path:
 
 
 SMALL = ["--n_layer=2", "--n_head=2", "--n_embd=16", "--sequence_len=16", "--batch_size=4", "--eval_iters=2"]
+SMALL += ["--sample_tokens=0"]
 
 
 @pytest.fixture(scope="session")

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, make_model, run
+from conftest import make_model
 from test_hf_tokenizer import CHATML, write_folder
 from transformers import (
     AutoModelForCausalLM,
@@ -281,20 +281,6 @@ def test_errors_are_one_line(chatty, folder, tmp_path, here):
         status, _, err = here(*flags)
         lines = err.splitlines()
         assert status == 2 and len(lines) == 1 and lines[0].startswith("error: ") and words in lines[0], err
-
-
-def test_extras_are_imported_only_when_needed(tmp_path):
-    path = tmp_path / "best.pt"
-    make_model(vocab_size=257).save(path, tokenizer=Tokenizer.from_spec("bytes").to_dict())
-    code = f"""
-import sys
-sys.path.insert(0, {str(ROOT)!r})
-sys.argv = ["sample.py", "--ckpt", {str(path)!r}, "--max_tokens=3"]
-import sample
-sample.main()
-assert not {{"sologpt.hf", "tokenizers", "jinja2", "safetensors"}} & set(sys.modules), set(sys.modules)
-"""
-    run("-c", code, cwd=tmp_path)  # in a fresh process
 
 
 def test_the_help_has_a_line_for_each_key_in_groups():

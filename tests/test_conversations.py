@@ -3,6 +3,8 @@
 import importlib.util
 import json
 import re
+import sys
+import sysconfig
 from pathlib import Path
 
 import common
@@ -16,6 +18,7 @@ from hypothesis import strategies as st
 from test_hf_tokenizer import CHATML, TEXT, write_folder
 from transformers import AutoConfig, AutoTokenizer
 
+from data.docstrings import prepare as docstrings
 from sologpt import chat_template, gguf, hf
 from sologpt.conversations import Example, Row, encode_examples
 from sologpt.tokenizer import PretrainedTokenizer, Tokenizer
@@ -459,8 +462,18 @@ def test_the_tokenizer_of_a_base_model_gets_the_token_that_ends_a_turn(tmp_path)
     assert not made.has_ids_of(hf.load_tokenizer(other)) and not made.has_ids_of(Tokenizer.from_spec("bytes"))
 
 
-def test_docstrings_answer_questions_and_hold_out_modules(tmp_path):
-    run("data/docstrings/prepare.py", "--tokenizer=stdlib", "--sequence_len=128", "--out_dir", tmp_path)
+@pytest.mark.parametrize("some", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["some", "all"])
+def test_docstrings_answer_questions_and_hold_out_modules(some, tmp_path, monkeypatch):
+    """Of some modules, or of all."""
+    if some:
+        stdlib, folder = Path(sysconfig.get_paths()["stdlib"]), tmp_path / "stdlib"
+        folder.mkdir()
+        for path in stdlib.glob("[op]*.py"):
+            (folder / path.name).symlink_to(path)
+        monkeypatch.setattr(sysconfig, "get_paths", lambda: {"stdlib": str(folder)})
+    flags = ["--tokenizer=stdlib", "--sequence_len=128", f"--out_dir={tmp_path}"]
+    monkeypatch.setattr(sys, "argv", ["prepare.py", *flags])
+    docstrings.main()
     tokenizer = common.open_tokenizer("stdlib")
     texts = {}
     for split in ("train", "val"):
@@ -474,7 +487,8 @@ def test_docstrings_answer_questions_and_hold_out_modules(tmp_path):
         for text in texts["train"]
     )
     answers = {split: {text.split("assistant\n")[1] for text in texts[split]} for split in texts}
-    assert len(texts["train"]) > 5000 and len(texts["val"]) > 100 and not answers["train"] & answers["val"]
+    n = (500, 10) if some else (5000, 100)
+    assert len(texts["train"]) > n[0] and len(texts["val"]) > n[1] and not answers["train"] & answers["val"]
 
 
 # ---- exports

@@ -92,7 +92,7 @@ requests = st.lists(
 )
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(requests, st.integers(1, 4), st.integers(1, 9), st.sampled_from([{}, LLAMA, GPT2, WINDOWS]))
 def test_each_request_gets_what_it_would_get_alone(requests, rows, chunk, config):
     model = byte_model(**config)

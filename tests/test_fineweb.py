@@ -381,5 +381,5 @@ print(tracemalloc.get_traced_memory()[1])
         return int(done.stdout.split()[-1])
 
     # The least of two: the library of the Hub holds more of a download that comes in odd pieces
-    small, large = (min(peak(n), peak(n)) for n in (20_000_000, 60_000_000))
+    small, large = (min(peak(n), peak(n)) for n in (5_000_000, 20_000_000))
     assert large - small < 1e6 < len(hub.files[fineweb.VAL])

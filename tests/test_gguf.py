@@ -702,8 +702,12 @@ def llama_cpp():
 
 
 def open_llama(llama_cpp, path: Path, **options):
-    """llama.cpp with keys and values in float32, as far from our numbers as its kernels are."""
-    settings = dict(n_ctx=400, logits_all=True, type_k=0, type_v=0, n_threads=2, verbose=False)
+    """llama.cpp with keys and values in float32, as far from our numbers as its kernels are.
+
+    In one thread: several would wait for each other in a loop, on cores that other tests need.
+    """
+    settings = dict(n_ctx=400, logits_all=True, type_k=0, type_v=0, verbose=False)
+    settings |= dict(n_threads=1, n_threads_batch=1)
     return llama_cpp.Llama(str(path), **settings | options)
 
 

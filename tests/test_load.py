@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import GEMMA, LLAMA3, ROOT, YARN, make_model, run
+from conftest import GEMMA, LLAMA3, YARN, make_model
 
 import sample
 from gpt import GPT, GPTConfig
@@ -296,18 +296,6 @@ def test_a_hugging_face_folder_needs_no_prefix(folder, tmp_path, monkeypatch):
     hf.save(MODEL, BYTES, tmp_path / "both")
     save(tmp_path / "both" / "best.pt", step=5)
     assert load_model(tmp_path / "both")[2]["step"] == 5  # a folder that is an out_dir too
-
-
-def test_hf_is_imported_only_when_asked_for(tmp_path):
-    path = save(tmp_path / "best.pt")
-    code = f"""
-import sys
-sys.path.insert(0, {str(ROOT)!r})
-from sologpt.load import load_model
-load_model({str(path)!r})
-assert not {{"sologpt.hf", "tokenizers", "safetensors", "configurator"}} & set(sys.modules)
-"""
-    run("-c", code, cwd=tmp_path)
 
 
 # ---- errors

@@ -182,10 +182,14 @@ def test_num_params():
     assert len([name for name in model_2.state_dict() if "wte" in name or "lm_head" in name]) == 1
 
 
-def test_gpt_py_works_alone_in_an_empty_folder(tmp_path):
+def test_gpt_py_works_alone_in_an_empty_folder_and_its_import_has_no_side_effect(tmp_path):
     shutil.copy(ROOT / "gpt.py", tmp_path)
     code = """
-import gpt, torch
+import sys; sys.path.insert(0, ".")
+import torch
+random = torch.get_rng_state()
+import gpt
+assert torch.equal(random, torch.get_rng_state())
 model = gpt.GPT(gpt.GPTConfig(sequence_len=16, vocab_size=50, n_layer=2, n_head=2, n_embd=16))
 idx = torch.randint(50, (4, 17))
 before = model(idx[:, :-1], idx[:, 1:])
@@ -198,13 +202,5 @@ model.save("model.pt")
 assert list(gpt.GPT.load("model.pt").generate([1, 2, 3], 20)) == tokens
 assert not [name for name in sys.modules if name.startswith("sologpt")]
 """
-    done = subprocess.run(
-        [sys.executable, "-I", "-c", f"import sys; sys.path.insert(0, '.')\n{code}"], cwd=tmp_path
-    )
-    assert done.returncode == 0
-
-
-def test_importing_gpt_has_no_side_effect():
-    code = "import torch; a = torch.get_rng_state(); import gpt; assert torch.equal(a, torch.get_rng_state())"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True)
-    assert done.returncode == 0 and done.stdout == b"" and done.stderr == b""
+    done = subprocess.run([sys.executable, "-I", "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")

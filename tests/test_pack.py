@@ -47,15 +47,15 @@ def test_logits_and_loss_are_as_near_to_the_exact_ones(kind, dtype):
 
 
 @KINDS
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=5, deadline=None)
 @given(lengths=st.lists(st.integers(1, 40), min_size=1, max_size=8), seed=st.integers(0, 99))
 def test_tokens_are_the_same(kind, lengths, seed):
     plain, packed = make_pair(torch.float32, seed=seed, **kind)
     prompts = [torch.randint(61, (n,)).tolist() for n in lengths]
-    a, b = (list(model.generate_batch(prompts, 40, temperature=0)) for model in (plain, packed))
+    a, b = (list(model.generate_batch(prompts, 24, temperature=0)) for model in (plain, packed))
     assert a == b
     ahead = Lookup(packed, 5)
-    assert list(packed.generate(prompts[0], 40, temperature=0, decode=ahead)) == [row[0] for row in a]
+    assert list(packed.generate(prompts[0], 24, temperature=0, decode=ahead)) == [row[0] for row in a]
 
 
 def test_under_autocast():

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -96,12 +97,21 @@ train.main()
     assert without_clock[0] == without_clock[1]
 
 
+@pytest.fixture(scope="module")
+def long_run(dataset, tmp_path_factory) -> tuple[list[str], Path]:
+    """The flags and the out_dir of a run that takes seconds, so that a signal comes in the middle of another."""
+    flags = [*SMALL, f"--dataset={dataset}", "--max_iters=400", "--eval_interval=400", "--log_interval=1"]
+    out = tmp_path_factory.mktemp("long")
+    run("train.py", *flags, f"--out_dir={out}")
+    return flags, out
+
+
 @pytest.mark.parametrize(
     "signum, status",
     [pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow), (signal.SIGTERM, 143), (signal.SIGPIPE, 141)],
 )
-def test_a_signal_finishes_the_step_saves_and_resumes_to_the_same_bits(dataset, tmp_path, signum, status):
-    flags = [*SMALL, f"--dataset={dataset}", "--max_iters=400", "--eval_interval=400", "--log_interval=1"]
+def test_a_signal_finishes_the_step_saves_and_resumes_to_the_same_bits(long_run, tmp_path, signum, status):
+    flags, whole = long_run
     out = tmp_path / "stopped"
     process = subprocess.Popen(
         [sys.executable, "train.py", *flags, f"--out_dir={out}"],
@@ -121,8 +131,7 @@ def test_a_signal_finishes_the_step_saves_and_resumes_to_the_same_bits(dataset, 
     _, extra = GPT.load_checkpoint(out / "ckpt.pt")
     assert 20 <= extra["step"] < 400
     run("train.py", *flags, f"--out_dir={out}", "--init_from=resume")
-    run("train.py", *flags, f"--out_dir={tmp_path / 'whole'}")
-    a, b = weights(out / "ckpt.pt"), weights(tmp_path / "whole" / "ckpt.pt")
+    a, b = weights(out / "ckpt.pt"), weights(whole / "ckpt.pt")
     assert all(torch.equal(a[k], b[k]) for k in a)
     assert [line["step"] for line in records(out)] == list(range(401))
 

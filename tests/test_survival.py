@@ -332,15 +332,16 @@ def damaged(content: bytes, seed: int) -> bytes:
     return bytes(broken)
 
 
-def test_no_damage_to_a_checkpoint_gives_a_traceback(trained, dataset, tmp_path, monkeypatch, capsys):
-    """400 files: half are sampled from, half are resumed from."""
+@pytest.mark.parametrize("seeds", [range(80), pytest.param(range(80, 400), marks=pytest.mark.slow)], ids=str)
+def test_no_damage_to_a_checkpoint_gives_a_traceback(seeds, trained, dataset, tmp_path, monkeypatch, capsys):
+    """Half of the files are sampled from, half are resumed from."""
     best, ckpt = (trained / "best.pt").read_bytes(), (trained / "ckpt.pt").read_bytes()
     out = tmp_path / "out"
     out.mkdir()
     flags = [*SMALL, f"--dataset={dataset}", "--max_iters=20", "--sample_tokens=0", "--init_from=resume"]
     monkeypatch.setattr(train.Log, "plot", lambda self: None)  # a second each
     refused = 0
-    for seed in range(400):
+    for seed in seeds:
         if seed % 4 < 2:
             (out / "best.pt").write_bytes(damaged(best, seed))
             script, argv = sample, ["--prompt=a", "--max_tokens=1", f"--ckpt={out / 'best.pt'}"]
@@ -355,4 +356,4 @@ def test_no_damage_to_a_checkpoint_gives_a_traceback(trained, dataset, tmp_path,
         refused += end.value.code != 0
         one_line = err.startswith("error: ") and err.count("\n") == 1 and ".pt is damaged" in err
         assert end.value.code == 0 or (end.value.code == 1 and one_line), (seed, err)
-    assert refused > 250  # all that were cut off, and many more
+    assert refused > 0.6 * len(seeds)  # all that were cut off, and many more
