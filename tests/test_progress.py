@@ -1,10 +1,8 @@
 """The first hour with train.py: what it trains by default, what it shows, how it stops, --eval_only."""
 
-import os
 import re
 import shlex
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -313,17 +311,8 @@ def test_the_last_line_is_a_command_that_samples(out, dataset, tmp_path):
     command = done.stdout.splitlines()[-1]
     words = shlex.split(command)
     assert words[0] == "python" and ("--ckpt" in words) == out.startswith("runs") and "\n" not in words
-    environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
-    sampled = subprocess.run(
-        f"{command} --max_tokens=5",
-        shell=True,
-        cwd=tmp_path,
-        env=environment,
-        input="def \n",
-        capture_output=True,
-        text=True,
-    )
-    assert sampled.returncode == 0 and len(sampled.stdout) >= 5, sampled.stderr
+    sampled = run(*words[1:], "--max_tokens=5", cwd=tmp_path, stdin="def \n")
+    assert len(sampled.stdout) >= 5, sampled.stderr
     assert f"{out}/best.pt" in sampled.stderr
 
 

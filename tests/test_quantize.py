@@ -238,9 +238,9 @@ def test_a_quantized_model_is_the_one_with_dequantized_weights(kind, config):
 
 @EACH
 @KINDS
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=4, deadline=None)
 @given(
-    lengths=st.lists(st.integers(1, 40), min_size=2, max_size=5),
+    lengths=st.lists(st.integers(1, 40), min_size=2, max_size=4),
     cut=st.integers(1, 19),
     seed=st.integers(0, 9),
 )
@@ -254,12 +254,10 @@ def test_cached_is_uncached_and_ragged_is_alone(kind, config, lengths, cut, seed
         parts = torch.cat([model(part, kv_cache=cache) for part in (idx[:, :cut], idx[:, cut:])], dim=1)
         torch.testing.assert_close(parts, model(idx), atol=2e-3, rtol=0)
     prompts = [torch.randint(61, (n,)).tolist() for n in lengths]
-    rows = zip(*model.generate_batch(prompts, 20, temperature=0), strict=True)
+    rows = zip(*model.generate_batch(prompts, 12, temperature=0), strict=True)
     for prompt, row in zip(prompts, rows, strict=True):
-        assert list(model.generate(prompt, 20, temperature=0)) == list(row)
-        assert list(model.generate(prompt, 20, temperature=0, decode=fast.prepare(model, lookup=4))) == list(
-            row
-        )
+        for decode in (None, fast.prepare(model, lookup=4)):
+            assert list(model.generate(prompt, 12, temperature=0, decode=decode)) == list(row)
 
 
 @KINDS
