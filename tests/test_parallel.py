@@ -33,7 +33,6 @@ STEPS += [
     "--dropout=0.1",
     "--grad_clip=1",
     "--weight_decay=0.1",
-    "--sample_tokens=0",
 ]
 
 

@@ -85,7 +85,7 @@ def test_a_key_that_fits_the_checkpoint_need_not_fit_the_defaults(dataset, tmp_p
 
 
 def test_micro_batches_are_as_many_as_the_processes_can_share(dataset, tmp_path):
-    flags = [*SMALL, f"--dataset={dataset}", "--max_iters=2", "--sample_tokens=0"]
+    flags = [*SMALL, f"--dataset={dataset}", "--max_iters=2"]
     first, second = together(2, *flags, "--gradient_accumulation_steps=3", f"--out_dir={tmp_path / 'two'}")
     assert first.returncode == second.returncode == 0, first.stderr + second.stderr
     assert first.stdout.startswith("gradient_accumulation_steps is 4, not 3: a multiple of 2 processes\n")
@@ -137,7 +137,6 @@ def test_mfu_is_logged_and_shown_where_the_peak_is_known(monkeypatch, capsys):
 
 def test_a_terminal_shows_how_far_an_evaluation_is_and_ctrl_c_ends_it(dataset, tmp_path):
     flags = [*SMALL, f"--dataset={dataset}", "--eval_iters=1000", "--max_iters=3", "--log_interval=1"]
-    flags += ["--sample_tokens=0"]
     terminal = Terminal("-c", SLOW.format(seconds=0.2), *flags, f"--out_dir={tmp_path / 'stopped'}")
     terminal.wait_for(r"\[-{12}\]   0%  0/3 \| evaluating 1/\d+")
     terminal.send("\x03")
@@ -159,7 +158,7 @@ def test_a_terminal_shows_how_far_an_evaluation_is_and_ctrl_c_ends_it(dataset, t
 
 
 def test_a_signal_in_the_last_evaluation_is_resumed_to_its_end(dataset, tmp_path, monkeypatch):
-    flags = [*SMALL, f"--dataset={dataset}", f"--out_dir={tmp_path}", "--max_iters=4", "--sample_tokens=0"]
+    flags = [*SMALL, f"--dataset={dataset}", f"--out_dir={tmp_path}", "--max_iters=4"]
 
     def get_batch(tokens, starts, *args, f=data.get_batch):
         if len(tokens) < 4000 and run_is_at_its_end():
@@ -194,7 +193,7 @@ def test_a_second_signal_ends_a_slow_step_at_once(dataset, tmp_path):
 
 
 def test_a_file_gets_a_line_for_each_record_and_one_for_what_begins(dataset, tmp_path):
-    flags = [*SMALL, f"--dataset={dataset}", f"--out_dir={tmp_path}", "--sample_tokens=0"]
+    flags = [*SMALL, f"--dataset={dataset}", f"--out_dir={tmp_path}"]
     lines = run(
         "train.py", *flags, "--max_iters=4", "--eval_interval=2", "--log_interval=1"
     ).stdout.splitlines()
@@ -287,7 +286,7 @@ def test_two_lines_of_a_sample_are_shown_at_every_evaluation(dataset, tmp_path, 
 
 
 def test_the_end_explains_the_loss_once(trained, dataset, tmp_path):
-    flags = [*SMALL, f"--dataset={dataset}", f"--out_dir={tmp_path}", "--max_iters=20", "--sample_tokens=0"]
+    flags = [*SMALL, f"--dataset={dataset}", f"--out_dir={tmp_path}", "--max_iters=20"]
     with_plot = run("train.py", *flags, plot=True).stdout
     hidden = (
         f"import sys; sys.modules['matplotlib'] = None; sys.path.insert(0, {str(ROOT)!r}); import train; "
@@ -306,7 +305,7 @@ def test_the_end_explains_the_loss_once(trained, dataset, tmp_path):
 
 @pytest.mark.parametrize("out", ["out/mine", "runs/a 'b'"])
 def test_the_last_line_is_a_command_that_samples(out, dataset, tmp_path):
-    flags = [*SMALL, f"--dataset={dataset}", f"--out_dir={out}", "--max_iters=1", "--sample_tokens=0"]
+    flags = [*SMALL, f"--dataset={dataset}", f"--out_dir={out}", "--max_iters=1"]
     done = run(ROOT / "train.py", *flags, cwd=tmp_path)
     command = done.stdout.splitlines()[-1]
     words = shlex.split(command)

@@ -12,6 +12,7 @@ import pytest
 from conftest import ROOT, SMALL, error, run
 from terminal import Terminal
 
+import sample
 from gpt import GPT
 
 
@@ -210,5 +211,5 @@ def test_out_beside_the_scripts_is_found_from_any_folder(trained, tmp_path):
         (["--interactive", "--temperature=-1"], "temperature"),
     ],
 )
-def test_bad_settings_are_one_line(trained, flags, words):
-    assert words in error("sample.py", f"--out_dir={trained}", *flags)
+def test_bad_settings_are_one_line(trained, flags, words, error_here):
+    assert words in error_here(sample, f"--out_dir={trained}", *flags)

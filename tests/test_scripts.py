@@ -216,7 +216,6 @@ def test_a_state_whose_parameters_are_grouped_by_shape_resumes_to_the_same_bits(
         "--max_iters=12",
         "--eval_interval=6",
         "--mlp=swiglu",
-        "--sample_tokens=0",
     ]
     run("train.py", *flags, f"--out_dir={tmp_path / 'a'}", "--keep_checkpoints=3")
     state = torch.load(tmp_path / "a" / "ckpt_00000006.pt", weights_only=True)
@@ -239,7 +238,7 @@ def test_tokens_per_second_counts_what_a_device_still_computes_at_an_evaluation(
     """A GPU's work is done when `synchronize` returns: training takes until then, and no longer."""
     monkeypatch.setattr(parallel.World, "synchronize", lambda self: time.sleep(0.3))
     monkeypatch.setattr(train, "evaluate", lambda *a, f=train.evaluate: time.sleep(0.6) or f(*a))
-    flags = [*SMALL, f"--dataset={dataset}", f"--out_dir={tmp_path}", "--max_iters=4", "--sample_tokens=0"]
+    flags = [*SMALL, f"--dataset={dataset}", f"--out_dir={tmp_path}", "--max_iters=4"]
     monkeypatch.setattr(sys, "argv", ["train.py", *flags, "--log_interval=3", "--eval_interval=2"])
     train.main()
     logged = {line["step"]: line for line in records(tmp_path)}
@@ -251,7 +250,7 @@ def test_tokens_per_second_counts_what_a_device_still_computes_at_an_evaluation(
 def test_an_earlier_run_is_not_lost_to_a_new_one(trained, dataset, tmp_path):
     out = tmp_path / "out"
     shutil.copytree(trained, out)
-    run("train.py", *SMALL, f"--dataset={dataset}", f"--out_dir={out}", "--max_iters=1", "--sample_tokens=0")
+    run("train.py", *SMALL, f"--dataset={dataset}", f"--out_dir={out}", "--max_iters=1")
     assert (
         GPT.load_checkpoint(out / "old-1" / "ckpt.pt")[1]["step"] == 20
         and (out / "old-1" / "best.pt").exists()
@@ -285,7 +284,7 @@ def test_a_dataset_is_prepared_with_the_tokenizer_of_the_checkpoint(dataset, tmp
     """A missing one; one that is there with another tokenizer is an error, before anything is written."""
     bpe, other = tmp_path / "bpe", write_prepare(tmp_path / "other", dataset / "text")
     run("data/text/prepare.py", "--input", dataset / "text", "--out_dir", bpe, "--tokenizer=bpe:300")
-    flags = [*SMALL, "--max_iters=2", "--sample_tokens=0"]
+    flags = [*SMALL, "--max_iters=2"]
     run("train.py", *flags, f"--dataset={bpe}", f"--out_dir={tmp_path / 'a'}")
     flags += [f"--init_from={tmp_path / 'a' / 'best.pt'}", f"--out_dir={tmp_path / 'b'}"]
     line = error("train.py", *flags, f"--dataset={dataset}")
@@ -305,7 +304,7 @@ def test_a_dataset_is_prepared_with_the_tokenizer_of_the_checkpoint(dataset, tmp
 def test_metrics_go_elsewhere_too(dataset, tmp_path):
     """Weights & Biases (offline) and TensorBoard have what metrics.jsonl has: each step once after a resume."""
     flags = [*SMALL, f"--dataset={dataset}", f"--out_dir={tmp_path}", "--eval_interval=5", "--log_interval=1"]
-    flags += ["--tensorboard", "--wandb_log", "--sample_tokens=0"]
+    flags += ["--tensorboard", "--wandb_log"]
     env = {"WANDB_MODE": "offline", "WANDB_SILENT": "true"}
     run("train.py", *flags, "--max_iters=5", **env)
     run("train.py", *flags, "--max_iters=8", "--init_from=resume", **env)
@@ -340,7 +339,6 @@ def test_a_model_that_has_not_trained_is_not_the_best(dataset, tmp_path):
         f"--dataset={dataset}",
         f"--out_dir={tmp_path}",
         "--max_iters=0",
-        "--sample_tokens=0",
     )
     assert (tmp_path / "ckpt.pt").exists() and not (tmp_path / "best.pt").exists()
 
@@ -348,12 +346,9 @@ def test_a_model_that_has_not_trained_is_not_the_best(dataset, tmp_path):
 def losses_with(flag: str, dataset, tmp_path, monkeypatch) -> tuple[list[float], list[float]]:
     """The losses of a run without a flag and of one with it."""
     flags = [*SMALL, f"--dataset={dataset}", "--max_iters=10", "--eval_interval=10", "--log_interval=1"]
-    flags += ["--sample_tokens=0"]
     found = []
     for name, more in (("without", []), ("with", [flag])):
-        monkeypatch.setattr(
-            sys, "argv", ["train.py", *flags, "--sample_tokens=0", f"--out_dir={tmp_path / name}", *more]
-        )
+        monkeypatch.setattr(sys, "argv", ["train.py", *flags, f"--out_dir={tmp_path / name}", *more])
         train.main()
         found.append([line.get("loss", line.get("val_loss")) for line in records(tmp_path / name)])
     return found[0], found[1]

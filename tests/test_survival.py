@@ -22,7 +22,6 @@ EACH_STEP = [
     "--eval_interval=7",
     "--ckpt_interval=1",
     "--dropout=0.1",
-    "--sample_tokens=0",
 ]
 
 
@@ -80,7 +79,7 @@ def test_thirty_kills_change_nothing(dataset, tmp_path, signum):
 
 
 def test_checkpoints_between_evaluations_and_older_ones(dataset, tmp_path):
-    flags = [*SMALL, f"--dataset={dataset}", f"--out_dir={tmp_path}", "--sample_tokens=0"]
+    flags = [*SMALL, f"--dataset={dataset}", f"--out_dir={tmp_path}"]
     run(
         "train.py",
         *flags,
@@ -105,7 +104,6 @@ def test_only_states_of_this_run_are_deleted(dataset, tmp_path):
         *SMALL,
         f"--dataset={dataset}",
         f"--out_dir={tmp_path}",
-        "--sample_tokens=0",
         "--eval_interval=100",
     ]
     run("train.py", *flags, "--max_iters=4", "--ckpt_interval=2", "--keep_checkpoints=2")
@@ -126,7 +124,6 @@ def test_what_changes_when_a_run_is_resumed_is_said(trained, dataset, tmp_path):
         *SMALL,
         f"--out_dir={tmp_path / 'out'}",
         "--eval_interval=10",
-        "--sample_tokens=0",
     ]
     done = run(
         "train.py", *flags, f"--dataset={dataset}", "--max_iters=25", "--batch_size=2", "--init_from=resume"
@@ -150,7 +147,6 @@ def test_a_forgotten_resume_loses_nothing(dataset, tmp_path):
         *SMALL,
         f"--dataset={dataset}",
         f"--out_dir={tmp_path}",
-        "--sample_tokens=0",
         "--eval_interval=2",
     ]
     for n in (4, 6, 8):
@@ -195,7 +191,6 @@ def test_a_second_run_in_the_same_folder_is_one_line(dataset, tmp_path, signum):
         *SMALL,
         f"--dataset={dataset}",
         f"--out_dir={tmp_path}",
-        "--sample_tokens=0",
         "--eval_interval=1",
     ]
     first = Script("train.py", *flags, "--max_iters=100000")
@@ -228,7 +223,6 @@ def test_lines_of_metrics_that_are_no_records_are_skipped_with_a_word(trained, d
         f"--dataset={dataset}",
         f"--out_dir={tmp_path / 'out'}",
         "--eval_interval=10",
-        "--sample_tokens=0",
     ]
     done = run("train.py", *flags, "--max_iters=30", "--init_from=resume")
     assert "skipped 7 of 10 lines" in done.stderr
@@ -338,7 +332,7 @@ def test_no_damage_to_a_checkpoint_gives_a_traceback(seeds, trained, dataset, tm
     best, ckpt = (trained / "best.pt").read_bytes(), (trained / "ckpt.pt").read_bytes()
     out = tmp_path / "out"
     out.mkdir()
-    flags = [*SMALL, f"--dataset={dataset}", "--max_iters=20", "--sample_tokens=0", "--init_from=resume"]
+    flags = [*SMALL, f"--dataset={dataset}", "--max_iters=20", "--init_from=resume"]
     monkeypatch.setattr(train.Log, "plot", lambda self: None)  # a second each
     refused = 0
     for seed in seeds:
