@@ -8,6 +8,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+from hypothesis import settings
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tests run side by side; torch reads it when it is imported
 
@@ -25,8 +26,19 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
 
 
 def pytest_report_header(config: pytest.Config) -> str:
-    return "pytest runs the quick tests, which takes some minutes; pytest -m '' also runs the slow ones"
+    return "the quick tests, about 5 minutes on 2 cores; all of them: pytest -m ''"
 
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """inside.ipynb trains a model first. test_inside_notebook.py runs its cells with others, quickly."""
+    for item in items:
+        if item.path.name == "inside.ipynb":
+            item.add_marker(pytest.mark.slow)
+
+
+settings.register_profile("shared cores", deadline=None)  # other tests may take them for a while
+settings.load_profile("shared cores")
 
 # Tests and the processes that they start run on the CPU. test_cuda.py gives its processes these GPUs.
 GPUS = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(torch.cuda.device_count())))

@@ -6,7 +6,7 @@ from dataclasses import asdict
 
 import pytest
 import torch
-from conftest import GEMMA, GPT2, LLAMA, QWEN, ROOT, WINDOWS, make_model, run
+from conftest import GEMMA, GPT2, LLAMA, QWEN, WINDOWS, make_model, run
 
 import gpt
 from gpt import GPT

@@ -115,7 +115,9 @@ def test_rows_of_different_lengths_that_end(name, rows):
     model, errors = make_model(torch.float32, sequence_len=16, **ARCHITECTURES[name]), []
     prompts = [[*range(1 + b, 2 + 5 * b % 13 + b)] for b in range(rows)]
     decode = recorded(prepare(model), in_float64(model), errors)
-    steps = [[*model.generate_batch(prompts, 25, stop_tokens=range(30, 35), decode=d)] for d in (decode, None)]
+    steps = [
+        [*model.generate_batch(prompts, 25, seed=0, stop_tokens=range(5), decode=d)] for d in (decode, None)
+    ]
     assert steps[0] == steps[1] and None in steps[0][-1]
     assert len(errors) == rows * (len(steps[0]) - 1) and max(errors) < 1e-5
 
