@@ -350,4 +350,4 @@ def test_no_damage_to_a_checkpoint_gives_a_traceback(seeds, trained, dataset, tm
         refused += end.value.code != 0
         one_line = err.startswith("error: ") and err.count("\n") == 1 and ".pt is damaged" in err
         assert end.value.code == 0 or (end.value.code == 1 and one_line), (seed, err)
-    assert refused > 0.6 * len(seeds)  # all that were cut off, and many more
+    assert refused > 0.625 * len(seeds)  # all that were cut off, and many more
