@@ -937,8 +937,9 @@ def test_errors_of_the_commands_are_one_line(args, word, status, good, tmp_path,
     before = sorted(map(str, tmp_path.rglob("*")))
     with pytest.raises(SystemExit) as e:
         errors.run(lambda: hf.main(args))
-    [line] = capsys.readouterr().err.splitlines()
+    *notes, line = capsys.readouterr().err.splitlines()
     assert e.value.code == status and line.startswith("error: ") and word in line, line
+    assert all(note.startswith("note: the model lacks") for note in notes)
     assert sorted(map(str, tmp_path.rglob("*"))) == before
 
 
@@ -963,8 +964,9 @@ def test_a_full_disk_is_one_line_and_status_1(args, good, tmp_path, monkeypatch,
     make_model(torch.float32).save("ours.pt", tokenizer=Tokenizer.from_spec("bytes").to_dict())
     with full_disk(20_000), pytest.raises(SystemExit) as e:
         errors.run(lambda: hf.main(args))
-    lines = capsys.readouterr().err.splitlines()
-    assert e.value.code == 1 and len(lines) == 1 and lines[0].startswith("error: cannot write out"), lines
+    *notes, line = capsys.readouterr().err.splitlines()
+    assert e.value.code == 1 and line.startswith("error: cannot write out"), line
+    assert all(note.startswith("note: the model lacks") for note in notes)
     assert not list((tmp_path / "out").iterdir())
 
 
