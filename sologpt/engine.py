@@ -22,7 +22,7 @@ from torch import Tensor
 
 from gpt import GPT, Decoder, KVCache, Sampling
 from sologpt import fast
-from sologpt.device import free_memory
+from sologpt.device import free_memory, release_threads
 from sologpt.errors import RunError, UserError
 from sologpt.stream import Prompt, Stop, TextRow, encode_prompt, is_chat
 from sologpt.tokenizer import Tokenizer
@@ -93,14 +93,13 @@ class Request:
         self.max_tokens = room if max_tokens is None else min(max_tokens, room)
         self.generator = torch.Generator(model.device)
         self.generator.seed() if seed is None else self.generator.manual_seed(seed)
-        self.seen = torch.zeros(1, model.config.vocab_size, dtype=torch.bool, device=model.device)
-        self.seen[0, ids] = True
         self.answer = TextRow(tokenizer, stop, continues=continues and not is_chat(prompt))
         self.logprobs, self.echo, self.receive = logprobs, echo, receive
         self.held = [Token(ids[0], 0)] if echo else []  # tokens that are not sent yet
         self.offset = 0  # characters of the prompt that were sent
         self.cached = 0  # tokens of the prompt that needed no prefill
         self.row = 0  # of the cache, while the prompt is prefilled
+        self.seen: Tensor  # the tokens so far, (1, V), from then on
         self.cancelled = False  # may be set by any thread, at any time
 
     def send(self, text: str, error: Exception | None = None) -> None:
@@ -199,6 +198,7 @@ class Engine:
         self.closed = False
         self.changed = threading.Condition()  # guards changes of these two
         self.thread = threading.Thread(target=self._work, name="engine", daemon=True)
+        release_threads()  # this one's: the engine's thread needs the cores
         self.thread.start()
 
     # ---- Any thread
@@ -298,6 +298,8 @@ class Engine:
         known = [] if request.echo else request.prompt[:-1]  # the others are read for their logits
         request.row = self.cache.take(known, n_running)
         request.cached = int(self.cache.lengths[request.row])
+        request.seen = self.never.new_zeros(1, self.model.config.vocab_size, dtype=torch.bool)
+        request.seen[0, request.prompt] = True
         return request
 
     def _prefill(self, request: Request, room: int) -> int:

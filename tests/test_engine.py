@@ -3,6 +3,8 @@
 import gc
 import math
 import random
+import subprocess
+import sys
 import threading
 import time
 from contextlib import closing
@@ -10,7 +12,7 @@ from queue import SimpleQueue
 
 import pytest
 import torch
-from conftest import GPT2, LLAMA, WINDOWS, make_model
+from conftest import GPT2, LLAMA, ROOT, WINDOWS, make_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -434,3 +436,28 @@ def test_random_requests_and_cancellations(model):
     del answers, answer, engine
     gc.collect()
     assert not [x for x in gc.get_objects() if type(x) is Request]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="counts threads in /proc")
+def test_no_threads_of_others_are_kept_beside_the_engine():
+    """The cores are its own: an idle thread of OpenMP would make those that decode sleep between loops."""
+    code = """
+import os, torch
+from gpt import GPT, GPTConfig
+from sologpt.engine import Engine
+from sologpt.tokenizer import Tokenizer
+
+def threads():
+    return len(os.listdir("/proc/self/task"))
+
+torch.set_num_threads(3)
+before = threads()
+model = GPT(GPTConfig(vocab_size=50_000, n_layer=1, n_embd=32, n_head=2))
+torch.ones(10**6).sum()  # a loop of several threads, as in loading
+loaded = threads()
+engine = Engine(model, Tokenizer.from_spec("bytes"), rows=2)
+engine.request("ab", 5)
+print(loaded - before, threads() - before)
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.stdout.split() == ["2", "1"], done
