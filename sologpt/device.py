@@ -95,6 +95,14 @@ def return_freed_memory() -> None:
             ctypes.CDLL(None).malloc_trim(0)
 
 
+def zeros_on_demand(like: Tensor, device: torch.device) -> Tensor:
+    """Zeros of another tensor's shape and dtype. On a CPU they take memory only where they are written."""
+    if device.type != "cpu":
+        return torch.zeros_like(like, device=device)
+    memory = mmap.mmap(-1, like.nbytes, access=mmap.ACCESS_COPY)  # np.zeros takes huge pages
+    return torch.frombuffer(memory, dtype=like.dtype).view(like.shape)
+
+
 def release_threads() -> None:
     """End the threads that OpenMP keeps for parallel loops of this one. They come back if it runs another.
 

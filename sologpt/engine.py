@@ -22,7 +22,7 @@ from torch import Tensor
 
 from gpt import GPT, Decoder, KVCache, Sampling
 from sologpt import fast
-from sologpt.device import free_memory, release_threads
+from sologpt.device import free_memory, release_threads, zeros_on_demand
 from sologpt.errors import RunError, UserError
 from sologpt.stream import Prompt, Stop, TextRow, encode_prompt, is_chat
 from sologpt.tokenizer import Tokenizer
@@ -124,7 +124,8 @@ class Rows(KVCache):
     """
 
     def __init__(self, model: GPT, rows: int, max_len: int) -> None:
-        super().__init__(model.config, rows, max_len, model.device, model.dtype)
+        super().__init__(model.config, rows, max_len, "meta", model.dtype)
+        self.k, self.v, self.ids = (zeros_on_demand(x, model.device) for x in (self.k, self.v, self.ids))
         self.ended = torch.zeros(rows, dtype=torch.float64)  # when the last answer in each row ended
 
     def take(self, prompt: list[int], n_running: int) -> int:

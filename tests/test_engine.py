@@ -3,11 +3,13 @@
 import gc
 import math
 import random
+import re
 import subprocess
 import sys
 import threading
 import time
 from contextlib import closing
+from pathlib import Path
 from queue import SimpleQueue
 
 import pytest
@@ -461,3 +463,18 @@ print(loaded - before, threads() - before)
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.stdout.split() == ["2", "1"], done
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_the_cache_takes_memory_only_where_it_is_written():
+    """Of 400 MB for 8 rows of 65,536 tokens, two answers need some kilobytes."""
+
+    def memory() -> int:
+        return int(re.findall(r"VmRSS:\s+(\d+)", Path("/proc/self/status").read_text())[0]) * 1024
+
+    before = memory()
+    with closing(Engine(byte_model(sequence_len=2**16), BYTES, rows=8)) as engine:
+        assert engine.cache.nbytes > 400e6
+        for prompt in ("a", "b"):
+            assert list(engine.generate(prompt, 10))
+        assert memory() - before < 2**26
