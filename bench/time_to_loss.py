@@ -101,7 +101,8 @@ def run_nanogpt(path: str, folder: Path, compile: bool = False) -> Callable[[], 
     def loss() -> float:
         config = GPTConfig(sequence_len=CONTEXT, vocab_size=CHARACTERS, n_head=4, **SHAPE)
         model = peers.make_nanogpt(path, config, CPU)
-        model.load_state_dict(torch.load(folder / "out" / "ckpt.pt", weights_only=True)["model"])
+        weights = torch.load(folder / "out" / "ckpt.pt", weights_only=True)["model"]
+        model.load_state_dict({name.removeprefix("_orig_mod."): x for name, x in weights.items()})
         return mean_loss(lambda idx, targets: model(idx, targets)[1], read_characters("val"))
 
     return loss
