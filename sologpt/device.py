@@ -99,7 +99,9 @@ def zeros_on_demand(like: Tensor, device: torch.device) -> Tensor:
     """Zeros of another tensor's shape and dtype. On a CPU they take memory only where they are written."""
     if device.type != "cpu":
         return torch.zeros_like(like, device=device)
-    memory = mmap.mmap(-1, like.nbytes, access=mmap.ACCESS_COPY)  # np.zeros takes huge pages
+    memory = mmap.mmap(-1, like.nbytes, access=mmap.ACCESS_COPY)
+    with suppress(AttributeError, OSError):  # Linux
+        memory.madvise(mmap.MADV_NOHUGEPAGE)  # the first byte of one would take all of its 2 MB
     return torch.frombuffer(memory, dtype=like.dtype).view(like.shape)
 
 

@@ -31,9 +31,9 @@ def pytest_report_header(config: pytest.Config) -> str:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """inside.ipynb trains a model first. test_inside_notebook.py runs its cells with others, quickly."""
+    """Two notebooks train models, for 40 s each. test_inside_notebook.py has a quick run of one's cells."""
     for item in items:
-        if item.path.name == "inside.ipynb":
+        if item.path.name in ("inside.ipynb", "tour.ipynb"):
             item.add_marker(pytest.mark.slow)
 
 
