@@ -1,4 +1,4 @@
-"""Where a model runs, in which dtype, and what is known about that device."""
+"""Where a model runs, in which dtype, and how its memory and threads are used there."""
 
 import ctypes
 import mmap
