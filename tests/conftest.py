@@ -26,7 +26,7 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
 
 
 def pytest_report_header(config: pytest.Config) -> str:
-    return "the quick tests, 6 to 7 minutes on 2 cores; all of them: pytest -m ''"
+    return "the quick tests, about 7 minutes on 2 cores; all of them: pytest -m ''"
 
 
 @pytest.hookimpl(tryfirst=True)
