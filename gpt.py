@@ -427,6 +427,7 @@ class Sampling:
                 raise ValueError(f"{name} must be 0, or from {least} to {most}, not {getattr(self, name)}")
         if not 1e-9 <= self.repetition_penalty <= 1e9:
             raise ValueError(f"repetition_penalty must be from 1e-09 to 1e+09, not {self.repetition_penalty}")
+        operator.index(self.top_k or 0)  # TypeError for a fraction
 
     def filter(self, logits: Tensor, seen: Tensor | None = None) -> Tensor:
         """Logits (B, V) with -inf for what is filtered out. seen (B, V) is true for tokens seen before."""
@@ -556,7 +557,7 @@ class GPT(Transformer):
         seed of None draws anew each time. A full window is cut to its last half. tokens follow what kv_cache
         holds, and all stay there. decode replaces `GPT.step`. Bad arguments are an error at the first token.
         """
-        sampling = Sampling(temperature, top_k and operator.index(top_k), top_p, min_p, repetition_penalty)
+        sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty)
         generator = torch.Generator(self.device)
         generator.seed() if seed is None else generator.manual_seed(operator.index(seed))
         prompt, stop = self.token_ids(tokens), {*map(operator.index, stop_tokens)}
@@ -596,7 +597,7 @@ class GPT(Transformer):
 
         Yield a list per step: the token id of each row, None if it has ended. Return a list of reasons.
         """
-        sampling = Sampling(temperature, top_k and operator.index(top_k), top_p, min_p, repetition_penalty)
+        sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty)
         generator = torch.Generator(self.device)
         generator.seed() if seed is None else generator.manual_seed(operator.index(seed))
         texts, stop = [self.token_ids(prompt) for prompt in prompts], {*map(operator.index, stop_tokens)}

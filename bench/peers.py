@@ -56,8 +56,7 @@ def make_model(shape: str, device: torch.device, dtype: torch.dtype) -> GPT:
     for weight in model.parameters():
         torch.nn.init.normal_(weight, std=0.02)
     model = model.to(device, dtype).eval()
-    for weight in model.parameters():
-        weight.data = HUGE_PAGES.copy(weight.data)  # as load_model does
+    HUGE_PAGES.take(model)  # as load_model does
     return model
 
 

@@ -99,7 +99,10 @@ def zeros_on_demand(like: Tensor, device: torch.device) -> Tensor:
     """Zeros of another tensor's shape and dtype. On a CPU they take memory only where they are written."""
     if device.type != "cpu":
         return torch.zeros_like(like, device=device)
-    memory = mmap.mmap(-1, like.nbytes, access=mmap.ACCESS_COPY)
+    try:
+        memory = mmap.mmap(-1, like.nbytes, access=mmap.ACCESS_COPY)
+    except OSError:  # too little memory: PyTorch's error says so
+        return torch.zeros_like(like, device=device)
     with suppress(AttributeError, OSError):  # Linux
         memory.madvise(mmap.MADV_NOHUGEPAGE)  # the first byte of one would take all of its 2 MB
     return torch.frombuffer(memory, dtype=like.dtype).view(like.shape)
@@ -140,6 +143,11 @@ class HugePages(threading.local):
         self.used = start + x.nbytes
         memory = torch.frombuffer(self.block, dtype=x.dtype, count=x.numel(), offset=start)
         return memory.view(x.shape).copy_(x)
+
+    def take(self, model: torch.nn.Module) -> None:
+        """Move a model's weights there, one by one."""
+        for weight in model.parameters():
+            weight.data = self.copy(weight.data)
 
 
 HUGE_PAGES = HugePages()

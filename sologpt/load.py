@@ -186,8 +186,7 @@ def load_checkpoint(
             raise
         raise RunError(f"{path} is damaged: its weights do not fit its config") from e
     model = model.to(device, dtype)
-    for weight in model.parameters():
-        weight.data = HUGE_PAGES.copy(weight.data)
+    HUGE_PAGES.take(model)
     return model.eval(), checkpoint
 
 

@@ -15,7 +15,7 @@ from conftest import GEMMA, LLAMA3, YARN, make_model
 import sample
 from gpt import GPT, GPTConfig
 from sologpt import hf, load
-from sologpt.device import HUGE_PAGES, pick_device
+from sologpt.device import HUGE_PAGES, pick_device, zeros_on_demand
 from sologpt.errors import UserError
 from sologpt.load import check_config, describe_run, find_checkpoint, load_model, make_config
 from sologpt.stream import stream_text
@@ -95,6 +95,11 @@ def test_loaded_weights_are_in_huge_pages(tmp_path, kind):
         for x in (*model.h.parameters(), *model.h.buffers()):
             (flags,) = (f for start, end, f in areas if int(start, 16) <= x.data_ptr() < int(end, 16))
             assert "hg" in flags.split()
+
+
+def test_too_little_memory_for_zeros_is_the_error_of_torch():
+    with pytest.raises(RuntimeError, match="can't allocate memory"):
+        zeros_on_demand(torch.empty(2**55, device="meta"), torch.device("cpu"))
 
 
 def test_no_memory_for_huge_pages_is_the_error_of_torch(monkeypatch):

@@ -111,6 +111,11 @@ def test_temperature_zero_is_argmax_and_off_is_off():
         assert torch.equal(*draw)
 
 
+def test_a_fraction_of_tokens_is_a_type_error():
+    with pytest.raises(TypeError):
+        Sampling(top_k=1.5)
+
+
 def test_logits_are_left_as_they_were_and_so_is_the_global_generator():
     logits = torch.randn(2, 30)
     before, state = logits.clone(), torch.get_rng_state()
