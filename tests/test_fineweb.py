@@ -364,6 +364,7 @@ prepare.errors.run(prepare.main)
     check(tmp_path / "out", tokens, shards=2)
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_shards(hub, flags, tmp_path):
     code = f"""
 import sys, tracemalloc

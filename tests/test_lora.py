@@ -731,7 +731,7 @@ def test_resume_bit_for_bit(base, dataset, lora_run, flags, tmp_path):
         (1, ["--activation_checkpointing"]),
         (2, []),
         (2, ["--shard"]),
-        (2, ["--shard", "--activation_checkpointing"]),
+        pytest.param(2, ["--shard", "--activation_checkpointing"], marks=pytest.mark.slow),
     ],
 )
 @pytest.mark.parametrize("kind", [[], pytest.param(["--quantize=int4"], marks=pytest.mark.slow)])

@@ -93,9 +93,9 @@ def alone(dataset, tmp_path_factory) -> Path:
     "n, extra",
     [
         (2, []),
-        (4, []),
+        pytest.param(4, [], marks=pytest.mark.slow),
         (2, ["--shard"]),
-        (2, ["--shard", "--activation_checkpointing"]),
+        pytest.param(2, ["--shard", "--activation_checkpointing"], marks=pytest.mark.slow),
         (1, ["--activation_checkpointing"]),
     ],
 )
@@ -105,6 +105,7 @@ def test_processes_share_one_run(alone, dataset, tmp_path, n, extra):
     assert_same_run(alone, tmp_path)
 
 
+@pytest.mark.slow
 def test_shards_of_another_architecture_with_a_tied_embedding(dataset, tmp_path):
     """The head's gradient and the embedding's come together in one sharded table; gains are shards too."""
     flags = [*STEPS, "--max_iters=10", f"--dataset={dataset}", "--tie_embd", "--mlp=swiglu", "--softcap=0"]
@@ -116,6 +117,7 @@ def test_shards_of_another_architecture_with_a_tied_embedding(dataset, tmp_path)
     assert records(tmp_path / "1")[-1]["val_loss"] < records(tmp_path / "1")[0]["val_loss"] - 0.5
 
 
+@pytest.mark.slow
 def test_shards_in_bfloat16_end_as_autocast_does(alone, dataset, tmp_path):
     """The losses differ from the run in float32 by rounding, and by no more than those of autocast alone."""
     flags = [*STEPS, f"--dataset={dataset}", "--dtype=bfloat16"]

@@ -136,7 +136,7 @@ def test_mfu_is_logged_and_shown_where_the_peak_is_known(monkeypatch, capsys):
 
 
 def test_a_terminal_shows_how_far_an_evaluation_is_and_ctrl_c_ends_it(dataset, tmp_path):
-    flags = [*SMALL, f"--dataset={dataset}", "--eval_iters=1000", "--max_iters=3", "--log_interval=1"]
+    flags = [*SMALL, f"--dataset={dataset}", "--eval_iters=40", "--max_iters=3", "--log_interval=1"]
     terminal = Terminal("-c", SLOW.format(seconds=0.2), *flags, f"--out_dir={tmp_path / 'stopped'}")
     terminal.wait_for(r"\[-{12}\]   0%  0/3 \| evaluating 1/\d+")
     terminal.send("\x03")

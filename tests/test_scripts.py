@@ -108,7 +108,11 @@ def long_run(dataset, tmp_path_factory) -> tuple[list[str], Path]:
 
 @pytest.mark.parametrize(
     "signum, status",
-    [pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow), (signal.SIGTERM, 143), (signal.SIGPIPE, 141)],
+    [
+        (signal.SIGTERM, 143),
+        pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow),
+        pytest.param(signal.SIGPIPE, 141, marks=pytest.mark.slow),
+    ],
 )
 def test_a_signal_finishes_the_step_saves_and_resumes_to_the_same_bits(long_run, tmp_path, signum, status):
     flags, whole = long_run

@@ -67,6 +67,7 @@ def test_every_id_is_a_token():
     assert b"".join(map(TOKENIZER.token_bytes, data)) == data
 
 
+@pytest.mark.slow
 def test_training_anew_gives_the_same_merges(tmp_path):
     version = platform.python_version()
     script = FOLDER / "train_tokenizer.py"
