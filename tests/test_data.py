@@ -35,6 +35,14 @@ def prepare_module(name: str):
     return module
 
 
+def prepare_script(name: str):
+    """The module with its last line as `main`, for `error_here`."""
+    script = prepare_module(name)
+    folder = ROOT / "data" / name
+    script.main = lambda: common.prepare(folder, script.documents, 0.1, script.__doc__)
+    return script
+
+
 def texts(folder, *contents: str) -> list[common.Document]:
     """Documents with these contents, in files."""
     folder = folder / "texts"
@@ -421,31 +429,35 @@ runpy.run_path({str(ROOT / "data/shakespeare/prepare.py")!r}, run_name="__main__
     assert "no route to host" in line and "--input FILE" in line and not list(tmp_path.iterdir())
 
 
-def test_bad_input_is_one_line(tmp_path):
-    text = "data/text/prepare.py"
+def test_bad_input_is_one_line(tmp_path, error_here):
+    prepare_text, prepare_shakespeare = prepare_script("text"), prepare_script("shakespeare")
     (tmp_path / "empty.txt").write_text("")
     (tmp_path / "binary").write_bytes(b"ab\xff")
     out = ["--out_dir", tmp_path / "out"]
-    assert "--input" in error(text, *out)
-    assert "nowhere" in error(text, *out, "--input=nowhere")
-    assert "no text" in error(text, *out, "--input", tmp_path / "empty.txt")
-    line = error(text, *out, "--input", tmp_path / "binary")
+    assert "--input" in error_here(prepare_text, *out)
+    assert "nowhere" in error_here(prepare_text, *out, "--input=nowhere")
+    assert "no text" in error_here(prepare_text, *out, "--input", tmp_path / "empty.txt")
+    line = error_here(prepare_text, *out, "--input", tmp_path / "binary")
     assert "binary is not UTF-8 text" in line and "iconv -f LATIN1 -t UTF-8" in line
     (tmp_path / "utf16").mkdir()
     (tmp_path / "utf16" / "a.txt").write_text("hello", "utf-16")
-    assert "a.txt is not UTF-8" in error(text, *out, "--input", tmp_path / "utf16"), "text, but skipped"
+    assert "a.txt is not UTF-8" in error_here(prepare_text, *out, "--input", tmp_path / "utf16"), (
+        "text, but skipped"
+    )
     (tmp_path / "empty.txt").write_text("a" * 40)
-    done = run(text, *out, "--input", tmp_path / "empty.txt", status=2)
+    done = run("data/text/prepare.py", *out, "--input", tmp_path / "empty.txt", status=2)
     assert "too little" in done.stderr and not done.stdout, "no success before an error"
     for name, record in (("a.jsonl", '{"messages": []}\n{'), ("a.json", '[{"conversations": []}]')):
         (tmp_path / name).write_text(record)
-        line = error(text, *out, "--input", tmp_path / name)
+        line = error_here(prepare_text, *out, "--input", tmp_path / name)
         assert f"holds conversations: python data/chat/prepare.py --input {tmp_path / name}" in line
     (tmp_path / "binary").write_text("fine")
-    assert "'words'" in error(text, *out, "--input", tmp_path / "binary", "--tokenizer=words")
-    assert "val_fraction" in error(text, *out, "--input", tmp_path / "binary", "--val_fraction=2")
-    assert "--zzz" in error(text, *out, "--zzz=1")
-    assert "nowhere" in error("data/shakespeare/prepare.py", *out, "--input=nowhere")
+    assert "'words'" in error_here(prepare_text, *out, "--input", tmp_path / "binary", "--tokenizer=words")
+    assert "val_fraction" in error_here(
+        prepare_text, *out, "--input", tmp_path / "binary", "--val_fraction=2"
+    )
+    assert "--zzz" in error_here(prepare_text, *out, "--zzz=1")
+    assert "nowhere" in error_here(prepare_shakespeare, *out, "--input=nowhere")
     assert not (tmp_path / "out" / "meta.json").exists()
 
 

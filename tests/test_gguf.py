@@ -787,7 +787,7 @@ def test_llama_cpp_ends_a_text_where_we_do(saved, llama_cpp):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("spec", ["bytes", "bpe:512"])
+@pytest.mark.parametrize("spec", ["bytes", pytest.param("bpe:512", marks=pytest.mark.slow)])
 def test_a_run_of_llama_tiny_goes_to_llama_cpp(spec, tmp_path, llama_cpp):
     (tmp_path / "texts").mkdir()
     for i, path in enumerate(sorted((ROOT / "sologpt").glob("*.py"))):

@@ -245,7 +245,7 @@ def test_a_quantized_model_is_the_one_with_dequantized_weights(kind, config):
     seed=st.integers(0, 9),
 )
 def test_cached_is_uncached_and_ragged_is_alone(kind, config, lengths, cut, seed):
-    model = make_model(torch.float32, **config).eval()
+    model = make_model(torch.float32, **config | {"n_layer": 2}).eval()
     fast.quantize(model, kind)
     torch.manual_seed(seed)
     idx = torch.randint(61, (2, 20))
