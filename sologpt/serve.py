@@ -264,7 +264,7 @@ def page() -> Response:
     html = Path(__file__).with_name("page.html").read_text(encoding="utf-8")
 
     def source(tag: str) -> str:
-        text = html.partition(f"<{tag}>")[2].partition(f"</{tag}>")[0]
+        text = html.partition(f"<{tag}")[2].partition(">")[2].partition(f"</{tag}>")[0]
         return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
 
     policy = f"default-src 'none'; script-src {source('script')}; style-src {source('style')}; "
