@@ -10,7 +10,6 @@ from sologpt.chat_template import RESERVED, as_text
 from sologpt.conversations import encode_after
 from sologpt.engine import Engine, Piece, QueueFull, Request, Token
 from sologpt.errors import UserError
-from sologpt.tokenizer import Tokenizer
 
 MAX_CHOICES = 128  # answers to one request
 MAX_STOPS = 16
@@ -75,10 +74,6 @@ def is_stop(x: Any) -> bool:
     return texts == [] or (is_list_of(texts, is_text) and "" not in texts and len(texts) <= MAX_STOPS)
 
 
-def is_content(x: Any) -> bool:
-    return x != [] and as_text(x) is not None
-
-
 TEXT = Field("text", is_text)
 NUMBER = Field("a number", lambda x: type(x) in (int, float))
 SWITCH = Field("true or false", lambda x: type(x) is bool)
@@ -111,7 +106,7 @@ COMPLETION = COMMON | dict(
 ROLES = ("system", "developer", "user", "assistant")
 MESSAGE = dict(
     role=Field(f"one of {', '.join(ROLES)}", lambda x: x in ROLES),
-    content=Field("text, or a list of text parts", is_content),
+    content=Field("text, or a list of text parts", lambda x: x != [] and as_text(x) is not None),
 )
 NEUTRAL: dict[str, Any] = dict(  # values that ask for nothing, of fields that are not there
     frequency_penalty=0, presence_penalty=0, logit_bias={}, tools=[], functions=[], best_of=1, suffix="",
@@ -148,20 +143,6 @@ def read_messages(values: list[dict[str, Any]]) -> list[dict[str, str]]:
         role = "system" if fields["role"] == "developer" else fields["role"]
         messages.append({"role": role, "content": as_text(fields["content"]) or ""})
     return messages
-
-
-def encode_messages(
-    tokenizer: Tokenizer, messages: list[dict[str, str]], goes_on: bool, window: int
-) -> list[int]:
-    """The token ids of a chat. goes_on: they end within the last message, which is the assistant's."""
-    if not goes_on or not tokenizer.chat_template:
-        return tokenizer.encode_chat(messages, window)
-    *earlier, last = messages
-    if last["role"] != "assistant":
-        raise APIError(400, "continue_final_message needs a last message of the assistant", "messages")
-    before = tokenizer.render_chat(earlier)
-    content = RESERVED.sub("", last["content"])
-    return tokenizer.encode_rendered(before) + encode_after(tokenizer, before, content)
 
 
 # -----------------------------------------------------------------------------
@@ -225,12 +206,23 @@ class Chat(API):
         if "top_logprobs" in fields and not fields.get("logprobs"):
             raise APIError(400, "top_logprobs needs logprobs: true", "top_logprobs")
         goes_on = fields.get("continue_final_message", False)
-        ids = encode_messages(self.tokenizer, read_messages(fields["messages"]), goes_on, self.engine.max_len)
+        ids = self.encode(read_messages(fields["messages"]), goes_on)
         return [ids], answer_sampling(self.tokenizer) | {
             "max_tokens": fields.get("max_completion_tokens", fields.get("max_tokens")),
             "logprobs": fields.get("top_logprobs", 0) if fields.get("logprobs") else None,
             "continues": goes_on,
         }
+
+    def encode(self, messages: list[dict[str, str]], goes_on: bool) -> list[int]:
+        """Their token ids. goes_on: they end within the last message, which is the assistant's."""
+        if not goes_on or not self.tokenizer.chat_template:
+            return self.tokenizer.encode_chat(messages, self.engine.max_len)
+        *earlier, last = messages
+        if last["role"] != "assistant":
+            raise APIError(400, "continue_final_message needs a last message of the assistant", "messages")
+        before = self.tokenizer.render_chat(earlier)
+        content = RESERVED.sub("", last["content"])
+        return self.tokenizer.encode_rendered(before) + encode_after(self.tokenizer, before, content)
 
     def content(self, text: str, is_first: bool | None) -> dict[str, Any]:
         if is_first is None:
