@@ -96,9 +96,10 @@ async def read_body(http: HTTPRequest) -> dict[str, Any]:
     return fields
 
 
-def no_model(asked: str, name: str) -> APIError:
-    message = f"there is no model {asked[:100]!r} here, only {name!r}"
-    return APIError(404, message, "model", "model_not_found")
+def check_model(asked: str, name: str) -> None:
+    if asked != name:
+        message = f"there is no model {asked[:100]!r} here, only {name!r}"
+        raise APIError(404, message, "model", "model_not_found")
 
 
 # -----------------------------------------------------------------------------
@@ -206,18 +207,17 @@ def event(data: dict[str, Any]) -> str:
 class Endpoint:
     """An ASGI app that answers requests for text. However a response ends, its job does, too."""
 
-    def __init__(self, engine: Engine, name: str, api: API) -> None:
-        self.engine, self.name, self.api = engine, name, api
+    def __init__(self, name: str, api: API) -> None:
+        self.name, self.api = name, api
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         http, api = HTTPRequest(scope, receive), self.api
         fields = read_fields(await read_body(http), api.fields, api.required)
-        if fields.get("model", self.name) != self.name:
-            raise no_model(fields["model"], self.name)
+        check_model(fields.get("model", self.name), self.name)
         options = read_fields(fields.get("stream_options", {}), {"include_usage": SWITCH})
         job = Job(http, api, fields.get("n", 1))
         job.requests = await asyncio.to_thread(api.requests, fields, job.receive)
-        self.engine.submit(*job.requests)
+        api.engine.submit(*job.requests)
         head = {"id": f"{api.prefix}-{uuid.uuid4().hex}", "created": int(time.time()), "model": self.name}
         response: Response
         try:
@@ -284,8 +284,7 @@ def make_app(
     model["sampling"] = answer_sampling(tokenizer) if tokenizer.chat_template else {}
 
     def one_model(http: HTTPRequest) -> Response:
-        if http.path_params["name"] != name:
-            raise no_model(http.path_params["name"], name)
+        check_model(http.path_params["name"], name)
         return JSONResponse(model)
 
     async def tokenize(http: HTTPRequest) -> Response:
@@ -306,8 +305,8 @@ def make_app(
         Route("/health", lambda http: JSONResponse({"status": "ok", "requests": len(engine.active)})),
         Route("/v1/models", lambda http: JSONResponse({"object": "list", "data": [model]})),
         Route("/v1/models/{name:path}", one_model),
-        Route("/v1/chat/completions", Endpoint(engine, name, Chat(engine)), methods=["POST"]),
-        Route("/v1/completions", Endpoint(engine, name, Completion(engine)), methods=["POST"]),
+        Route("/v1/chat/completions", Endpoint(name, Chat(engine)), methods=["POST"]),
+        Route("/v1/completions", Endpoint(name, Completion(engine)), methods=["POST"]),
         Route("/tokenizer_info", lambda http: JSONResponse(tokenizer.special_tokens)),
         Route("/tokenize", tokenize, methods=["POST"]),
     ]
