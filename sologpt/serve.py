@@ -365,11 +365,8 @@ class Server(uvicorn.Server):
 
     def __init__(self, app: Starlette, greeting: str) -> None:
         self.greeting = greeting
-        config = uvicorn.Config(
-            app, http=Protocol, ws="none", log_level="error", access_log=False, timeout_keep_alive=SECONDS,
-            timeout_graceful_shutdown=SECONDS,
-        )  # fmt: skip
-        super().__init__(config)
+        limits: Any = dict(timeout_keep_alive=SECONDS, timeout_graceful_shutdown=SECONDS)
+        super().__init__(uvicorn.Config(app, http=Protocol, ws="none", log_level="error", **limits))
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
@@ -390,11 +387,8 @@ def make_parser() -> Parser:
         "  python -m sologpt.serve out/tiny\n"
         "  python -m sologpt.serve hf:HuggingFaceTB/SmolLM2-135M-Instruct --quantize=int8",
     )
-    parser.add_argument(
-        "model", metavar="MODEL", nargs="?", default="",
-        help=f"{SOURCE}; the newest in out if there is none",
-    )  # fmt: skip
     add = parser.add_argument
+    add("model", metavar="MODEL", nargs="?", help=f"{SOURCE}; the newest in out if there is none")
     add("--host", default="127.0.0.1", help="the address to listen on; 0.0.0.0 is all (default: %(default)s)")
     add("--port", type=int, default=8000, help="0 takes a free one (default: %(default)s)")
     add("--api_key", default="", help="clients must send this key")
@@ -428,9 +422,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         source, hint = str(path), f" ({describe_run(path) or 'the newest in out'})"
     dtype = None if args.dtype == "auto" else getattr(torch, args.dtype)
     with warnings.catch_warnings(record=True, action="default") as caught:
-        model, tokenizer, about = load_model(
-            source, args.device, dtype, args.quantize or None, args.adapter or None
-        )
+        model, tokenizer, about = load_model(source, args.device, dtype, args.quantize, args.adapter)
     engine = Engine(model, tokenizer, args.rows, max_len=args.context)
     window = model.config.sequence_len
     if not args.context and engine.max_len < window:
