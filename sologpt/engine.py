@@ -141,6 +141,8 @@ class Rows(KVCache):
             for x in (self.k, self.v):  # (n_layer, rows, G, max_len, D)
                 x[:, b, :, :n] = x[:, source, :, :n]
             self.ids[b] = self.ids[source]
+        for x in (self.k, self.v):  # NaNs would reach the rows beside it: even masked, 0 * NaN is NaN
+            x[:, b, :, n : int(self.lengths[b])] = 0
         self.lengths[b] = n
         return b
 
@@ -154,7 +156,7 @@ class Rows(KVCache):
             y[[a, b]] = y[[b, a]]
 
     def clear(self, index: slice) -> None:
-        """Clear rows after an error. NaNs would reach the rows beside them: even masked, 0 * NaN is NaN."""
+        """Clear rows after an error, also what was written past their lengths."""
         self.k[:, index] = 0
         self.v[:, index] = 0
         self.lengths[index] = 0

@@ -405,6 +405,27 @@ def test_logits_that_are_not_finite_fail_their_own_request():
         assert good.wait().text == alone(model, "x" * 30, 30, temperature=0)[0]
 
 
+def test_what_is_not_finite_stays_in_its_row_however_its_request_ends():
+    """With no answer, and cancelled: nothing was drawn, so there was no error."""
+    model = byte_model(sequence_len=1000)
+    with torch.no_grad():
+        model.wte.weight[7] = math.nan
+    with closing(Engine(model, BYTES, rows=2, chunk=1)) as engine:
+        good = Answer(engine, "x" * 30, None, temperature=0)
+        good.next()
+        assert Answer(engine, [1, 2, 7, 7, 7], 0).wait().reason == "length"
+        assert Answer(engine, "y", 3, temperature=0).wait().text == alone(model, "y", 3, temperature=0)[0]
+        bad = Answer(engine, [1, 2, *[7] * 900])
+        while engine.cache.lengths[1] < 20:
+            time.sleep(0.001)
+        bad.request.cancelled = True
+        assert bad.wait().reason == "cancelled"
+        assert Answer(engine, "y", 3, temperature=0).wait().text == alone(model, "y", 3, temperature=0)[0]
+        assert not good.request.answer.reason  # it ran beside them all
+        good.request.cancelled = True
+        assert good.wait().reason == "cancelled"
+
+
 def test_the_cache_takes_a_quarter_of_the_free_memory(model, monkeypatch):
     of_a_token = KVCache(model.config, 5, 1, dtype=model.dtype).nbytes
     monkeypatch.setattr("sologpt.engine.free_memory", lambda device: 4 * 40 * of_a_token + 3)
