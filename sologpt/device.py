@@ -133,15 +133,16 @@ class HugePages(threading.local):
         """Return a contiguous copy of x, on a GPU perhaps x itself."""
         if x.device.type != "cpu" or not x.numel():
             return x.contiguous()
-        start = (self.used + 63) // 64 * 64  # of a cache line
-        if start + x.nbytes > len(self.block):
+        block, start = self.block, (self.used + 63) // 64 * 64  # of a cache line
+        if start + x.nbytes > len(block):
             try:
-                self.block, start = mmap.mmap(-1, max(x.nbytes, self.BLOCK), flags=mmap.MAP_PRIVATE), 0
-                self.block.madvise(mmap.MADV_HUGEPAGE)
+                block, start = mmap.mmap(-1, max(x.nbytes, self.BLOCK), flags=mmap.MAP_PRIVATE), 0
+                block.madvise(mmap.MADV_HUGEPAGE)
             except (AttributeError, OSError):  # a system without them, or not enough memory
                 return x.clone(memory_format=torch.contiguous_format)
-        self.used = start + x.nbytes
-        memory = torch.frombuffer(self.block, dtype=x.dtype, count=x.numel(), offset=start)
+        if len(block) <= self.BLOCK:  # a larger one is freed with its weight
+            self.block, self.used = block, start + x.nbytes
+        memory = torch.frombuffer(block, dtype=x.dtype, count=x.numel(), offset=start)
         return memory.view(x.shape).copy_(x)
 
     def take(self, model: torch.nn.Module) -> None:

@@ -84,6 +84,21 @@ def test_copies_in_huge_pages_are_of_their_own():
     assert all(end <= start for (_, end), (start, _) in itertools.pairwise(spans))
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_the_memory_of_a_large_weight_is_freed_with_it():
+    """A block is kept for the weights that come next, but not one that such a weight has filled."""
+
+    def memory() -> int:
+        return int(re.findall(r"VmRSS:\s+(\d+)", Path("/proc/self/status").read_text())[0]) * 1024
+
+    x = torch.ones(HUGE_PAGES.BLOCK // 4 + 1)
+    before = memory()
+    copy = HUGE_PAGES.copy(x)
+    assert memory() - before > 0.9 * copy.nbytes
+    del copy
+    assert memory() - before < 2**23
+
+
 @pytest.mark.skipif(not Path("/sys/kernel/mm/transparent_hugepage").exists(), reason="Linux has huge pages")
 @pytest.mark.parametrize("kind", [None, "int8", "int4"])
 def test_loaded_weights_are_in_huge_pages(tmp_path, kind):
