@@ -10,6 +10,7 @@ oldest prompt that waits, in an idle row, then decode one token of each running 
 """
 
 import math
+import operator
 import threading
 import time
 from collections.abc import Callable, Generator, Sequence
@@ -87,6 +88,9 @@ class Request:
             raise UserError(f"token id {min(unknown)} of the prompt is not in the vocabulary")
         if len(ids) > window:
             raise UserError(f"the prompt has {len(ids)} tokens, more than the context of {window}")
+        for name, value in (("max_tokens", max_tokens), ("logprobs", logprobs)):
+            if operator.index(value or 0) < 0:
+                raise UserError(f"{name} must be at least 0, not {value}")
         if seed is not None and not -(2**63) <= seed < 2**64:
             raise UserError(f"seed must be a whole number of at most 64 bits, not {seed}")
         room = window - len(ids) + 1  # the last token is drawn, but not read

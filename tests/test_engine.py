@@ -270,12 +270,20 @@ def test_the_window_ends_an_answer(model):
         ("x", dict(top_p=2)),
         ("x", dict(seed=2**70)),
         ("x", dict(stop=[""])),
+        ("x", dict(max_tokens=-1)),
+        ("x", dict(logprobs=-1)),
         ([{"role": "user"}], {}),
     ],
 )
 def test_bad_arguments(model, prompt, bad):
     with closing(Engine(model, BYTES)) as engine, pytest.raises(UserError):
         engine.generate(prompt, **bad)
+
+
+@pytest.mark.parametrize("name", ["max_tokens", "logprobs"])
+def test_a_fraction_is_a_type_error(model, name):
+    with closing(Engine(model, BYTES)) as engine, pytest.raises(TypeError):
+        engine.generate("x", **{name: 1.5})
 
 
 def test_bad_sizes(model):
