@@ -200,7 +200,8 @@ class Tokenizer:
 
         A run of whitespace longer than MAX_SPACE may be cut, and its parts encoded one by one.
         """
-        cuts = [i for i in range(0, len(text), MAX_SPACE) if text[i : i + MAX_SPACE].isspace()]
+        starts = range(0, len(text) - MAX_SPACE + 1, MAX_SPACE)
+        cuts = [i for i in starts if text[i : i + MAX_SPACE].isspace()]
         parts = [text[a:b] for a, b in pairwise([0, *cuts, len(text)])]
         alone = threading.active_count() == 1
         with refused(f"the tokenizer {self.name} cannot encode this text", quiet=alone):

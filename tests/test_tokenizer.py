@@ -157,6 +157,13 @@ def test_a_million_whitespace_characters_are_encoded(space):
             assert n > 400_000 or ids == tokenizer.encoding.encode_ordinary(text)
 
 
+def test_a_long_text_that_ends_in_little_whitespace_is_encoded_whole():
+    """Its last line break, the first after 400,000 characters, belongs to the token before it."""
+    tokenizer = Tokenizer.from_spec("bpe:300", ["end.\n" * 100])
+    text = "x" * 399_996 + "end.\n"
+    assert tokenizer.encode(text) == tokenizer.encoding.encode_ordinary(text)
+
+
 def test_bad_ids_are_errors():
     tokenizer = Tokenizer.from_spec("bytes")
     for bad in (257, -1, 2**40):
