@@ -61,7 +61,7 @@ class Job:
         start = n_system
         for turn in turns:
             for message in self.messages[start:turn]:
-                excess -= len(tokenizer.encode(message["content"])) + ROLE_TOKENS
+                excess -= sum(len(tokenizer.encode(text)) for text in message.values()) + ROLE_TOKENS
             start = turn
             if excess <= 0:
                 break

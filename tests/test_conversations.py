@@ -313,6 +313,17 @@ def test_the_oldest_turns_are_dropped_until_it_fits(tmp_path, template, system):
                 assert example.too_long >= 1
 
 
+def test_no_more_turns_are_dropped_where_old_thoughts_stay(tmp_path):
+    """The first turn is long by what the assistant thought in it: without that one, the others fit."""
+    ours, _ = make(tmp_path, QWEN3.replace(" and loop.last", ""))
+    messages = [user("One?"), assistant("two", reasoning_content="word " * 200)]
+    for i in range(4):
+        messages += [user(f"{i}?"), assistant(f"{i}!")]
+    [expected] = rows_of(ours, messages[2:])
+    [row] = rows_of(ours, messages, len(expected.ids))
+    assert row.ids.tolist() == expected.ids.tolist() and row.trained.tolist() == expected.trained.tolist()
+
+
 # ---- prepare.py
 
 PREPARE = "data/chat/prepare.py"
