@@ -159,10 +159,11 @@ class Rows(KVCache):
         for y in (self.ids, self.lengths, self.ended):
             y[[a, b]] = y[[b, a]]
 
-    def clear(self, index: slice) -> None:
-        """Clear rows after an error, also what was written past their lengths."""
-        self.k[:, index] = 0
-        self.v[:, index] = 0
+    def clear(self, index: slice, beyond: int = 0) -> None:
+        """Clear rows after an error, which may have written up to `beyond` slots past their lengths."""
+        n = int(self.lengths[index].max()) + beyond  # all slots would take all of their memory
+        for x in (self.k, self.v):  # (n_layer, rows, G, max_len, D)
+            x[:, index, :, :n] = 0
         self.lengths[index] = 0
 
 
@@ -262,7 +263,7 @@ class Engine:
             try:
                 self._round()
             except Exception as e:  # such as out of memory: fails these requests, but not the engine
-                self.cache.clear(slice(None))
+                self.cache.clear(slice(None), beyond=self.chunk)
                 self._end(self.active, "error", e)
         self._end(self.active, "error", RunError("the engine was closed"))
 

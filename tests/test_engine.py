@@ -496,14 +496,27 @@ print(loaded - before, threads() - before)
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_the_cache_takes_memory_only_where_it_is_written():
-    """Of 400 MB for 8 rows of 65,536 tokens, two answers need some kilobytes."""
+    """Of 400 MB for 8 rows of 65,536 tokens, some answers and errors need some kilobytes."""
 
     def memory() -> int:
         return int(re.findall(r"VmRSS:\s+(\d+)", Path("/proc/self/status").read_text())[0]) * 1024
 
+    def decode(ids, kv_cache):
+        if broken.is_set():
+            raise MemoryError
+        return model.step(ids, kv_cache)
+
+    model, broken = byte_model(sequence_len=2**16), threading.Event()
+    with torch.no_grad():
+        model.wte.weight[7] = math.nan
     before = memory()
-    with closing(Engine(byte_model(sequence_len=2**16), BYTES, rows=8)) as engine:
+    with closing(Engine(model, BYTES, rows=8, decode=decode)) as engine:
         assert engine.cache.nbytes > 400e6
         for prompt in ("a", "b"):
             assert list(engine.generate(prompt, 10))
+        with pytest.raises(RuntimeError, match="not finite"):
+            list(engine.generate([7]))
+        broken.set()
+        with pytest.raises(MemoryError):
+            list(engine.generate("a"))
         assert memory() - before < 2**26
