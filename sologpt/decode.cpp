@@ -154,14 +154,14 @@ struct Weights {
     const Tensor& from = take();
     Linear to{N, K, K, from.scalar_type(), from.scalar_type(), from.const_data_ptr()};
     const bool int8 = to.dtype == ScalarType::Char, int4 = to.dtype == ScalarType::Byte;
-    bool fits = from.dim() == 2 && from.size(0) == N && from.size(1) == (int4 ? K / 2 : K);
+    bool fits = from.dim() == 2 && from.size(0) == (int4 ? N / 8 : N) && from.size(1) == (int4 ? 4 * K : K);
     if (int8 || int4) {
       const Tensor& scale = take();
       to.scale = scale.const_data_ptr(), to.scale_dtype = scale.scalar_type();
-      const int64_t groups = int4 && scale.dim() == 3 ? scale.size(2) : 1;
+      const int64_t groups = int4 && scale.dim() == 4 ? scale.size(1) : 1;
       to.group = K / std::max<int64_t>(groups, 1);
-      fits = fits && scale.size(0) == N && scale.numel() == (int4 ? 2 * groups : 1) * N;
-      fits = fits && (int8 || (to.group * groups == K && to.group % GROUP == 0));
+      fits = fits && scale.size(0) == from.size(0) && scale.numel() == (int4 ? 2 * groups : 1) * N;
+      fits = fits && (int8 || (to.group * groups == K && to.group % GROUP == 0 && N % 8 == 0));
     }
     STD_TORCH_CHECK(fits, "decode: a weight is not ", N, " x ", K);
     with_type(to.scale_dtype, [](auto) {});  // or it is an error here, not in a thread
@@ -373,7 +373,9 @@ Tensor decode(Tensor idx, Tensor k, Tensor v, Tensor cached_ids, Tensor lengths,
 Tensor linear_of_tokens(Tensor x, std::vector<Tensor> tensors) {
   STD_TORCH_CHECK(x.dim() == 2 && x.is_contiguous() && x.scalar_type() == ScalarType::Float && x.numel() > 0,
                   "linear takes float32 (M, K)");
-  const int64_t M = x.size(0), K = x.size(1), N = tensors.empty() ? 0 : tensors[0].size(0);
+  STD_TORCH_CHECK(!tensors.empty(), "linear takes a weight");
+  const bool int4 = tensors[0].scalar_type() == ScalarType::Byte;
+  const int64_t M = x.size(0), K = x.size(1), N = tensors[0].size(0) * (int4 ? 8 : 1);
   const Config config{};
   const Linear weight = Weights{config, tensors}.linear(N, K, false);
   Tokens tokens(M, K);

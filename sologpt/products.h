@@ -16,6 +16,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 #include <vector>
 
 namespace {
@@ -28,7 +29,7 @@ using Floats = std::vector<float>;
 constexpr int L = Vec::size();  // floats in a vector
 constexpr int AHEAD = 4096;  // bytes to prefetch ahead: far enough for DRAM, and in the L1 cache until read
 constexpr int64_t GROUP = 32;  // activations that share a scale
-constexpr int64_t UNIT = 12;  // rows of weights: the least that a thread takes
+constexpr int64_t UNIT = 24;  // rows of weights: the least that a thread takes
 constexpr int64_t BLOCK = 32;  // tokens. Both stay in the cache until they are multiplied
 
 // f(T()) for the C++ type T of a dtype
@@ -103,24 +104,29 @@ __attribute__((noinline)) void dot(const T* w, const float* x, int64_t K, float*
   }
 }
 
-// Quantized weights are multiplied as integers, 32 at a time. `Bytes` are 32 numbers of 8 bits, `Sums` are
-// partial sums of their products. int4 packs 32 weights into 16 bytes: first the low halves of the bytes,
-// then the high ones.
+// Quantized weights are multiplied as integers, groups of 32 at a time. int8: `Bytes` are a group of one row, and
+// `Sums` are partial sums of its products. int4: rows come in eights, and a group of them is 128 bytes, (4, 8, 4):
+// byte k % 4 of row r in vector k / 4 has column k in its low half, and column 16 + k in the high one. `Eight`
+// has a number of each row.
+using Ints = int32_t __attribute__((vector_size(32)));
+using Eight = float __attribute__((vector_size(32)));
+
+int32_t four_bytes(const int8_t* p) {
+  int32_t bytes;
+  std::memcpy(&bytes, p, 4);
+  return bytes;
+}
+
 #if defined(CPU_CAPABILITY_AVX2) || defined(CPU_CAPABILITY_AVX512)
 using Bytes = __m256i;
 using Sums = __m256;
+using Columns = std::array<Bytes, 8>;
 
-Bytes load(const int8_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
-
-Bytes load(const uint8_t* p) {
-  __m128i pairs = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
-  return _mm256_and_si256(_mm256_set_m128i(_mm_srli_epi16(pairs, 4), pairs), _mm256_set1_epi8(15));
-}
+Bytes load(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
 
 // |w| times x with w's sign: the instructions take one unsigned factor
-template <bool is_unsigned>
 Sums multiply(Bytes w, Bytes x) {
-  __m256i a = is_unsigned ? w : _mm256_abs_epi8(w), b = is_unsigned ? x : _mm256_sign_epi8(x, w);
+  __m256i a = _mm256_abs_epi8(w), b = _mm256_sign_epi8(x, w);
 #ifdef __AVX512VNNI__
   return _mm256_cvtepi32_ps(_mm256_dpbusd_epi32(_mm256_setzero_si256(), a, b));
 #else
@@ -128,7 +134,32 @@ Sums multiply(Bytes w, Bytes x) {
 #endif
 }
 
-Sums add(const float* p, Sums sums) { return _mm256_add_ps(_mm256_loadu_ps(p), sums); }
+Columns unpack(const uint8_t* p) {
+  const Bytes low = _mm256_set1_epi8(15);
+  Columns columns;
+  for (int i = 0; i < 4; i++) {
+    const Bytes pairs = load(p + 32 * i);
+    columns[i] = _mm256_and_si256(pairs, low);
+    columns[4 + i] = _mm256_and_si256(_mm256_srli_epi16(pairs, 4), low);
+  }
+  return columns;
+}
+
+Ints multiply(const Columns& w, const int8_t* x) {
+  Bytes sums = _mm256_setzero_si256();
+  for (int i = 0; i < 8; i++) {
+    const Bytes token = _mm256_set1_epi32(four_bytes(x + 4 * i));
+#ifdef __AVX512VNNI__
+    sums = _mm256_dpbusd_epi32(sums, w[i], token);
+  }
+#else
+    sums = _mm256_add_epi16(sums, _mm256_maddubs_epi16(w[i], token));  // up to 16 * 15 * 127: fits into 16 bits
+  }
+  sums = _mm256_madd_epi16(sums, _mm256_set1_epi16(1));
+#endif
+  return (Ints)sums;
+}
+
 Sums add(Sums x, float scale, Sums sums) { return _mm256_fmadd_ps(x, _mm256_set1_ps(scale), sums); }
 
 void sum(const Sums* x, float* y) {
@@ -138,49 +169,64 @@ void sum(const Sums* x, float* y) {
 #elif defined(__ARM_FEATURE_DOTPROD)
 using Bytes = int8x16x2_t;
 using Sums = float32x4_t;
+using Columns = std::array<Bytes, 8>;
 
 Bytes load(const int8_t* p) { return vld1q_s8_x2(p); }
 
-Bytes load(const uint8_t* p) {
-  uint8x16_t pairs = vld1q_u8(p);
-  return {vreinterpretq_s8_u8(vandq_u8(pairs, vdupq_n_u8(15))), vreinterpretq_s8_u8(vshrq_n_u8(pairs, 4))};
-}
-
-template <bool is_unsigned>
 Sums multiply(Bytes w, Bytes x) {
   return vcvtq_f32_s32(vdotq_s32(vdotq_s32(vdupq_n_s32(0), w.val[0], x.val[0]), w.val[1], x.val[1]));
 }
 
-Sums add(const float* p, Sums sums) { return vaddq_f32(vld1q_f32(p), sums); }
+Columns unpack(const uint8_t* p) {
+  Columns columns;
+  for (int i = 0; i < 8; i++) {
+    const uint8x16_t pairs = vld1q_u8(p + 16 * i);
+    columns[i / 2].val[i % 2] = vreinterpretq_s8_u8(vandq_u8(pairs, vdupq_n_u8(15)));
+    columns[4 + i / 2].val[i % 2] = vreinterpretq_s8_u8(vshrq_n_u8(pairs, 4));
+  }
+  return columns;
+}
+
+Ints multiply(const Columns& w, const int8_t* x) {
+  int32x4_t sums[2] = {vdupq_n_s32(0), vdupq_n_s32(0)};
+  for (int i = 0; i < 8; i++) {
+    const int8x16_t token = vreinterpretq_s8_s32(vdupq_n_s32(four_bytes(x + 4 * i)));
+    for (int half = 0; half < 2; half++) sums[half] = vdotq_s32(sums[half], w[i].val[half], token);
+  }
+  Ints result;
+  std::memcpy(&result, sums, sizeof(sums));
+  return result;
+}
+
 Sums add(Sums x, float scale, Sums sums) { return vfmaq_n_f32(sums, x, scale); }
 
 void sum(const Sums* x, float* y) {
   for (int i = 0; i < 4; i++) y[i] = vaddvq_f32(x[i]);
 }
 #else
-using Bytes = std::array<int8_t, GROUP>;
+using Bytes = const int8_t*;
 using Sums = float;
+using Columns = const uint8_t*;
 
-Bytes load(const int8_t* p) {
-  Bytes bytes;
-  std::copy(p, p + GROUP, bytes.begin());
-  return bytes;
-}
+Bytes load(const int8_t* p) { return p; }
 
-Bytes load(const uint8_t* p) {
-  Bytes bytes;
-  for (int i = 0; i < GROUP / 2; i++) bytes[i] = p[i] & 15, bytes[GROUP / 2 + i] = p[i] >> 4;
-  return bytes;
-}
-
-template <bool is_unsigned>
-Sums multiply(const Bytes& w, const Bytes& x) {
+Sums multiply(Bytes w, Bytes x) {
   int products = 0;
   for (int i = 0; i < GROUP; i++) products += w[i] * x[i];
   return products;
 }
 
-Sums add(const float* p, Sums sums) { return *p + sums; }
+Columns unpack(const uint8_t* p) { return p; }
+
+Ints multiply(Columns w, const int8_t* x) {
+  Ints sums = {};
+  for (int i = 0; i < 128; i++) {
+    const int row = i / 4 % 8, k = i / 32 * 4 + i % 4;
+    sums[row] += (w[i] & 15) * x[k] + (w[i] >> 4) * x[16 + k];
+  }
+  return sums;
+}
+
 Sums add(Sums x, float scale, Sums sums) { return sums + scale * x; }
 
 void sum(const Sums* x, float* y) { std::copy(x, x + 4, y); }
@@ -226,119 +272,108 @@ struct Tokens {
   }
 };
 
-// A tile of quantized weights, for tokens from m0 on: y (R, M), sums of scale * (w times q) over the groups.
-// The scales of int8 are those of the tokens, those of int4 are (R, M, groups). int4 sums begin at (R, M, L).
-template <int R, int M, class W>
-__attribute__((noinline)) void dot_groups(const W* w, const Tokens& x, int64_t m0, const float* scale,
-                                          const float* start, float* y) {
-  constexpr bool is_int4 = std::is_same_v<W, uint8_t>;
-  constexpr size_t BYTES = is_int4 ? GROUP / 2 : GROUP;
+// A tile of int8 weights, for tokens from m0 on: y (R, M), sums of (w times q) * the token's scale
+template <int R, int M>
+__attribute__((noinline)) void dot_int8(const int8_t* w, const Tokens& x, int64_t m0, float* y) {
   const int64_t K = x.K, groups = x.groups;
-  const size_t stride = is_int4 ? K / 2 : K;
   const int8_t* q = &x.q[m0 * groups * GROUP];
+  const float* scale = &x.scale[m0 * groups];
   Sums sums[(R * M + 3) / 4 * 4] = {};
-  for (int i = 0; is_int4 && i < R * M; i++) {
-    for (size_t j = 0; j < L; j += sizeof(Sums) / sizeof(float)) sums[i] = add(start + i * L + j, sums[i]);
-  }
   for (int64_t i = 0; i < K / GROUP; i++) {
-    prefetch<R * BYTES>(w + i * R * BYTES);
+    prefetch<R * GROUP>(w + i * R * GROUP);
     Bytes bytes[R];
-    for (int r = 0; r < R; r++) bytes[r] = load(w + r * stride + i * BYTES);
+    for (int r = 0; r < R; r++) bytes[r] = load(w + r * K + i * GROUP);
     for (int m = 0; m < M; m++) {
       const Bytes token = load(q + (m * groups + i) * GROUP);
       for (int r = 0; r < R; r++) {
-        const float factor = scale[(is_int4 ? r * M + m : m) * groups + i];
-        sums[r * M + m] = add(multiply<is_int4>(bytes[r], token), factor, sums[r * M + m]);
+        sums[r * M + m] = add(multiply(bytes[r], token), scale[m * groups + i], sums[r * M + m]);
       }
     }
   }
   for (int i = 0; i < R * M; i += 4) sum(sums + i, y + i);
-  for (int j = 0; !is_int4 && K % GROUP && j < R * M; j++) {  // rows of int8 may end in half a group
+  for (int j = 0; K % GROUP && j < R * M; j++) {  // rows may end in half a group
     int rest = 0;
     for (int64_t k = K / GROUP * GROUP; k < K; k++) rest += w[j / M * K + k] * q[j % M * groups * GROUP + k];
     y[j] += rest * scale[j % M * groups + K / GROUP];
   }
 }
 
+// 8 rows of int4 weights, for tokens from m0 on: y (M, 8). A weight is (q - 8) * scale + zero, so its group is
+// scale * (q times x) + (zero - 8 * scale) * sum(x). scales: (K / size, 2, 8), scale and zero of `size` columns.
+template <int M, class T>
+__attribute__((noinline)) void dot_int4(const uint8_t* w, const T* scales, int64_t size, const Tokens& x,
+                                        int64_t m0, float* y) {
+  Eight sums[M] = {};
+  for (int64_t i = 0; i < x.K / GROUP; scales += 16) {
+    Eight scale, rest;
+    for (int r = 0; r < 8; r++) scale[r] = float(scales[r]), rest[r] = float(scales[8 + r]);
+    rest -= 8.f * scale;
+    for (const int64_t end = i + size / GROUP; i < end; i++, w += 4 * GROUP) {
+      prefetch<4 * GROUP>(w);
+      const Columns columns = unpack(w);
+      for (int m = 0; m < M; m++) {
+        const int64_t at = (m0 + m) * x.groups + i;
+        const Eight products = __builtin_convertvector(multiply(columns, &x.q[at * GROUP]), Eight);
+        sums[m] += products * (scale * x.scale[at]) + rest * x.sums[at];
+      }
+    }
+  }
+  std::memcpy(y, sums, sizeof(sums));
+}
+
 // Weights (N, K) of a Linear, and its bias
 struct Linear {
   int64_t N = 0, K = 0, group = 0;
   ScalarType dtype, scale_dtype;
-  const void *w = nullptr, *scale = nullptr;  // scale: (N,) of int8; scale and zero (N, 2, K / group) of int4
+  const void *w = nullptr, *scale = nullptr;  // scale: (N,) of int8; of int4 also zero, (N / 8, K / group, 2, 8)
   Floats bias;
 
   int64_t units() const { return (N + UNIT - 1) / UNIT; }
 
-  // Rows `begin` to `end` of the result y (tokens, N), in tiles of R rows and M tokens
-  template <int R, int M>
+  // Rows `begin` to `end` of the result y (tokens, N), for M tokens at a time
+  template <int M>
   void rows(const Tokens& x, float* y, int64_t tokens, int64_t begin, int64_t end) const {
-    Floats factors(UNIT * M * x.groups), starts(UNIT * M * L);
+    if (dtype == ScalarType::Byte) tiles<8, M>(x, y, tokens, begin, end);
+    else if (dtype == ScalarType::Char) tiles<M < 4 ? 4 : 2, M>(x, y, tokens, begin, end);
+    else tiles<M < 4 ? 4 : 3, M>(x, y, tokens, begin, end);
+  }
+
+  template <int R, int M>
+  void tiles(const Tokens& x, float* y, int64_t tokens, int64_t begin, int64_t end) const {
     for (int64_t m0 = 0; m0 < x.M; m0 += BLOCK) {
       for (int64_t first = begin; first < end; first += UNIT) {
         const int64_t last = std::min(first + UNIT, end);
         for (int64_t m = m0; m < std::min(m0 + BLOCK, x.M); m += M) {
-          if (dtype == ScalarType::Byte) fold<M>(first, last - first, m, x, factors.data(), starts.data());
-          for (int64_t n = first; n < last;) {
-            const float *factor = &factors[(n - first) * M * x.groups], *start = &starts[(n - first) * M * L];
-            if (n + R <= last) tile<R, M>(n, m, x, factor, start, y, tokens), n += R;
-            else tile<1, M>(n, m, x, factor, start, y, tokens), n++;
-          }
+          int64_t n = first;
+          for (; n + R <= last; n += R) tile<R, M>(n, m, x, y, tokens);
+          for (; n < last; n++) tile<1, M>(n, m, x, y, tokens);  // never of int4
         }
       }
     }
   }
 
   template <int R, int M>
-  void tile(int64_t n, int64_t m, const Tokens& x, const float* factors, const float* starts, float* y,
-            int64_t tokens) const {
+  void tile(int64_t n, int64_t m, const Tokens& x, float* y, int64_t tokens) const {
     float out[R * M + 3];  // `sum` writes four at a time
-    if (dtype == ScalarType::Char) {
-      dot_groups<R, M>(static_cast<const int8_t*>(w) + n * K, x, m, &x.scale[m * x.groups], nullptr, out);
+    if constexpr (R == 8) {
+      with_type(scale_dtype, [&](auto T) {
+        const auto* scales = static_cast<const decltype(T)*>(scale) + n * 2 * K / group;
+        dot_int4<M>(static_cast<const uint8_t*>(w) + n * K / 2, scales, group, x, m, out);
+      });
+    } else if (dtype == ScalarType::Char) {
+      dot_int8<R, M>(static_cast<const int8_t*>(w) + n * K, x, m, out);
       with_type(scale_dtype, [&](auto T) {
         for (int i = 0; i < R * M; i++) out[i] *= float(static_cast<const decltype(T)*>(scale)[n + i / M]);
       });
-    } else if (dtype == ScalarType::Byte) {
-      dot_groups<R, M>(static_cast<const uint8_t*>(w) + n * K / 2, x, m, factors, starts, out);
     } else {
       with_type(dtype, [&](auto T) {
         dot<R, M>(static_cast<const decltype(T)*>(w) + n * K, &x.x[m * K], K, out);
       });
     }
-    for (int i = 0; i < R * M; i++) {
-      const int64_t token = m + i % M, row = n + i / M;
-      if (token < tokens) y[token * N + row] = out[i] + (bias.empty() ? 0 : bias[row]);
+    for (int i = 0; i < M && m + i < tokens; i++) {
+      float* to = &y[(m + i) * N + n];
+      for (int r = 0; r < R; r++) to[r] = out[R == 8 ? i * R + r : r * M + i] + (bias.empty() ? 0 : bias[n + r]);
     }
-  }
-
-  // An int4 weight is (q - 8) * scale + zero, so a group is scale * (q times x) + (zero - 8 * scale) * sum(x):
-  // the factors of (q times x), (rows, M, groups), and the rest of all groups as partial sums (rows, M, L)
-  template <int M>
-  void fold(int64_t n, int64_t rows, int64_t m, const Tokens& x, float* factors, float* starts) const {
-    with_type(scale_dtype, [=, &x, this](auto type) {
-      using T = decltype(type);
-      const int64_t groups = x.groups, stored = K / group, all = K / GROUP, repeat = all / stored;
-      const float *x_scale = &x.scale[m * groups], *x_sum = &x.sums[m * groups];
-      const T* from = static_cast<const T*>(scale) + n * 2 * stored;
-      std::vector<T> copy;
-      if (repeat > 1 || (N - n - rows) * 2 * all < L) {  // vectors read past the end of the rows
-        copy.resize(rows * 2 * all + L);
-        for (int64_t i = 0; i < rows * 2 * all; i++) copy[i] = from[i / repeat];
-        from = copy.data();
-      }
-      float* to = factors;
-      for (int64_t r = 0; r < rows; r++, to += M * groups, from += 2 * all) {
-        Vec sums[M];
-        std::fill_n(sums, M, Vec(0));
-        for (int64_t i = 0; i < groups; i += L) {
-          const Vec scale = widen(from + i), rest = fmadd(Vec(-8), scale, widen(from + all + i));
-          for (int j = 0; j < M; j++) {
-            (scale * Vec::loadu(x_scale + j * groups + i)).store(to + j * groups + i);
-            sums[j] = fmadd(rest, Vec::loadu(x_sum + j * groups + i), sums[j]);
-          }
-        }
-        for (int j = 0; j < M; j++) sums[j].store(starts + (r * M + j) * L);
-      }
-    });
   }
 };
 
@@ -354,10 +389,9 @@ void linear(Tokens& x, int64_t tokens, const std::vector<std::pair<const Linear*
   parallel_for(0, units, 1, [&](int64_t begin, int64_t end) {
     for (auto [weight, y] : products) {
       const int64_t first = std::max<int64_t>(begin, 0) * UNIT, last = std::min(end * UNIT, weight->N);
-      if (x.M == 1) weight->rows<4, 1>(x, y, tokens, first, last);
-      else if (x.M == 2) weight->rows<4, 2>(x, y, tokens, first, last);
-      else if (weight->scale) weight->rows<2, 4>(x, y, tokens, first, last);
-      else weight->rows<3, 4>(x, y, tokens, first, last);
+      if (x.M == 1) weight->rows<1>(x, y, tokens, first, last);
+      else if (x.M == 2) weight->rows<2>(x, y, tokens, first, last);
+      else weight->rows<4>(x, y, tokens, first, last);
       begin -= weight->units(), end -= weight->units();  // to the next weight
     }
   });

@@ -163,10 +163,11 @@ def packed_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tens
 
 KINDS = ("int8", "int4")
 GROUP_SIZES = (128, 64, 32)  # of int4: weights of a row that share a scale and a zero point
+ROWS = 8  # of int4: rows that lie side by side in memory, for decode.cpp (see products.h)
 PAIRED = 32  # int4 packs so many weights into half as many bytes: the first half of them is in the low bits
 CHUNK = 2**20  # weights that are quantized, or widened, at a time
 INT8_ROWS = 16  # up to this many rows of x, PyTorch's int8 kernel is faster than widening (docs/notes.md)
-NATIVE_ROWS = 256  # and decode.cpp's products are, in 8 and 4 bits
+NATIVE_ROWS = {torch.int8: 256, torch.uint8: 1024}  # and decode.cpp's products are, with q of int8 and int4
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -178,9 +179,9 @@ def quantize(
     int8: weight = q * scale, one scale per row. int4: weight = (q - 8) * scale + zero, a scale and a zero
     for each group of 32, 64 or 128 weights of a row. The head is always int8, since four bits would cost it
     dearly (docs/notes.md), and so is an embedding that is tied to it; any other embedding stays as it is.
-    A row that no group size divides becomes int8, and one that 16 does not divide stays as it is; then there
-    is a warning. Quantized weights are buffers, which `num_params` does not count. The model is then for
-    inference only: it refuses to be saved, copied, moved or trained.
+    A matrix becomes int8 if no group size divides its width, or 8 its height. One whose width 16 does not
+    divide stays as it is. Then there is a warning. Quantized weights are buffers, which `num_params` does not
+    count. The model is then for inference only: it refuses to be saved, copied, moved or trained.
 
     weights: the name and tensor of each parameter, for a model on the meta device. Each is quantized, or
     copied, before the next is read, so the whole model is never in memory.
@@ -203,7 +204,7 @@ def quantize(
         del x  # before the next one is read
         return_freed_memory()
     for_inference_only(model)
-    warn_of_other_widths(model, kind)
+    warn_of_other_shapes(model, kind)
 
 
 def set_weight(model: GPT, name: str, x: Tensor, kind: str, group_size: int, is_copied: bool) -> None:
@@ -223,19 +224,19 @@ def set_weight(model: GPT, name: str, x: Tensor, kind: str, group_size: int, is_
     setattr(module, leaf, nn.Parameter(HUGE_PAGES.copy(x) if is_copied else x, requires_grad=False))
 
 
-def warn_of_other_widths(model: GPT, kind: str) -> None:
+def warn_of_other_shapes(model: GPT, kind: str) -> None:
     """Warn of matrices that could not be quantized to kind."""
-    others = {}
-    if not isinstance(model.lm_head, Int8Linear):
-        others[model.config.n_embd] = "as they were"
-    for linear in model.h.modules():
+    others = set()
+    for linear in (*model.h.modules(), model.lm_head):
         if isinstance(linear, nn.Linear):
-            others[linear.in_features] = "as they were"
-        elif isinstance(linear, Int8Linear) and kind == "int4":
-            others[linear.in_features] = "int8"
+            others.add((*linear.weight.shape, "as it was"))
+        elif isinstance(linear, Int8Linear) and kind == "int4" and linear is not model.lm_head:
+            others.add((linear.out_features, linear.in_features, "int8"))
+    if model.lm_head is None:
+        others.add((*model.wte.weight.shape, "as it was"))
     if others:
-        widths = ", ".join(f"{width} ({what})" for width, what in sorted(others.items()))
-        warnings.warn(f"matrices of these widths cannot be {kind}: {widths}", stacklevel=3)
+        shapes = ", ".join(f"{N} x {K} ({what})" for N, K, what in sorted(others))
+        warnings.warn(f"matrices of these shapes cannot be {kind}: {shapes}", stacklevel=3)
 
 
 def fill(model: GPT, weights: Iterable[tuple[str, Tensor]], kind: str | None) -> None:
@@ -250,8 +251,8 @@ def make_quantized(
     weight: Tensor, bias: Tensor | None, kind: str, group_size: int = 32
 ) -> "QuantizedLinear | None":
     """Return the module that replaces a Linear with weight (N, K), or None if no kernel takes it."""
-    K = weight.size(1)
-    if kind == "int4":
+    N, K = weight.shape
+    if kind == "int4" and N % ROWS == 0:
         for size in GROUP_SIZES:
             if size <= group_size and K % size == 0:
                 return Int4Linear(weight, bias, size)
@@ -263,8 +264,8 @@ def make_quantized(
 class QuantizedLinear(InferenceOnly):
     """A Linear with a quantized weight."""
 
-    q: Tensor  # int8: (N, K); int4: (N, K/2) uint8
-    scale: Tensor  # int8: (N,); int4: scale and zero, (N, 2, K/g)
+    q: Tensor  # int8: (N, K); int4: (N/8, 4K) uint8, see `quantize_int4`
+    scale: Tensor  # int8: (N,); int4: scale and zero, (N/8, K/g, 2, 8)
 
     def __init__(self, weight: Tensor, bias: Tensor | None, q: Tensor, scale: Tensor) -> None:
         super().__init__()
@@ -278,7 +279,7 @@ class QuantizedLinear(InferenceOnly):
         rows = x.to(self.scale.dtype).reshape(-1, self.in_features).contiguous()  # (M, K)
         if torch.is_grad_enabled() and x.requires_grad:
             y = frozen_linear(rows, self.q, self.scale)
-        elif self.is_native and len(rows) <= NATIVE_ROWS:
+        elif self.is_native and len(rows) <= NATIVE_ROWS[self.q.dtype]:
             y = torch.ops.sologpt.linear(rows.float(), [self.q, self.scale]).to(rows.dtype)
         else:
             y = quantized_linear(rows, self.q, self.scale)
@@ -325,8 +326,8 @@ class Int4Linear(QuantizedLinear):
     @property
     def weight(self) -> Tensor:
         """The dequantized weight, (N, K)."""
-        chunks = row_chunks(len(self.q), self.in_features)
-        return torch.cat([widen_int4(self.q[rows], self.scale[rows]).clone() for rows in chunks])
+        chunks = row_chunks(len(self.q), ROWS * self.in_features)
+        return torch.cat([widen_int4(self.q[eights], self.scale[eights]).clone() for eights in chunks])
 
 
 def row_chunks(N: int, K: int) -> Iterator[slice]:
@@ -352,19 +353,23 @@ def quantize_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def quantize_int4(weight: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
-    """Return q (N, K/2) and scale and zero, (N, 2, K/g), for a weight (N, K)."""
+    """Return q (N/8, 4K) and scale and zero, (N/8, K/g, 2, 8), for a weight (N, K).
+
+    q has 128 bytes (4, 8, 4) for 8 rows x 32 columns. Byte [i, r, j] has column 4i + j of row r in its low
+    half, and column 16 + 4i + j in its high half.
+    """
     N, K = weight.shape
-    packed = torch.empty(N, K // 2, dtype=torch.uint8)
-    scale_zero = weight.new_empty(N, 2, K // group_size)
-    for rows in row_chunks(N, K):
-        w = in_float32(weight[rows]).unflatten(1, (-1, group_size))  # (n, K/g, g)
-        scale, zero = (x.to(weight.dtype) for x in fit_groups(w))  # (n, K/g, 1)
+    packed = torch.empty(N // ROWS, ROWS * K // 2, dtype=torch.uint8)
+    scale_zero = weight.new_empty(N // ROWS, K // group_size, 2, ROWS)
+    for eights in row_chunks(N // ROWS, ROWS * K):
+        w = in_float32(weight.view(-1, ROWS, K)[eights]).unflatten(2, (-1, group_size))  # (n, 8, K/g, g)
+        scale, zero = (x.to(weight.dtype) for x in fit_groups(w))  # (n, 8, K/g, 1)
         check_finite(scale)
         scale.clamp_(min=torch.finfo(weight.dtype).tiny)
-        scale_zero[rows] = torch.cat((scale, zero), -1).transpose(1, 2)
-        q = ((w - in_float32(zero)) / in_float32(scale)).round_().add_(8).clamp_(0, 15)  # (n, K/g, g)
-        low, high = q.to(torch.uint8).view(-1, K // PAIRED, PAIRED).chunk(2, -1)  # (n, K/32, 16) each
-        packed[rows] = low.add(high, alpha=16).flatten(1)
+        scale_zero[eights] = torch.cat((scale, zero), -1).permute(0, 2, 3, 1)
+        q = ((w - in_float32(zero)) / in_float32(scale)).round_().add_(8).clamp_(0, 15)  # (n, 8, K/g, g)
+        low, high = q.to(torch.uint8).view(-1, ROWS, K // PAIRED, 2, 4, 4).unbind(3)  # (n, 8, K/32, 4, 4)
+        packed[eights] = low.add(high, alpha=16).permute(0, 2, 3, 1, 4).flatten(1)
     return packed, scale_zero
 
 
@@ -407,27 +412,31 @@ def widen(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def widen_int4(packed: Tensor, scale_zero: Tensor) -> Tensor:
-    """Return the weights (N, K) of packed ones (N, K/2)."""
-    N, _, groups = scale_zero.shape
-    pairs = packed.view(N, -1, 1, PAIRED // 2)  # (N, K/32, 1, 16)
-    q = SCRATCH.take(2 * packed.numel(), torch.uint8).view(N, -1, 2, PAIRED // 2)  # (N, K/32, 2, 16)
-    torch.bitwise_and(pairs, 15, out=q[:, :, :1])
-    torch.bitwise_right_shift(pairs, 4, out=q[:, :, 1:])
+    """Return the weights (N, K) of packed ones (N/8, 4K)."""
+    n, groups, _, _ = scale_zero.shape
+    # Four bytes of a row as one number, from (N/8, K/32, 4, 8) to (N/8, 8, K/32, 4)
+    fours = packed.view(torch.int32).view(n, -1, 4, ROWS).permute(0, 3, 1, 2)
+    pairs = SCRATCH.take(fours.numel(), torch.int32).view(fours.shape).copy_(fours)
+    pairs = pairs.view(torch.uint8).unsqueeze(3)  # (N/8, 8, K/32, 1, 16)
+    q = SCRATCH.take(2 * packed.numel(), torch.uint8).view(n, ROWS, -1, 2, PAIRED // 2)
+    torch.bitwise_and(pairs, 15, out=q[:, :, :, :1])
+    torch.bitwise_right_shift(pairs, 4, out=q[:, :, :, 1:])
     wide = SCRATCH.take(q.numel(), scale_zero.dtype).copy_(q.sub_(8).view(torch.int8).flatten())
-    scale, zero = scale_zero[..., None].unbind(1)  # (N, K/g, 1) each
-    weights = wide.view(N, groups, -1)  # (N, K/g, g)
-    return torch.addcmul(zero, weights, scale, out=weights).flatten(1)  # (N, K)
+    scale, zero = scale_zero.permute(2, 0, 3, 1).unsqueeze(-1)  # (N/8, 8, K/g, 1) each
+    weights = wide.view(n, ROWS, groups, -1)  # (N/8, 8, K/g, g)
+    return torch.addcmul(zero, weights, scale, out=weights).view(n * ROWS, -1)  # (N, K)
 
 
 def quantized_linear(x: Tensor, q: Tensor, scale: Tensor | None = None) -> Tensor:
-    """x (M, K) times an int8 weight (N, K), an int4 one (N, K/2), or without a scale a plain one: (M, N)."""
+    """x (M, K) times an int8 weight (N, K), an int4 one (N/8, 4K), or without a scale a plain one: (M, N)."""
     M, K = x.shape
     dtype = product_dtype(x.dtype)
     wide, chunks = x.to(dtype), row_chunks(len(q), K)
     if scale is None:
         parts = [wide @ widen(q[rows], dtype).T for rows in chunks]
     elif q.dtype == torch.uint8:
-        parts = [wide @ widen_int4(q[rows], scale[rows].to(dtype)).T for rows in chunks]
+        eights = row_chunks(len(q), ROWS * K)
+        parts = [wide @ widen_int4(q[n], scale[n].to(dtype)).T for n in eights]
     elif M <= INT8_ROWS and x.dtype == torch.bfloat16:
         return torch.ops.aten._weight_int8pack_mm(x, q, scale)
     else:
@@ -439,11 +448,14 @@ def quantized_linear_backward(grad: Tensor, K: int, q: Tensor, scale: Tensor | N
     """The gradient (M, K) of x in `quantized_linear`, for that of the product, (M, N)."""
     dtype = product_dtype(grad.dtype)
     wide, dx = grad.to(dtype), grad.new_zeros(len(grad), K, dtype=torch.promote_types(dtype, torch.float32))
+    if scale is not None and q.dtype == torch.uint8:
+        parts = wide.unflatten(1, (-1, ROWS))  # (M, N/8, 8)
+        for n in row_chunks(len(q), ROWS * K):
+            dx += parts[:, n].flatten(1) @ widen_int4(q[n], scale[n].to(dtype))  # (M, 8n) @ (8n, K)
+        return dx.to(grad.dtype)
     for rows in row_chunks(len(q), K):
         if scale is None:
             dx += wide[:, rows] @ widen(q[rows], dtype)  # (M, n) @ (n, K)
-        elif q.dtype == torch.uint8:
-            dx += wide[:, rows] @ widen_int4(q[rows], scale[rows].to(dtype))
         else:
             dx += (wide[:, rows] * scale[rows].to(dtype)) @ widen(q[rows], dtype)
     return dx.to(grad.dtype)

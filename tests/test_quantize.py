@@ -46,7 +46,7 @@ def steps(linear: QuantizedLinear) -> torch.Tensor:
     """How far apart two neighbouring levels are, for each weight: (N, K)."""
     if isinstance(linear, Int8Linear):
         return linear.scale.double()[:, None].expand(-1, linear.in_features)
-    scale = linear.scale[:, 0].double()  # (N, K/g)
+    scale = linear.scale[:, :, 0].transpose(1, 2).flatten(0, 1).double()  # (N, K/g)
     return scale.repeat_interleave(linear.in_features // scale.size(1), dim=1)
 
 
@@ -61,6 +61,11 @@ def make_pair(kind: str, dtype: torch.dtype = torch.float32, **config) -> tuple[
     return plain, quantized
 
 
+def height(N: int, group_size: int) -> int:
+    """N for int8, for int4 the next number that 8 divides: its rows come in eights."""
+    return -(-N // 8) * 8 if group_size else N
+
+
 shapes = dict(N=st.integers(1, 150), blocks=st.integers(1, 9), seed=st.integers(0, 99))
 
 
@@ -70,6 +75,7 @@ shapes = dict(N=st.integers(1, 150), blocks=st.integers(1, 9), seed=st.integers(
 @given(**shapes, spread=st.sampled_from([1e-4, 1.0, 100.0]), shift=st.sampled_from([0.0, 0.5]))
 def test_every_weight_is_within_half_a_step(dtype, group_size, N, blocks, seed, spread, shift):
     torch.manual_seed(seed)
+    N = height(N, group_size)
     weight = ((torch.randn(N, blocks * (group_size or 16)) + shift) * spread).to(dtype)
     weight[0] = weight[0, 0].clone()  # a row of equal weights, too
     before = weight.clone()
@@ -83,26 +89,29 @@ def test_every_weight_is_within_half_a_step(dtype, group_size, N, blocks, seed, 
 
 @DTYPES
 @pytest.mark.parametrize("group_size", [32, 64, 128])
-@pytest.mark.parametrize("N", [1, 61, 130])
+@pytest.mark.parametrize("N", [8, 64, 136])
 def test_int4_packs_and_widens_all_16_values(dtype, group_size, N):
     """Weights on their levels are found again. What 4 bits mean is exact, and each group has its own scale and zero."""
     torch.manual_seed(0)
-    K = 64 * 128  # 130 rows are more than one chunk
+    K = 64 * 128  # 136 rows are more than one chunk
     q = torch.randint(16, (N, K))
     groups = q.view(N, -1, group_size)
     groups[..., 0], groups[..., -1] = 0, 15  # so the levels are known
     weight = ((groups - 8) * 2.0 ** torch.randint(-6, 3, groups[..., :1].shape)).view(N, K)
     linear = Int4Linear(weight.to(dtype), None, group_size)
-    assert linear.q.shape == (N, K // 2) and linear.q.dtype == torch.uint8
-    assert linear.scale.shape == (N, 2, K // group_size) and linear.scale.dtype == dtype
-    low, high = q.view(N, -1, 2, 16).unbind(2)  # 16 bytes hold 32 weights: the first 16 in their low halves
-    assert torch.equal(linear.q.long(), (low + 16 * high).view(N, -1)) and len(linear.q.unique()) == 256
+    assert linear.q.shape == (N // 8, 4 * K) and linear.q.dtype == torch.uint8
+    assert linear.scale.shape == (N // 8, K // group_size, 2, 8) and linear.scale.dtype == dtype
+    bytes = linear.q.long().view(N // 8, K // 32, 4, 8, 4)
+    for n, k in zip(torch.randint(N, (999,)).tolist(), torch.randint(K, (999,)).tolist(), strict=True):
+        byte = bytes[n // 8, k // 32, k % 16 // 4, n % 8, k % 4]
+        assert q[n, k] == (byte % 16 if k % 32 < 16 else byte // 16)
+    assert len(linear.q.unique()) == 256
     # Here the fit is exact, up to the rounding of its sums. An error of the scale counts 8 times
     assert (linear.weight.double() - weight).abs().max() <= 16 * EPS[dtype] * weight.abs().max()
     # A scale that is a power of two, and a zero of a few of them: float64 and bfloat16 agree
     scale = 2.0 ** torch.randint(-6, 3, (N, K // group_size))
     zero = scale * torch.randint(-4, 5, scale.shape)
-    linear.scale = torch.stack((scale, zero), 1).to(dtype)
+    linear.scale = torch.stack((scale, zero)).view(2, N // 8, 8, -1).permute(1, 3, 0, 2).to(dtype)
     exact = (groups.double() - 8) * scale.double()[..., None] + zero.double()[..., None]
     assert linear.weight.dtype == dtype and torch.equal(linear.weight.double(), exact.view(N, K))
 
@@ -124,6 +133,7 @@ def test_the_fit_is_better_than_minimum_and_maximum(group_size):
 def test_the_product_is_that_of_the_dequantized_weights(dtype, group_size, N, blocks):
     """Of one row and of many: int8 by the kernel and by widening. Some weights are widened in several chunks."""
     torch.manual_seed(0)
+    N = height(N, group_size)
     weight, bias = torch.randn(N, blocks * (group_size or 16)).to(dtype), torch.randn(N).to(dtype)
     linear = make_linear(weight, group_size, bias)
     dequantized = linear.weight.double()
@@ -173,7 +183,7 @@ def test_a_transposed_x(is_native, monkeypatch):
     if is_native and not native.load():
         pytest.skip("no C++ compiler")
     monkeypatch.setattr(weights, "product_dtype", lambda dtype: torch.float32)
-    x, plain = torch.randn(64, 3).T, nn.Linear(64, 10, bias=False, dtype=torch.bfloat16)
+    x, plain = torch.randn(64, 3).T, nn.Linear(64, 16, bias=False, dtype=torch.bfloat16)
     for linear in (
         weights.WidenedLinear(plain),
         make_linear(plain.weight.data, 0),
@@ -193,7 +203,7 @@ def test_each_number_of_a_product(dtype, group_size, N, blocks, seed, M):
     """For any number of rows. K terms are added in float32, in any order, which rounds each by K units at most. The sum
     is rounded to dtype, and for int8 times its scale, which rounds it again."""
     torch.manual_seed(seed)
-    K = blocks * (group_size or 16)
+    N, K = height(N, group_size), blocks * (group_size or 16)
     linear = make_linear(torch.randn(N, K).to(dtype), group_size)
     if group_size == 0:
         exact = linear.q.double() * steps(linear)
@@ -211,7 +221,7 @@ def test_each_number_of_a_product(dtype, group_size, N, blocks, seed, M):
 def test_a_weight_in_many_chunks(chunk, monkeypatch):
     """Each gives the rows that it gives in one. A row is never divided."""
     torch.manual_seed(0)
-    weight, x = torch.randn(300, 96), torch.randn(100, 96)
+    weight, x = torch.randn(304, 96), torch.randn(100, 96)
     for group_size in (0, 32):
         whole = make_linear(weight, group_size)
         y = whole(x)
@@ -322,12 +332,14 @@ def same_tensors(a: GPT, b: GPT) -> bool:
 
 
 def test_what_no_group_divides_is_said():
-    with pytest.warns(UserWarning, match=r"^matrices of these widths cannot be int4: 48 \(int8\)$"):
+    with pytest.warns(UserWarning, match=r"^matrices of these shapes cannot be int4: 64 x 48 \(int8\)$"):
         fast.quantize(model := make_model(torch.float32, n_embd=64, n_hidden=48), "int4")
     assert isinstance(model.h[0].mlp.c_proj, Int8Linear) and isinstance(model.h[0].mlp.c_fc, Int4Linear)
     for kind in ("int8", "int4"):
         model = make_model(torch.bfloat16, n_embd=36, head_dim=8, tie_embd=True).eval()
-        others = "36 (as they were)" + ", 144 (int8)" * (kind == "int4")
+        as_it_was = "16 x 36 (as it was), 32 x 36 (as it was), "
+        others = as_it_was + ("36 x 32 (int8), 36 x 144 (int8), " if kind == "int4" else "")
+        others += "61 x 36 (as it was), 144 x 36 (as it was)"
         with pytest.warns(UserWarning, match=re.escape(f"cannot be {kind}: {others}")):
             fast.quantize(model, kind)
         assert type(model.h[0].mlp.c_fc) is nn.Linear and model.lm_head is None
@@ -335,7 +347,8 @@ def test_what_no_group_divides_is_said():
     model = make_model(torch.float32, n_embd=96)  # 128 does not divide 96, but 32 does
     with warnings.catch_warnings(action="error"):
         fast.quantize(model, "int4", group_size=128)
-    assert model.h[0].mlp.c_fc.scale.shape == (384, 2, 3) and model.h[0].mlp.c_proj.scale.shape == (96, 2, 3)
+    assert model.h[0].mlp.c_fc.scale.shape == (48, 3, 2, 8)
+    assert model.h[0].mlp.c_proj.scale.shape == (12, 3, 2, 8)
     assert isinstance(model.lm_head, Int8Linear)
 
 
@@ -411,7 +424,7 @@ def test_the_script(kind, tmp_path):
     tokenizer = Tokenizer.from_spec("bytes")
     model = make_model(torch.float32, vocab_size=tokenizer.vocab_size, n_hidden=40, **WIDE).eval()
     model.save(tmp_path / "best.pt", tokenizer=tokenizer.to_dict())
-    with pytest.warns(UserWarning, match=rf"cannot be {kind}: 40 \(as they were\)") as notes:
+    with pytest.warns(UserWarning, match=rf"cannot be {kind}: 64 x 40 \(as it was\)") as notes:
         fast.quantize(model, kind)
     tokens = list(model.generate(tokenizer.encode("abc"), 30, temperature=0, stop_tokens=[tokenizer.eot]))
     for flags in ([], ["--num_samples=2"], ["--lookup=3"]):
