@@ -489,7 +489,7 @@ class GPT(Transformer):
         except TypeError as e:
             raise ValueError(f"not token ids, as of tokenizer.encode(text): {tokens!r}") from e
         if ids and not 0 <= min(ids) <= max(ids) < self.config.vocab_size:
-            raise ValueError(f"ids from {min(ids)} to {max(ids)} with vocab_size {self.config.vocab_size}")
+            raise ValueError(f"ids {min(ids)} to {max(ids)} are not from 0 to {self.config.vocab_size - 1}")
         return ids
 
     def prefill(self, prompts: Sequence[Sequence[int]], kv_cache: KVCache) -> Tensor:

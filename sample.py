@@ -76,7 +76,7 @@ def read_prompt(prompt: str) -> str:
     """Return the text of --prompt: itself, that of FILE:path, or that of standard input."""
     try:
         if prompt == "-":
-            return sys.stdin.read()
+            return sys.stdin.buffer.read().decode()
         if prompt.startswith("FILE:"):
             return Path(prompt.removeprefix("FILE:")).read_text(encoding="utf-8")
     except UnicodeDecodeError as e:

@@ -36,7 +36,7 @@ CHUNK = 2**20  # bytes per read
 MIN_TOKENS = 32  # in a split
 MAX_ROW = 1024  # tokens, unless --sequence_len says more
 
-ICONV = "iconv -f LATIN1 -t UTF-8 OLD > NEW converts it, if it is in Latin-1"
+UTF16 = (b"\xff\xfe", b"\xfe\xff")  # with which such a file begins
 
 T = TypeVar("T")
 
@@ -86,7 +86,15 @@ class Document:
             return decoder.decode(chunk, final=not chunk)
         except UnicodeDecodeError as e:
             at = size - len(e.object) + e.start  # e.object begins with bytes that the decoder had buffered
-            raise UserError(f"{self.path} is not UTF-8 text: {e.reason} at byte {at}; {ICONV}") from e
+            hint = how_to_convert(self.path)
+            raise UserError(f"{self.path} is not UTF-8 text: {e.reason} at byte {at}; {hint}") from e
+
+
+def how_to_convert(path: Path) -> str:
+    with open(path, "rb") as f:
+        is_utf16 = f.read(2) in UTF16
+    encoding, condition = ("UTF-16", "") if is_utf16 else ("LATIN1", ", if it is in Latin-1")
+    return f"iconv -f {encoding} -t UTF-8 OLD > NEW converts it{condition}"
 
 
 def split(documents: list[Document], val_fraction: float) -> tuple[list[Document], list[Document]]:
@@ -141,6 +149,10 @@ def write(folder: Path, documents: list[Document], spec: str, val_fraction: floa
             lines.append(f"{folder.name}/{name}.bin: {size} (tokenizer: {tokenizer.name})")
         (folder / "meta.json.tmp").write_text(json.dumps(meta))
     print(*lines, sep="\n")
+    share = meta["val_tokens"] / (meta["train_tokens"] + meta["val_tokens"])
+    if share > 2 * val_fraction:
+        why = "documents are held out whole, and these differ in length; one file for all of them is cut"
+        print(f"note: val.bin has {share:.0%} of the text: {why}")
 
 
 def plural(n: int, what: str) -> str:
@@ -154,8 +166,9 @@ def warn_of_another_tokenizer(folder: Path, tokenizer: Tokenizer) -> None:
     except (OSError, ValueError, KeyError, TypeError, ImportError):
         return  # there is none, or it is damaged
     if not old.has_ids_of(tokenizer):
-        what = f"{folder} has the tokenizer {old.name}, and gets {tokenizer.name}"
-        print(f"note: {what}: a run with the old one needs that again; --out_dir=data/NAME keeps both")
+        what = f"{folder} had the tokenizer {old.name}, and now gets {tokenizer.name}"
+        keep = "prepare.py --out_dir=data/NAME keeps both"
+        print(f"note: {what}: to resume a run with the old one, prepare it with that again ({keep})")
 
 
 def first_meta(tokenizer: Tokenizer) -> dict[str, Any]:

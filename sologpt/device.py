@@ -37,6 +37,8 @@ def pick_device(name: torch.device | str = "auto") -> torch.device:
         device = torch.empty(0, device=name).device
     except (RuntimeError, AssertionError, ImportError) as e:
         reason = str(e).partition("\n")[0]
+        if "Expected one of" in reason:
+            reason = "choose auto, cpu, cuda, mps, or another one that PyTorch knows"
         if str(name).startswith("cuda") and not (torch.version.cuda or torch.version.hip):
             reason = f"PyTorch {torch.__version__} is a build for the CPU; {INSTALL}"
         raise UserError(f"device {str(name)!r} is not available: {reason}") from e

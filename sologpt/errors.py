@@ -113,11 +113,12 @@ def one_line(e: Exception) -> str:
 
 @contextmanager
 def writing(path: str | os.PathLike) -> Iterator[None]:
-    """Raise RunError if path cannot be written. On a full disk, torch.save raises a RuntimeError."""
+    """Raise RunError if path cannot be written. On a full disk, torch.save may raise a RuntimeError."""
     try:
         yield
     except (OSError, RuntimeError) as e:
-        reason = getattr(e, "strerror", None) or one_line(e)
+        cause = e if isinstance(e, OSError) else e.__context__  # what stopped PyTorch's C++ code
+        reason = getattr(cause, "strerror", None) or one_line(e)
         raise RunError(f"cannot write {os.fspath(path)}: {reason}") from e
 
 

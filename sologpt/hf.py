@@ -18,6 +18,7 @@ import json
 import math
 import os
 import re
+import shutil
 import tempfile
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -874,6 +875,8 @@ def save(model: GPT, tokenizer: Tokenizer, folder: str | Path) -> None:
             save_file(weights, new / "model.safetensors", metadata={"format": "pt"})
         except SafetensorError as e:  # a full disk
             raise OSError(str(e)) from e
+        # safetensors lets nobody but its owner read the file
+        shutil.copymode(new / "config.json", new / "model.safetensors")
         os.replace(new, target)
 
 

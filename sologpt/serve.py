@@ -51,7 +51,7 @@ try:
     from starlette.types import ASGIApp, Receive, Scope, Send
     from uvicorn.protocols.http.h11_impl import H11Protocol
 except ImportError as e:
-    message = f"the server needs the extra 'serve': pip install starlette uvicorn ({e})"
+    message = "the server needs the extra 'serve': pip install starlette uvicorn"
     if __name__ == "__main__":
         sys.exit(f"error: {message}")
     raise ImportError(message) from e

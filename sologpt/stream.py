@@ -49,7 +49,8 @@ class TextRow:
         self.text = ""  # what has come out
         self.held = ""  # what is held back
         self.reason = ""
-        self.seconds = 0.0  # from the first step of generation to the last token, set by `stream_rows`
+        self.seconds = 0.0  # from the start of generation to the last token, set by `stream_rows`
+        self.first_seconds = 0.0  # and to the first one: the prompt is read before it
 
     def push(self, token: int) -> str:
         """Add a token id. Return the text that is now certain; `reason` is set if the row ends here."""
@@ -117,6 +118,7 @@ def stream_rows(steps: Steps, rows: Sequence[TextRow]) -> Generator[list[str], N
                 if token is not None and not row.reason:
                     texts[b] = row.push(token)
                     row.seconds = time.perf_counter() - started
+                    row.first_seconds = row.first_seconds or row.seconds
             yield texts
             if all(row.reason for row in rows):
                 return
@@ -157,10 +159,13 @@ class TextStream(Iterator[str]):
     def summary(self) -> str:
         """Say how many tokens there are, how fast they were generated, and why each row ended."""
         n_tokens = sum(len(row.tokens) for row in self.rows)
-        speed = n_tokens / max(*(row.seconds for row in self.rows), 1e-9)
+        later = sum(max(len(row.tokens) - 1, 0) for row in self.rows)
+        first = max(row.first_seconds for row in self.rows)
+        speed = later / max(*(row.seconds - first for row in self.rows), 1e-9)
         counts = Counter(row.reason for row in self.rows)
         reasons = ", ".join(reason if len(counts) == 1 else f"{reason} ({n})" for reason, n in counts.items())
-        return f"{n_tokens} tokens, {speed:,.0f} tokens/s, ended by {reasons}"
+        line = f"{n_tokens} tokens, the first after {1000 * first:,.0f} ms"
+        return f"{line}, {speed:,.0f} tokens/s, ended by {reasons}"
 
     @property
     def text(self) -> str:

@@ -117,8 +117,8 @@ class Tokenizer:
                 raise UserError(f"tokenizer {spec!r}: N in bpe:N is the vocabulary size, {sizes}")
             return cls._from_tokens(spec, BPE_PATTERN, train_bpe(documents, int(size) - 1))
         if spec not in tiktoken.list_encoding_names():
-            known = ", ".join(tiktoken.list_encoding_names())
-            raise UserError(f"unknown tokenizer {spec!r}: choose one of bytes, bpe:N, {known}")
+            known = ", ".join(("bytes", "stdlib", "bpe:N", "hf:NAME", *tiktoken.list_encoding_names()))
+            raise UserError(f"unknown tokenizer {spec!r}: choose one of {known}")
         try:
             return cls(tiktoken.get_encoding(spec))
         except OSError as e:  # the base class of requests' errors
@@ -229,7 +229,7 @@ class Tokenizer:
         self, messages: Messages, cuts: Sequence[Cut], limit: int = LENGTH, **options: Any
     ) -> list[str]:
         if not self.chat_template:
-            raise UserError(f"the tokenizer {self.name} has no chat template")
+            raise UserError(f"the tokenizer {self.name} has no chat template: its model continues texts")
         values = self.special_tokens
         return render(self.chat_template, values, self.chat_tokens, messages, cuts, limit, **options)
 

@@ -317,7 +317,7 @@ def test_another_tokenizer_in_the_place_of_one_is_said(tmp_path):
     (tmp_path / "a.txt").write_text(SOURCE)
     flags = ["data/text/prepare.py", "--input", tmp_path / "a.txt", "--out_dir", tmp_path / "out"]
     assert "note" not in run(*flags).stdout + run(*flags).stdout
-    note = "out has the tokenizer bytes, and gets stdlib: a run with the old one needs that again"
+    note = "out had the tokenizer bytes, and now gets stdlib: to resume a run with the old one, prepare it with that"
     assert note in run(*flags, "--tokenizer=stdlib").stdout
 
 
@@ -429,6 +429,14 @@ runpy.run_path({str(ROOT / "data/shakespeare/prepare.py")!r}, run_name="__main__
     assert "no route to host" in line and "--input FILE" in line and not list(tmp_path.iterdir())
 
 
+def test_a_large_document_that_is_held_out_is_said(tmp_path, capsys):
+    documents = texts(tmp_path, "a" * 400, "b" * 400, "c" * 2400)
+    common.write(tmp_path / "out", documents, "bytes", 0.1)
+    assert "note: val.bin has 75% of the text: documents are held out whole" in capsys.readouterr().out
+    common.write(tmp_path / "out", [*documents, *documents[:1] * 7], "bytes", 0.1)
+    assert "note" not in capsys.readouterr().out
+
+
 def test_bad_input_is_one_line(tmp_path, error_here):
     prepare_text, prepare_shakespeare = prepare_script("text"), prepare_script("shakespeare")
     (tmp_path / "empty.txt").write_text("")
@@ -441,9 +449,8 @@ def test_bad_input_is_one_line(tmp_path, error_here):
     assert "binary is not UTF-8 text" in line and "iconv -f LATIN1 -t UTF-8" in line
     (tmp_path / "utf16").mkdir()
     (tmp_path / "utf16" / "a.txt").write_text("hello", "utf-16")
-    assert "a.txt is not UTF-8" in error_here(prepare_text, *out, "--input", tmp_path / "utf16"), (
-        "text, but skipped"
-    )
+    line = error_here(prepare_text, *out, "--input", tmp_path / "utf16")
+    assert "a.txt is not UTF-8" in line and "iconv -f UTF-16 -t UTF-8" in line, "text, but skipped"
     (tmp_path / "empty.txt").write_text("a" * 40)
     done = run("data/text/prepare.py", *out, "--input", tmp_path / "empty.txt", status=2)
     assert "too little" in done.stderr and not done.stdout, "no success before an error"

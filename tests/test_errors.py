@@ -111,6 +111,14 @@ def test_writing(raised, line):
     assert str(e.value) == line
 
 
+def test_writing_says_what_stopped_torch_save():
+    with pytest.raises(RunError, match=r"No space left on device$"), errors.writing("out/ckpt.pt"):
+        try:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        finally:
+            raise RuntimeError("unexpected pos 64")
+
+
 def test_writing_to_a_missing_folder(tmp_path):
     path = tmp_path / "none" / "x"
     reason = os.strerror(errno.ENOENT)

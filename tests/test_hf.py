@@ -315,6 +315,7 @@ def test_a_saved_model_gives_the_same_logits_and_tokens_in_transformers(model_ty
     tokenizer = Tokenizer.from_spec("bytes")
     hf.save(ours, tokenizer, tmp_path / "a" / "model")
     assert [path.name for path in (tmp_path / "a").iterdir()] == ["model"]
+    assert len({path.stat().st_mode for path in (tmp_path / "a" / "model").iterdir()}) == 1
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "a" / "model")
     assert theirs.config.model_type == model_type and theirs.dtype == torch.float32
     eos = AutoTokenizer.from_pretrained(tmp_path / "a" / "model").eos_token_id

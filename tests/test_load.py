@@ -168,7 +168,7 @@ def test_tokens_that_the_model_lacks_are_a_note_and_then_an_error(tmp_path, caps
         err = capsys.readouterr().err
         assert err.startswith(note) if note else not err
         assert len("".join(stream_text(model, tokenizer, "é", max_tokens=9))) > 0
-    with pytest.raises(UserError, match="ids from 97 to 255 with vocab_size 250"):
+    with pytest.raises(UserError, match="ids 97 to 255 are not from 0 to 249"):
         stream_text(model, tokenizer, [97, 255])
 
 

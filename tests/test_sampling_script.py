@@ -94,7 +94,7 @@ def test_a_conversation_outgrows_the_window(trained):
     for turn in range(50):
         terminal.wait_for(r"> ")
         terminal.send(f"f{turn}\n")
-        said = terminal.wait_for(r"\d+ tokens, [\d,]+ tokens/s, ended by \w+")
+        said = terminal.wait_for(r"\d+ tokens, the first after [\d,]+ ms, [\d,]+ tokens/s, ended by \w+")
         assert "8 tokens" in said or "stop" in said
     terminal.wait_for(r"> ")
     terminal.send("\n \n")  # empty lines send nothing

@@ -50,7 +50,8 @@ def read_records(path: Path) -> Iterator[tuple[str, Any]]:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError as e:
         line = content.count(b"\n", 0, e.start) + 1
-        raise UserError(f"{path}:{line}: this is not UTF-8 text: {e.reason}; {common.ICONV}") from e
+        hint = common.how_to_convert(path)
+        raise UserError(f"{path}:{line}: this is not UTF-8 text: {e.reason}; {hint}") from e
     if text.lstrip().startswith("["):
         for i, record in enumerate(parse(text, path, 1)):
             yield f"{path}[{i}]", record

@@ -11,7 +11,6 @@ import common
 from sologpt.errors import UserError
 
 CHATS = ("messages", "conversations", "instruction", "completion")  # a key of a record for data/chat
-BOMS = (b"\xff\xfe", b"\xfe\xff")  # of UTF-16, which has zeros but is text
 
 
 def documents(path: str | None) -> list[common.Document]:
@@ -44,7 +43,7 @@ def reason_to_skip(path: Path) -> str:
     """Say why a file is no text; "" if it is. Whether it is UTF-8 shows when it is read."""
     with open(path, "rb") as f:
         start = f.read(8192)
-    is_binary = b"\0" in start and not start.startswith(BOMS)
+    is_binary = b"\0" in start and not start.startswith(common.UTF16)
     return "binary" if is_binary else "" if start else "empty"
 
 
