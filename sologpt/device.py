@@ -1,10 +1,12 @@
 """Where a model runs, in which dtype, and how its memory and threads are used there."""
 
 import ctypes
+import math
 import mmap
 import re
 import sys
 import threading
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from pathlib import Path
 
@@ -131,21 +133,26 @@ class HugePages(threading.local):
     def __init__(self) -> None:
         self.block, self.used = mmap.mmap(-1, 1), 0
 
-    def copy(self, x: Tensor) -> Tensor:
-        """Return a contiguous copy of x, on a GPU perhaps x itself."""
-        if x.device.type != "cpu" or not x.numel():
-            return x.contiguous()
+    def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """Return a tensor on the CPU that is not filled."""
+        n = math.prod(shape)
+        nbytes = n * dtype.itemsize
         block, start = self.block, (self.used + 63) // 64 * 64  # of a cache line
-        if start + x.nbytes > len(block):
+        if not nbytes:
+            return torch.empty(shape, dtype=dtype)
+        if start + nbytes > len(block):
             try:
-                block, start = mmap.mmap(-1, max(x.nbytes, self.BLOCK), flags=mmap.MAP_PRIVATE), 0
+                block, start = mmap.mmap(-1, max(nbytes, self.BLOCK), flags=mmap.MAP_PRIVATE), 0
                 block.madvise(mmap.MADV_HUGEPAGE)
             except (AttributeError, OSError):  # a system without them, or not enough memory
-                return x.clone(memory_format=torch.contiguous_format)
+                return torch.empty(shape, dtype=dtype)
         if len(block) <= self.BLOCK:  # a larger one is freed with its weight
-            self.block, self.used = block, start + x.nbytes
-        memory = torch.frombuffer(block, dtype=x.dtype, count=x.numel(), offset=start)
-        return memory.view(x.shape).copy_(x)
+            self.block, self.used = block, start + nbytes
+        return torch.frombuffer(block, dtype=dtype, count=n, offset=start).view(shape)
+
+    def copy(self, x: Tensor) -> Tensor:
+        """Return a contiguous copy of x, on a GPU perhaps x itself."""
+        return self.empty(x.shape, x.dtype).copy_(x) if x.device.type == "cpu" else x.contiguous()
 
     def take(self, model: torch.nn.Module) -> None:
         """Move a model's weights there, one by one."""

@@ -104,10 +104,11 @@ __attribute__((noinline)) void dot(const T* w, const float* x, int64_t K, float*
   }
 }
 
-// Quantized weights are multiplied as integers, groups of 32 at a time. int8: `Bytes` are a group of one row, and
-// `Sums` are partial sums of its products. int4: rows come in eights, and a group of them is 128 bytes, (4, 8, 4):
-// byte k % 4 of row r in vector k / 4 has column k in its low half, and column 16 + k in the high one. `Eight`
-// has a number of each row.
+// Quantized weights are multiplied as integers, a group of 32 at a time.
+// int8: `Bytes` are a group of one row, `Sums` are partial sums of its products.
+// int4: rows come in eights. A group of 8 x 32 is 128 bytes, (4, 8, 4). Byte (i, r, j) has column 4i + j of
+// row r in its low half, and column 16 + 4i + j in its high half. `Columns` are such a group, unpacked.
+// `Ints` and `Eight` have a number for each row.
 using Ints = int32_t __attribute__((vector_size(32)));
 using Eight = float __attribute__((vector_size(32)));
 
@@ -151,10 +152,11 @@ Ints multiply(const Columns& w, const int8_t* x) {
     const Bytes token = _mm256_set1_epi32(four_bytes(x + 4 * i));
 #ifdef __AVX512VNNI__
     sums = _mm256_dpbusd_epi32(sums, w[i], token);
-  }
 #else
-    sums = _mm256_add_epi16(sums, _mm256_maddubs_epi16(w[i], token));  // up to 16 * 15 * 127: fits into 16 bits
+    sums = _mm256_add_epi16(sums, _mm256_maddubs_epi16(w[i], token));  // 16 bits hold 16 * 15 * 127
+#endif
   }
+#ifndef __AVX512VNNI__
   sums = _mm256_madd_epi16(sums, _mm256_set1_epi16(1));
 #endif
   return (Ints)sums;
@@ -234,12 +236,12 @@ void sum(const Sums* x, float* y) { std::copy(x, x + 4, y); }
 
 // Tokens (M, K), also rounded to 8 bits, each group of 32 with a scale of its own: x = q * scale
 struct Tokens {
-  int64_t K, groups, M;   // groups fill whole vectors, M what `dot` takes: the rest is zeros
+  int64_t K, groups, M;   // M is what `dot` takes: the rest is zeros
   Floats x, scale, sums;  // (M, K), (M, groups), and the sums of x in each group
   std::vector<int8_t> q;  // (M, groups, 32)
 
   Tokens(int64_t tokens, int64_t K) : K(K) {
-    groups = (K + GROUP * L - 1) / (GROUP * L) * L;
+    groups = (K + GROUP - 1) / GROUP;
     M = tokens > 2 ? (tokens + 3) / 4 * 4 : tokens;
     x.resize(M * K), scale.resize(M * groups), sums.resize(M * groups), q.resize(M * groups * GROUP);
   }
@@ -298,8 +300,8 @@ __attribute__((noinline)) void dot_int8(const int8_t* w, const Tokens& x, int64_
   }
 }
 
-// 8 rows of int4 weights, for tokens from m0 on: y (M, 8). A weight is (q - 8) * scale + zero, so its group is
-// scale * (q times x) + (zero - 8 * scale) * sum(x). scales: (K / size, 2, 8), scale and zero of `size` columns.
+// 8 rows of int4 weights, for tokens from m0 on: y (M, 8). scales: scale and zero, (K / size, 2, 8).
+// A weight is (q - 8) * scale + zero, so a group is scale * (q times x) + (zero - 8 * scale) * sum(x).
 template <int M, class T>
 __attribute__((noinline)) void dot_int4(const uint8_t* w, const T* scales, int64_t size, const Tokens& x,
                                         int64_t m0, float* y) {
@@ -325,7 +327,7 @@ __attribute__((noinline)) void dot_int4(const uint8_t* w, const T* scales, int64
 struct Linear {
   int64_t N = 0, K = 0, group = 0;
   ScalarType dtype, scale_dtype;
-  const void *w = nullptr, *scale = nullptr;  // scale: (N,) of int8; of int4 also zero, (N / 8, K / group, 2, 8)
+  const void *w = nullptr, *scale = nullptr;  // scale: (N,) of int8; int4: and zero, (N / 8, K / group, 2, 8)
   Floats bias;
 
   int64_t units() const { return (N + UNIT - 1) / UNIT; }
@@ -372,7 +374,8 @@ struct Linear {
     }
     for (int i = 0; i < M && m + i < tokens; i++) {
       float* to = &y[(m + i) * N + n];
-      for (int r = 0; r < R; r++) to[r] = out[R == 8 ? i * R + r : r * M + i] + (bias.empty() ? 0 : bias[n + r]);
+      for (int r = 0; r < R; r++) to[r] = R == 8 ? out[i * R + r] : out[r * M + i];
+      for (int r = 0; r < R && !bias.empty(); r++) to[r] += bias[n + r];
     }
   }
 };

@@ -272,8 +272,8 @@ class QuantizedLinear(InferenceOnly):
         self.out_features, self.in_features = weight.shape
         self.bias = bias
         self.is_native = False  # whether native.py has loaded decode.cpp
-        self.register_buffer("q", HUGE_PAGES.copy(q))
-        self.register_buffer("scale", HUGE_PAGES.copy(scale))
+        self.register_buffer("q", q)
+        self.register_buffer("scale", scale)
 
     def forward(self, x: Tensor) -> Tensor:
         rows = x.to(self.scale.dtype).reshape(-1, self.in_features).contiguous()  # (M, K)
@@ -343,7 +343,8 @@ def check_finite(scale: Tensor) -> None:
 
 def quantize_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
     """Return q (N, K) int8 and the scale of each row (N,), for a weight (N, K)."""
-    q, scale = torch.empty(weight.shape, dtype=torch.int8), weight.new_empty(len(weight))
+    q = HUGE_PAGES.empty(weight.shape, torch.int8)
+    scale = HUGE_PAGES.empty(weight.shape[:1], weight.dtype)
     for rows in row_chunks(*weight.shape):
         w = in_float32(weight[rows])
         scale[rows] = (w.abs().amax(1) / 127).clamp(min=torch.finfo(weight.dtype).tiny)
@@ -359,8 +360,8 @@ def quantize_int4(weight: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
     half, and column 16 + 4i + j in its high half.
     """
     N, K = weight.shape
-    packed = torch.empty(N // ROWS, ROWS * K // 2, dtype=torch.uint8)
-    scale_zero = weight.new_empty(N // ROWS, K // group_size, 2, ROWS)
+    packed = HUGE_PAGES.empty((N // ROWS, ROWS * K // 2), torch.uint8)
+    scale_zero = HUGE_PAGES.empty((N // ROWS, K // group_size, 2, ROWS), weight.dtype)
     for eights in row_chunks(N // ROWS, ROWS * K):
         w = in_float32(weight.view(-1, ROWS, K)[eights]).unflatten(2, (-1, group_size))  # (n, 8, K/g, g)
         scale, zero = (x.to(weight.dtype) for x in fit_groups(w))  # (n, 8, K/g, 1)
