@@ -21,7 +21,10 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
-    """How many processes share the tests: at most 4 for all of them, none but this one for some that are named."""
+    """How many processes share the tests. All tests: one more than cores, which idle while scripts start, at most 4.
+
+    Some that are named: none but this one.
+    """
     cores = os.cpu_count() or 1
     return min(cores + 1, 4) if config.args_source != config.ArgsSource.ARGS else 0
 
