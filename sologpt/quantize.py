@@ -428,16 +428,20 @@ def widen_int4(packed: Tensor, scale_zero: Tensor) -> Tensor:
     return torch.addcmul(zero, weights, scale, out=weights).view(n * ROWS, -1)  # (N, K)
 
 
+def rows_in_one(q: Tensor) -> int:
+    """How many rows of a weight are one of q: 8 in int4."""
+    return ROWS if q.dtype == torch.uint8 else 1
+
+
 def quantized_linear(x: Tensor, q: Tensor, scale: Tensor | None = None) -> Tensor:
     """x (M, K) times an int8 weight (N, K), an int4 one (N/8, 4K), or without a scale a plain one: (M, N)."""
     M, K = x.shape
     dtype = product_dtype(x.dtype)
-    wide, chunks = x.to(dtype), row_chunks(len(q), K)
+    wide, chunks = x.to(dtype), row_chunks(len(q), rows_in_one(q) * K)
     if scale is None:
         parts = [wide @ widen(q[rows], dtype).T for rows in chunks]
     elif q.dtype == torch.uint8:
-        eights = row_chunks(len(q), ROWS * K)
-        parts = [wide @ widen_int4(q[n], scale[n].to(dtype)).T for n in eights]
+        parts = [wide @ widen_int4(q[rows], scale[rows].to(dtype)).T for rows in chunks]
     elif M <= INT8_ROWS and x.dtype == torch.bfloat16:
         return torch.ops.aten._weight_int8pack_mm(x, q, scale)
     else:
@@ -447,18 +451,16 @@ def quantized_linear(x: Tensor, q: Tensor, scale: Tensor | None = None) -> Tenso
 
 def quantized_linear_backward(grad: Tensor, K: int, q: Tensor, scale: Tensor | None = None) -> Tensor:
     """The gradient (M, K) of x in `quantized_linear`, for that of the product, (M, N)."""
-    dtype = product_dtype(grad.dtype)
-    wide, dx = grad.to(dtype), grad.new_zeros(len(grad), K, dtype=torch.promote_types(dtype, torch.float32))
-    if scale is not None and q.dtype == torch.uint8:
-        parts = wide.unflatten(1, (-1, ROWS))  # (M, N/8, 8)
-        for n in row_chunks(len(q), ROWS * K):
-            dx += parts[:, n].flatten(1) @ widen_int4(q[n], scale[n].to(dtype))  # (M, 8n) @ (8n, K)
-        return dx.to(grad.dtype)
-    for rows in row_chunks(len(q), K):
+    dtype, n = product_dtype(grad.dtype), rows_in_one(q)
+    dx = grad.new_zeros(len(grad), K, dtype=torch.promote_types(dtype, torch.float32))
+    for rows in row_chunks(len(q), n * K):
+        dy = grad[:, n * rows.start : n * rows.stop].to(dtype)  # (M, rows)
         if scale is None:
-            dx += wide[:, rows] @ widen(q[rows], dtype)  # (M, n) @ (n, K)
+            dx += dy @ widen(q[rows], dtype)  # (M, rows) @ (rows, K)
+        elif q.dtype == torch.uint8:
+            dx += dy @ widen_int4(q[rows], scale[rows].to(dtype))
         else:
-            dx += (wide[:, rows] * scale[rows].to(dtype)) @ widen(q[rows], dtype)
+            dx += (dy * scale[rows].to(dtype)) @ widen(q[rows], dtype)
     return dx.to(grad.dtype)
 
 
